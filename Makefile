@@ -1,0 +1,65 @@
+# Everything sets itself up: `make demo` and `make test` need only Python >= 3.11, make and pip.
+#   make test PYTHON=python3.13 VENV=.venv-313    another interpreter, in an environment of its own
+#   make demo SMOKE=1                             the demo in under a minute
+
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-benchmarks
+
+# JAX keeps compiled programs here between runs; `make clean` forgets them.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-all lint format types bench setup clean
+
+help:
+	@echo "make demo [SMOKE=1]   the lynx-hare example, end to end"
+	@echo "make test             the tests (test-all: the slow ones too)"
+	@echo "make lint | types     ruff | mypy        make format   let ruff rewrite"
+	@echo "make bench            the accuracy benchmarks"
+
+setup: $(STAMP)
+
+# Where venv lacks ensurepip (some Linux distributions), the interpreter's own pip fills the environment.
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "scoreinfer needs Python >= 3.11; name one with: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("scoreinfer needs Python >= 3.11, got %d.%d; use make PYTHON=..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/lynx_hare.py $(if $(SMOKE),--smoke)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
+
+clean:
+	rm -rf .jax_cache .mypy_cache .pytest_cache .ruff_cache build dist outputs

@@ -1,0 +1,230 @@
+"""Accuracy against known answers: one table a suite, figures beside the expected ones, exit code 1 if any is outside.
+
+    python benchmarks/accuracy.py --suite oracles
+    python benchmarks/accuracy.py --suite sbibm --tasks two_moons slcp --observations 1
+    python benchmarks/accuracy.py --suite honesty
+    python benchmarks/accuracy.py --suite lynx_hare
+
+The expected figures are in expected.json.
+"""
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from measure import Clock
+
+import scoreinfer as si
+
+HERE = Path(__file__).parent
+EXPECTED = HERE / "expected.json"
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
+
+Row = tuple[str, dict[str, float]]
+NUM_DRAWS = 10_000
+
+
+# --- suites: each yields rows (name, figures)
+
+
+def run_oracles(args) -> Iterator[Row]:
+    """Fit each oracle and compare weighted draws, evidence and verdict with the truth."""
+    import oracles
+
+    problems = [*oracles.oracles(), oracles.linear_gaussian(50)]
+    for i, oracle in enumerate(problems):
+        if not _chosen(oracle.name, args.tasks):
+            continue
+        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        with Clock() as training:
+            posterior = si.fit(key, oracle.model, progress_bar=args.progress, **_options(args))
+        with Clock() as drawing:
+            draws = posterior.sample(key, NUM_DRAWS, **oracle.data)
+        truth = oracle.truth(oracle.data)
+        yield (
+            oracle.name,
+            {
+                "disagreement": oracles.disagreement(truth, oracle.flat(draws.sites), draws.log_weight),
+                "log_evidence_error": abs(float(draws.certificate.log_evidence) - truth.log_evidence),
+                **_verdict(draws),
+                **_seconds(training, drawing),
+            },
+        )
+
+
+def run_sbibm(args) -> Iterator[Row]:
+    """Score sbibm tasks by the classifier two-sample test, before and after correction."""
+    from c2st import c2st
+    from tasks import TASKS
+
+    for i, task in enumerate(TASKS):
+        if not _chosen(task.name, args.tasks):
+            continue
+        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        with Clock() as training:
+            posterior = si.fit(key, task.model, progress_bar=args.progress, **_options(args))
+        for number in args.observations:
+            y, own = task.observation(number), jax.random.fold_in(key, number)
+            with Clock() as drawing:
+                draws = posterior.sample(own, NUM_DRAWS, y=y)
+            with Clock() as correcting:
+                corrected = posterior.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS)
+                values = corrected.resample(own, NUM_DRAWS)["theta"]
+            figures = {}
+            if not args.no_classifier:
+                reference = task.reference(number)
+                figures["before"] = c2st(reference, np.asarray(draws.sites["theta"], np.float64))
+                figures["after"] = c2st(reference, np.asarray(values, np.float64))
+            figures |= _verdict(draws) | {"certified_after": float(corrected.certificate.certified)}
+            yield (
+                f"{task.name}/{number}",
+                figures | _seconds(training, drawing) | {"correct_s": correcting.times.wall},
+            )
+
+
+def run_honesty(args) -> Iterator[Row]:
+    """Count false certificates among sabotaged posteriors, and certificates among healthy ones."""
+    import honesty
+
+    key = jax.random.key(args.seed)
+    totals: Counter = Counter()
+    for number, kind in enumerate((honesty.healthy, *honesty.SABOTAGES)):
+        own = jax.random.fold_in(key, number)
+        verdicts = [honesty.judge(jax.random.fold_in(own, i), case) for i, case in enumerate(kind(own))]
+        for v in verdicts:
+            print(f"  {v.kind:18s} {v.problem:18s} {'certified' if v.certified else 'refused  '} "
+                  f"z {v.disagreement:8.1f}  ESS {v.ess:7.0f}  k-hat {v.k_hat:5.2f}  {v.reason}")  # fmt: skip
+        figures = {
+            "num": len(verdicts),
+            "certified": sum(v.certified for v in verdicts),
+            "false_certificates": sum(v.false_certificate for v in verdicts),
+        }
+        yield kind.__name__, figures
+        if kind is not honesty.healthy:
+            totals.update(figures)
+    yield "sabotaged", dict(totals)
+
+
+def run_lynx_hare(args) -> Iterator[Row]:
+    """Compare corrected draws of the lynx-hare model with long NUTS, parameter by parameter."""
+    import lynx_hare
+
+    reference = json.loads((HERE / "data" / "lynx_hare_reference.json").read_text())["parameters"]
+    key = jax.random.key(args.seed)
+    with Clock() as training:
+        posterior = si.fit(key, lynx_hare.model, lynx_hare.YEARS, progress_bar=args.progress, **_options(args))
+    with Clock() as drawing:
+        draws = posterior.sample(key, NUM_DRAWS, lynx_hare.YEARS, pelts=lynx_hare.PELTS, max_proposals=20 * NUM_DRAWS)
+    yield "batch", _verdict(draws) | _seconds(training, drawing)
+    values = draws.resample(key, NUM_DRAWS)
+    for site in sorted(values):
+        columns = np.asarray(values[site], np.float64).reshape(NUM_DRAWS, -1)
+        for i in range(columns.shape[1]):
+            name = site if columns.shape[1] == 1 else f"{site}[{i}]"
+            truth = reference[name]
+            yield (
+                name,
+                {
+                    "mean": columns[:, i].mean(),
+                    "nuts_mean": truth["mean"],
+                    "mean_error": abs(columns[:, i].mean() - truth["mean"]) / truth["sd"],
+                    "sd_error": abs(columns[:, i].std(ddof=1) / truth["sd"] - 1.0),
+                },
+            )
+
+
+SUITES: dict[str, Callable] = {
+    "oracles": run_oracles, "sbibm": run_sbibm, "honesty": run_honesty, "lynx_hare": run_lynx_hare,
+}  # fmt: skip
+
+
+# --- figures
+
+
+def _options(args) -> dict:
+    """Options of `fit` given on the command line."""
+    given = {"num_steps": args.num_steps, "num_simulations": args.num_simulations}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _chosen(name: str, patterns: list[str] | None) -> bool:
+    return not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _verdict(draws) -> dict[str, float]:
+    found = draws.certificate
+    num = max(found.num, 1)
+    return {"ess_share": float(found.ess) / num, "k_hat": float(found.k_hat), "certified": float(found.certified)}
+
+
+def _seconds(training: Clock, drawing: Clock) -> dict[str, float]:
+    return {"train_s": training.times.wall, "draw_s": drawing.times.wall}
+
+
+# --- table
+
+
+def bounds(suite: str, row: str) -> dict[str, dict[str, float]]:
+    """Collect the expected figures of a row: patterns in the order of the file, later ones win."""
+    merged: dict[str, dict[str, float]] = {}
+    for pattern, figures in json.loads(EXPECTED.read_text())[suite].items():
+        if fnmatch.fnmatch(row, pattern):
+            merged |= figures
+    return merged
+
+
+def outside(value: float, bound: dict[str, float]) -> bool:
+    """Say whether a figure breaks its bound (NaN breaks any)."""
+    return not bound.get("min", -np.inf) <= value <= bound.get("max", np.inf) and ("min" in bound or "max" in bound)
+
+
+def describe(bound: dict[str, float]) -> str:
+    """Write a bound, and the best published figure where there is one."""
+    words = {"max": "<= {:g}", "min": ">= {:g}", "published": "(published {:g})", "reached": "[reached {:g}]"}
+    return " ".join(words[name].format(value) for name, value in bound.items() if name in words)
+
+
+def report(suite: str, row: str, figures: dict[str, float]) -> int:
+    """Print one row, a figure a line, and count the figures outside."""
+    expected, misses = bounds(suite, row), 0
+    print(f"{suite}: {row}")
+    for name, value in figures.items():
+        bound = expected.get(name, {})
+        miss = outside(value, bound)
+        misses += miss
+        print(f"    {name:20s} {value:10.4g}  {describe(bound):32s}{'  OUTSIDE' if miss else ''}".rstrip(), flush=True)
+    return misses
+
+
+def main() -> int:
+    """Run the suites asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=SUITES, action="append", help="repeat for several; all by default")
+    parser.add_argument("--tasks", nargs="+", help="oracles or sbibm tasks, with wildcards")
+    parser.add_argument("--observations", nargs="+", type=int, default=[1, 2, 3], help="of each sbibm task")
+    parser.add_argument("--num-simulations", type=int, help="fixed budget; fresh simulations without it")
+    parser.add_argument("--num-steps", type=int, help="optimiser steps")
+    parser.add_argument("--no-classifier", action="store_true", help="skip the classifier test (minutes of CPU each)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args()
+    misses, record = 0, {}
+    for suite in args.suite or SUITES:
+        for row, figures in SUITES[suite](args):
+            misses += report(suite, row, figures)
+            record.setdefault(suite, {})[row] = {name: float(value) for name, value in figures.items()}
+            if args.output:
+                args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{misses} figures outside what is expected")
+    return int(misses > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""scoreinfer: learned score-SDE samplers for NumPyro models, corrected by the model's own density and certified."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
+from scoreinfer.certificate import Certificate
+from scoreinfer.draws import Draws
+from scoreinfer.export import to_arviz
+from scoreinfer.kernels import ScoreSDE
+from scoreinfer.model import check, from_numpyro
+from scoreinfer.nets import DeepSet, Series
+from scoreinfer.posterior import Posterior, fit
+from scoreinfer.problem import Problem
+from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
+
+try:
+    __version__ = version("scoreinfer")
+except PackageNotFoundError:  # running from a source tree that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "Certificate",
+    "DeepSet",
+    "Draws",
+    "MisspecificationWarning",
+    "Posterior",
+    "ProbabilityFlow",
+    "Problem",
+    "ReverseSDE",
+    "ScoreSDE",
+    "Series",
+    "TrainingWarning",
+    "UnsupportedModel",
+    "check",
+    "fit",
+    "from_numpyro",
+    "to_arviz",
+]

@@ -1,0 +1,87 @@
+"""Flat vectors and site dictionaries; which inputs of a function an output can depend on."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Sites
+
+
+class Layout(NamedTuple):
+    """How named arrays fill one flat vector, in order.
+
+    Args:
+        names: the names, in the order in which they fill the vector.
+        shapes: the shape of each.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def dim(self) -> int:
+        """Length of the flat vector."""
+        return sum(map(math.prod, self.shapes))
+
+    def flatten(self, sites: Sites) -> Float[Array, " dim"]:
+        """Concatenate the named arrays into one vector."""
+        parts = [jnp.reshape(sites[name], -1) for name in self.names]
+        return jnp.concatenate(parts) if parts else jnp.zeros(0)
+
+    def unflatten(self, z: Float[Array, " dim"]) -> Sites:
+        """Cut one vector into the named arrays."""
+        if jnp.shape(z) != (self.dim,):
+            raise ValueError(
+                f"Expected one flat vector of shape ({self.dim},), got {jnp.shape(z)}. "
+                "Problem functions take one draw at a time: use jax.vmap for a batch."
+            )
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
+        parts = jnp.split(z, ends)
+        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf is a NumPy or JAX array (or a tracer of one)."""
+    return isinstance(leaf, np.ndarray | np.generic | jax.Array)
+
+
+def is_traced(tree: Any) -> bool:
+    """Say whether any leaf is a tracer, whose values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def same_leaf(a: Any, b: Any) -> bool:
+    """Say whether two leaves are certainly the same value (when in doubt, they are not)."""
+    if a is b:
+        return True
+    if is_traced((a, b)) or (type(a) is not type(b) and not (is_array(a) and is_array(b))):
+        return False
+    if not is_array(a):
+        return bool(np.all(a == b)) if np.isscalar(a) else False
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not np.issubdtype(a.dtype, np.number):  # keys, booleans, strings
+        return a.dtype == np.bool_ and bool(np.array_equal(a, b))
+    return bool(np.array_equal(a, b, equal_nan=True))
+
+
+def reaches(function: Callable[..., Any], *args: Any) -> bool:
+    """Say whether any output of a function may depend on any of its array inputs.
+
+    Judged on the outermost equations of the jaxpr alone, so it errs on the side of yes.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    tainted = {id(var) for var in jaxpr.invars}
+    for equation in jaxpr.eqns:
+        if _touches(equation.invars, tainted):
+            tainted |= {id(var) for var in equation.outvars}
+    return _touches(jaxpr.outvars, tainted)
+
+
+def _touches(variables: Iterable[Any], tainted: set[int]) -> bool:
+    return any(id(var) in tainted for var in variables)

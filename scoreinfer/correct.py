@@ -1,0 +1,183 @@
+"""Correction: what the model's own density makes of a proposal.
+
+Knows log-densities and log weights, never a score or a process: it can correct anything, and be tested on anything.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scoreinfer._typing import Key
+
+LogWeights = Float[Array | np.ndarray, " draws"]
+
+
+def effective_sample_size(log_weight: LogWeights) -> float:
+    """Compute Kish's effective sample size (sum w)^2 / sum w^2 of importance weights.
+
+    Exactness: an estimate from the weights themselves: it cannot see a mode no draw ever visited.
+    """
+    w = _relative(log_weight)
+    return float(w.sum() ** 2 / (w**2).sum()) if w.any() else 0.0
+
+
+def log_evidence(log_weight: LogWeights) -> tuple[float, float]:
+    """Compute log mean weight, the log evidence, and its standard error by the delta method.
+
+    Exactness: the mean weight is unbiased; its logarithm is consistent, biased low by half its variance.
+    """
+    w, peak = _relative(log_weight), float(np.max(log_weight))
+    if not w.any():
+        return -np.inf, np.inf
+    return peak + float(np.log(w.mean())), float(w.std() / (w.mean() * np.sqrt(w.size)))
+
+
+def _relative(log_weight) -> np.ndarray:
+    log_weight = np.asarray(log_weight, np.float64)
+    peak = log_weight.max()
+    return np.exp(log_weight - peak) if np.isfinite(peak) else np.zeros_like(log_weight)
+
+
+def pareto_smooth(log_weight: LogWeights) -> tuple[np.ndarray, float]:
+    """Compute normalised Pareto-smoothed log weights and the tail shape k-hat, by ArviZ.
+
+    Exactness: the smoothing trades a small bias, vanishing as num grows, for a finite variance.
+
+    References: Vehtari et al. 2024, arXiv 1507.02646, sections 2 and 3.
+    """
+    import arviz
+
+    log_weight = np.asarray(log_weight, np.float64)
+    finite = np.isfinite(log_weight)
+    if finite.sum() < 25:
+        return log_weight - np.logaddexp.reduce(log_weight), np.inf
+    if np.ptp(log_weight[finite]) < 1e-9:  # all weights equal: there is no tail to fit
+        return np.where(finite, -np.log(finite.sum()), -np.inf), -np.inf
+    smooth = np.full_like(log_weight, -np.inf)
+    if hasattr(arviz, "psislw"):
+        smooth[finite], k_hat = arviz.psislw(log_weight[finite].copy())
+    else:  # ArviZ 1.x wants log likelihoods, the negative of log weights
+        from arviz_stats.base import array_stats
+
+        smooth[finite], k_hat = array_stats.psislw(-log_weight[finite])
+    return smooth - np.logaddexp.reduce(smooth), float(k_hat)
+
+
+def resample_indices(key: Key, log_weight: LogWeights, num: int) -> Int[Array, " num"]:
+    """Draw ``num`` row numbers in proportion to the weights: systematic resampling in random order.
+
+    Exactness: every row's expected count is exactly ``num`` times its normalised weight.
+
+    References: Kitagawa 1996; Douc and Cappe 2005, arXiv cs/0507025.
+    """
+    for_offset, for_order = jax.random.split(key)
+    cumulative = np.cumsum(_relative(log_weight))
+    if not cumulative[-1] > 0:
+        raise ValueError("No draw has a positive weight: there is nothing to resample. See the certificate's reason.")
+    points = (np.arange(num) + float(jax.random.uniform(for_offset))) / num * cumulative[-1]
+    rows = np.minimum(np.searchsorted(cumulative, points, side="right"), len(cumulative) - 1)
+    return jax.random.permutation(for_order, jnp.asarray(rows))
+
+
+def metropolis_langevin_step(
+    key: Key,
+    value_and_grad: Callable[[Float[Array, " dim"]], tuple[Float[Array, ""], Float[Array, " dim"]]],
+    state: tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]],
+    factor: Float[Array, "dim dim"],
+    step_size: Float[Array, ""],
+) -> tuple[tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]], Float[Array, ""]]:
+    """Take one Metropolis-adjusted Langevin step, preconditioned by the Cholesky factor of a covariance.
+
+    Args:
+        key: random key.
+        value_and_grad: log density (any constant) and its gradient.
+        state: the point, its log density, its gradient.
+        factor: Cholesky factor L of the preconditioner.
+        step_size: e in x' = x + e^2/2 L L^T grad + e L noise.
+
+    Returns:
+        The new state, and the acceptance probability.
+
+    Exactness: exact: leaves the density invariant. A proposal whose density or gradient is not finite is rejected.
+
+    References: Roberts and Tweedie 1996, Bernoulli 2(4).
+    """
+    for_noise, for_accept = jax.random.split(key)
+    x, value, gradient = state
+    noise = jax.random.normal(for_noise, x.shape, x.dtype)
+    new = x + factor @ (0.5 * step_size**2 * (factor.T @ gradient) + step_size * noise)
+    new_value, new_gradient = value_and_grad(new)
+    # In the coordinates v with x = L v, moving back from new to x takes the noise `back`.
+    back = -noise - 0.5 * step_size * (factor.T @ (gradient + new_gradient))
+    log_ratio = new_value - value + 0.5 * (noise @ noise - back @ back)
+    log_ratio = jnp.where(jnp.isfinite(log_ratio) & jnp.isfinite(new_gradient).all(), log_ratio, -jnp.inf)
+    accept = jnp.log(jax.random.uniform(for_accept, (), x.dtype)) < log_ratio
+    new_state = jax.tree.map(lambda a, b: jnp.where(accept, a, b), (new, new_value, new_gradient), state)
+    return new_state, jnp.exp(jnp.minimum(log_ratio, 0.0))
+
+
+class Moves(NamedTuple):
+    """Mean acceptance probability and the step size of a batch of Langevin moves."""
+
+    accept_prob: Float[Array, ""]
+    step_size: Float[Array, ""]
+
+
+def rejuvenate(
+    key: Key,
+    log_density: Callable[[Float[Array, " dim"]], Float[Array, ""]],
+    values: Float[Array, "draws dim"],
+    log_weight: LogWeights,
+    num: int,
+    num_moves: int = 20,
+) -> tuple[Float[Array, "num dim"], Float[Array, " num"], Moves]:
+    """Resample weighted draws to ``num`` and move the duplicates apart by Langevin steps.
+
+    Args:
+        key: random key.
+        log_density: the target, up to a constant; a pytree (`jax.tree_util.Partial`) compiles once for all data.
+        values: weighted draws.
+        log_weight: their log weights.
+        num: number of draws to return.
+        num_moves: Langevin steps of each draw; as many more, on copies that are thrown away, find the step size.
+
+    Returns:
+        The draws, their log densities, and what the moves did.
+
+    Exactness: the moves leave the target invariant, so the draws are consistent as the weighted draws grow.
+    """
+    for_rows, for_moves = jax.random.split(key)
+    w = np.exp(np.asarray(log_weight, np.float64) - np.nanmax(log_weight))
+    w = np.nan_to_num(w) / np.nansum(w)
+    z = np.asarray(values, np.float64)
+    centred = z - w @ z
+    covariance = (centred * w[:, None]).T @ centred
+    factor = np.linalg.cholesky(covariance + 1e-8 * np.diag(np.diag(covariance)) + 1e-12 * np.eye(z.shape[1]))
+    start = values[resample_indices(for_rows, log_weight, num)]
+    return _move_all(for_moves, log_density, start, jnp.asarray(factor, values.dtype), num_moves)
+
+
+@eqx.filter_jit
+def _move_all(key, log_density, start, factor, num_moves):
+    value_and_grad = jax.value_and_grad(log_density)
+    step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, None))
+
+    def move(carry, key, rate):
+        states, log_step = carry
+        keys = jax.random.split(key, start.shape[0])
+        states, accept = step(keys, value_and_grad, states, factor, jnp.exp(log_step))
+        return (states, log_step + rate * (accept.mean() - 0.574)), accept.mean()
+
+    states = (start, *jax.vmap(value_and_grad)(start))
+    first = jnp.log(jnp.asarray(1.0 / start.shape[1] ** (1 / 6), start.dtype))
+    for_tuning, for_moves = jax.random.split(key)
+    (_, log_step), _ = jax.lax.scan(lambda c, k: move(c, k, 1.0), (states, first), jax.random.split(for_tuning, 20))
+    (states, _), accept = jax.lax.scan(
+        lambda c, k: move(c, k, 0.0), (states, log_step), jax.random.split(for_moves, num_moves)
+    )
+    return states[0], states[1], Moves(accept.mean(), jnp.exp(log_step))

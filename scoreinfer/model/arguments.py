@@ -1,0 +1,136 @@
+"""The model's arguments: binding them, and finding the sites that empty ones would feed."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
+
+from scoreinfer._typing import Key
+from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data, needs_no_values
+
+
+def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tuple[tuple, dict[str, Any], Any]:
+    """Bind the arguments to the model's signature, so that positional, keyword and default are the same.
+
+    Returns the arguments, and the names of observed sites where they were given.
+    """
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):
+        signature = None
+    named = isinstance(observed, tuple | list) and all(isinstance(name, str) for name in observed)
+    if observed is not None and not named:
+        if signature is None or "observed" not in signature.parameters:
+            raise TypeError(f"Expected `observed` to be a tuple of site names, got {type(observed).__name__}.")
+        kwargs, observed = kwargs | {"observed": observed}, None
+    if signature is None:
+        return args, kwargs, observed
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args, bound.kwargs, observed
+
+
+class _Blank:
+    """Stands for data not yet given: any item, attribute or call of it is another."""
+
+    __iter__ = None
+
+    def __getitem__(self, _: Any) -> "_Blank":
+        return _Blank()
+
+    def __getattr__(self, name: str) -> "_Blank":
+        if name.startswith("__") or name in ("shape", "dtype", "ndim", "size"):
+            raise AttributeError(name)
+        return _Blank()
+
+    def __call__(self, *_: Any, **__: Any) -> "_Blank":
+        return _Blank()
+
+    def __contains__(self, _: Any) -> bool:
+        return True
+
+
+class _FindBlanks(Messenger):
+    """Sample the sites that are given a `_Blank`, and remember their names."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.found: set[str] = set()
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and isinstance(msg["value"], _Blank):
+            self.found.add(msg["name"])
+            msg["value"], msg["is_observed"] = None, False
+
+
+def abstract_trace(run: Callable[[], Any]) -> Trace:
+    """Trace a model without computing anything; its arrays are for their shapes only."""
+    traces: list[Trace] = []
+    jax.eval_shape(lambda key: traces.append(trace(seed(Open(run, frozenset()), key)).get_trace()), fixed_key())
+    return traces[0]
+
+
+def _fed_by_blank(run: Callable[[], Any]) -> frozenset[str]:
+    finder = _FindBlanks(run)
+    abstract_trace(finder)
+    return frozenset(finder.found)
+
+
+def _fed_by_array(run: Callable[[], Any], base: Trace) -> frozenset[str]:
+    sites = abstract_trace(run)
+    found = [name for name, site in sites.items() if is_data(site) and name in base and not is_data(base[name])]
+    fits = all(jnp.shape(sites[name]["value"]) == tuple(sites[name]["fn"].shape()) for name in found)
+    return frozenset(found) if fits else frozenset()
+
+
+def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], base: Trace) -> frozenset[str]:
+    """Find the sites that the arguments which are None would feed.
+
+    First with a stand-in that any site can be given; where the model computes with its data, with arrays
+    of the shapes of its own sites, the last sites first.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
+    slots = [i for i, leaf in enumerate(leaves) if leaf is None]
+
+    def filled(fillers: Mapping[int, Any]) -> Callable[[], Any]:
+        args, kwargs = jax.tree.unflatten(treedef, [fillers.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return functools.partial(model, *args, **kwargs)
+
+    def attempt(find: Callable[..., frozenset[str]], *given: Any) -> frozenset[str]:
+        try:
+            return find(*given)
+        except Exception:  # whatever a model does with data it did not expect
+            return frozenset()
+
+    together = attempt(_fed_by_blank, filled(dict.fromkeys(slots, _Blank())))
+    if together or not slots:
+        return together
+    samples = [site for site in base.values() if site["type"] == "sample" and not site["is_observed"]]
+    shapes = dict.fromkeys((jnp.shape(site["value"]), jnp.result_type(site["value"])) for site in reversed(samples))
+    found: frozenset[str] = frozenset()
+    for slot in slots:
+        fed = attempt(_fed_by_blank, filled({slot: _Blank()}))
+        for shape, dtype in shapes:
+            fed = fed or attempt(_fed_by_array, filled({slot: np.ones(shape, dtype)}), base)
+        found |= fed
+    return found
+
+
+def fix_parameters(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """Fix ``param`` and ``mutable`` sites at their initial values, as MCMC does."""
+
+    def values(key: Key) -> dict[str, Any]:
+        played = trace(seed(Open(functools.partial(model, *args, **kwargs), frozenset()), key)).get_trace()
+        return {name: site["value"] for name, site in played.items() if site["type"] in ("param", "mutable")}
+
+    key = fixed_key()
+    if not needs_no_values(jax.eval_shape, values, key):
+        return model, ()
+    fixed = compiled(values, key)(key)
+    return substitute(model, data=fixed), tuple(fixed)

@@ -1,0 +1,80 @@
+"""Observed values as real numbers, by the support of their site."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from numpyro.distributions import biject_to, constraints
+
+from scoreinfer.model.replay import unwrapped
+from scoreinfer.model.survey import Row
+
+
+def encoder(row: Row, support: constraints.Constraint | None) -> Callable[[Array], Array]:
+    """Choose how observed values become real numbers.
+
+    Supports that move with the latent sites (`None`) are left as they are.
+    """
+    inner = None if support is None else unwrapped(support)
+    if row.num_classes is not None:
+        return lambda x: jax.nn.one_hot(x, row.num_classes)
+    if inner is constraints.circular:
+        return lambda x: jnp.stack([jnp.cos(x), jnp.sin(x)], axis=-1)
+    if inner is constraints.boolean or inner is None:
+        return _as_float
+    if isinstance(inner, constraints.multinomial):
+        return lambda x: jnp.log1p(_as_float(x))
+    if isinstance(inner, constraints.integer_interval):
+        low, num = inner.lower_bound, inner.upper_bound - inner.lower_bound + 1
+        binary = bool(np.all(np.asarray(num) <= 2))
+        return lambda x: _as_float(x) - low if binary else jax.scipy.special.logit((_as_float(x) - low + 0.5) / num)
+    if isinstance(inner, constraints.integer_greater_than):
+        return lambda x: jnp.log1p(_as_float(x) - inner.lower_bound)
+    if isinstance(inner, constraints.greater_than):
+        low = getattr(inner, "lower_bound", 0.0)
+        return lambda x: _log(_as_float(x) - low)
+    if isinstance(inner, constraints.less_than):
+        return lambda x: _log(inner.upper_bound - _as_float(x))
+    if isinstance(inner, constraints.interval):
+        low, width = inner.lower_bound, inner.upper_bound - inner.lower_bound
+        return lambda x: _logit((_as_float(x) - low) / width)
+    return _through_bijector(support)
+
+
+def _through_bijector(support: constraints.Constraint) -> Callable[[Array], Array]:
+    try:
+        bijector = biject_to(support)
+    except NotImplementedError:
+        return _as_float
+    if unwrapped(support) is constraints.simplex:
+        return lambda x: bijector.inv(_inside_simplex(_as_float(x)))
+    return lambda x: bijector.inv(_as_float(x))
+
+
+def _as_float(x: Array) -> Array:
+    return jnp.asarray(x, jnp.result_type(x, float))
+
+
+def _log(x: Array) -> Array:
+    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def _logit(x: Array) -> Array:
+    eps = jnp.finfo(x.dtype).eps
+    return jax.scipy.special.logit(jnp.clip(x, eps, 1 - eps))
+
+
+def _inside_simplex(x: Array) -> Array:
+    x = jnp.maximum(x, jnp.finfo(x.dtype).eps)
+    return x / x.sum(-1, keepdims=True)
+
+
+def fill(support: constraints.Constraint, mask: np.ndarray, value: Array) -> Array:
+    """Put one constant where the mask says that entries do not count."""
+    try:
+        constant = support.feasible_like(value)
+    except NotImplementedError:
+        constant = jnp.zeros_like(value)
+    return jnp.where(mask, value, constant)

@@ -1,0 +1,164 @@
+"""What can be read from a model, what cannot, and why."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scoreinfer._errors import UnsupportedModel
+from scoreinfer.model.arguments import bind
+from scoreinfer.model.assembly import Facts, read_model
+from scoreinfer.model.survey import NUM_PROBES
+from scoreinfer.problem import Problem, Site
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found: true if the model can be used.
+
+    Args:
+        ok: whether the model was read, and its data if it came with any.
+        problem: the problem, None if the model cannot be read.
+        messages: what works, what does not, and why, one line each, led by a tick or a cross.
+    """
+
+    ok: bool
+    problem: Problem | None
+    messages: tuple[str, ...]
+
+    @property
+    def latents(self) -> tuple[Site, ...]:
+        """Table of the latent sites."""
+        return self.problem.latents if self.problem else ()
+
+    @property
+    def observed(self) -> tuple[Site, ...]:
+        """Table of the observed sites."""
+        return self.problem.observed if self.problem else ()
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        rows = [("site", "role", "support", "shape", "dtype", "unconstrained")]
+        rows += [(s.name, "latent", s.support, str(s.shape), s.dtype, str(s.size)) for s in self.latents]
+        rows += [(s.name, "observed", s.support, str(s.shape), s.dtype, "-") for s in self.observed]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if self.problem else []
+        return "\n".join([*table, *self.messages])
+
+    __repr__ = __str__
+
+
+def check(
+    model: Callable[..., Any],
+    *args: Any,
+    observed: Any = None,
+    file: Any = None,
+    **kwargs: Any,
+) -> Report:
+    """Print what can be read from a NumPyro model, what cannot, and why.
+
+    Args:
+        model: any callable with NumPyro primitives.
+        *args: the model's arguments, with or without data.
+        observed: see `from_numpyro`.
+        file: anything to print to (default: standard output).
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        The report; true if the model can be used. It never raises for a model that cannot be read.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> def model(y=None):
+        ...     n = numpyro.sample("n", dist.Poisson(3.0))
+        ...     numpyro.sample("y", dist.Normal(n, 1.0), obs=y)
+        >>> report = check(model, 1.5)
+        ✗ 'n': is a discrete latent site. Sum it out (`dist.MixtureSameFamily`, `dist.MixtureGeneral`), or name it in `observed=` if it is data.
+        ✗ verdict: this model cannot be used
+        >>> bool(report)
+        False
+    """  # noqa: E501
+    report = _report(model, args, kwargs, observed)
+    print(report, file=sys.stdout if file is None else file)
+    return report
+
+
+def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> Report:
+    try:
+        args, kwargs, observed = bind(model, args, kwargs, observed)
+        problem, facts = read_model(model, args, kwargs, observed)
+    except UnsupportedModel as error:
+        reasons = [f"✗ {offence}" for offence in error.offences] or [f"✗ {error}"]
+        return Report(False, None, (*reasons, "✗ verdict: this model cannot be used"))
+    except Exception as error:  # a report never raises: whatever the model raised is what it has to say
+        reason = f"✗ the model failed: {type(error).__name__}: {error}"
+        return Report(False, None, (reason, "✗ verdict: this model cannot be used"))
+    messages = [f"{problem.dim} unconstrained dimensions"]
+    messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
+    fault = _data_fault(problem, facts, args, kwargs)
+    messages += [f"✗ data: {fault}"] if fault else []
+    verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem)
+    return Report(not fault, problem, (*messages, verdict))
+
+
+def _say_observed(problem: Problem, facts: Facts) -> list[str]:
+    if not problem.observed:
+        return ["! no observed site: the posterior is the prior. If a site is data, name it: observed=('name',)"]
+    lines = []
+    if facts.inferred:
+        names = ", ".join(site.name for site in problem.observed)
+        lines.append(f"✓ no data given; observed by what the empty arguments feed: {names} (`observed=` to choose)")
+    lines += [
+        f"✓ {site.name}: entries are exchangeable along axis {site.exchangeable}"
+        for site in problem.observed
+        if site.exchangeable is not None
+    ]
+    if facts.overlooked:
+        lines.append(f"! latent, but data could be given for: {', '.join(sorted(facts.overlooked))}")
+    return lines
+
+
+def _say_density(problem: Problem, facts: Facts) -> list[str]:
+    lines = [
+        "✓ log density"
+        if problem.has_density
+        else "✗ no log density (`numpyro.prng_key` in the model): no exact weights, no corrected draws, no evidence"
+    ]
+    late = facts.survey.after_data & set(facts.survey.latents)
+    if late:
+        lines.append(f"! prior of {', '.join(sorted(late))} depends on observed values: counted as likelihood")
+    if facts.fixed:
+        lines.append(f"! fixed at their initial values (`param`): {', '.join(facts.fixed)}")
+    if facts.survey.masks:
+        lines.append(f"✓ masked entries are left out: {', '.join(facts.survey.masks)}")
+    return lines
+
+
+def _say_simulable(problem: Problem, facts: Facts) -> list[str]:
+    if problem.not_simulable:
+        return [f"✗ no simulation ({problem.not_simulable}): no amortised training, no prior draws, no forward check"]
+    finite = np.ones(NUM_PROBES, bool)
+    for value in facts.survey.sites.values():
+        finite &= np.isfinite(value).reshape(NUM_PROBES, -1).all(1)
+    mark = "✓" if finite.all() else "!"
+    return [f"{mark} simulation ({finite.sum()} of {NUM_PROBES} draws finite)"]
+
+
+def _data_fault(problem: Problem, facts: Facts, args: tuple, kwargs: dict[str, Any]) -> str:
+    if not problem.observed or facts.inferred:
+        return ""
+    try:
+        problem.read(args, kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _verdict(problem: Problem) -> str:
+    if problem.not_simulable:
+        return "✓ verdict: usable by its density alone"
+    return "✓ verdict: usable" if problem.has_density else "✓ verdict: usable by simulation alone, without weights"

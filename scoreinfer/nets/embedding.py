@@ -1,0 +1,78 @@
+"""Embeddings: standardised observed sites to one context vector."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.nets.mlp import ResidualMLP, linear
+
+
+def flatten(sites: Sites) -> Float[Array, " features"]:
+    """Concatenate all sites, in the order of their names, to one vector."""
+    parts = [jnp.ravel(sites[name]) for name in sorted(sites)]
+    return jnp.concatenate(parts).astype(jnp.float32) if parts else jnp.zeros(0, jnp.float32)
+
+
+class Concatenate(eqx.Module):
+    """The flat embedding: all observed numbers side by side."""
+
+    def __call__(self, sites: Sites) -> Float[Array, " features"]:
+        """Concatenate the sites."""
+        return flatten(sites)
+
+
+class DeepSet(eqx.Module):
+    """A permutation-invariant embedding of exchangeable entries: a function of the mean of functions.
+
+    All sites must have the exchangeable axis first and of equal length.
+
+    References: Zaheer et al. 2017, arXiv 1703.06114, theorem 2.
+    """
+
+    inner: ResidualMLP
+    outer: eqx.nn.Linear
+
+    def __init__(self, key: Key, num_entry: int, *, width: int = 64, num_out: int = 64):
+        first, second = jax.random.split(key)
+        inner = ResidualMLP(first, num_entry, width, width=width, depth=2)
+        self.inner = eqx.tree_at(lambda net: net.last, inner, linear(second, width, width))
+        self.outer = linear(second, 2 * width, num_out)
+
+    def __call__(self, sites: Sites) -> Float[Array, " features"]:
+        """Embed the set of entries along the first axis."""
+        entries = jnp.concatenate(
+            [jnp.reshape(sites[name], (sites[name].shape[0], -1)) for name in sorted(sites)], axis=1
+        )
+        values = jax.vmap(self.inner)(entries.astype(jnp.float32))
+        return self.outer(jnp.concatenate([values.mean(0), jax.nn.logsumexp(values, axis=0)]))
+
+
+class Series(eqx.Module):
+    """An embedding of series sampled along their first axis: strided 1-D convolutions, then a linear layer."""
+
+    layers: tuple[eqx.nn.Conv1d, ...]
+    outer: eqx.nn.Linear
+
+    def __init__(self, key: Key, length: int, num_channels: int, *, width: int = 32, num_out: int = 64):
+        keys = jax.random.split(key, 4)
+        sizes = [num_channels, width, width, width]
+        self.layers = tuple(
+            eqx.nn.Conv1d(
+                sizes[i], width, 5, stride=2 if length >= 16 else 1, padding=2, dtype=jnp.float32, key=keys[i]
+            )
+            for i in range(3)
+        )
+        last = jax.eval_shape(self._convolve, jax.ShapeDtypeStruct((num_channels, length), jnp.float32))
+        self.outer = linear(keys[3], last.shape[0] * last.shape[1], num_out)
+
+    def _convolve(self, x):
+        for layer in self.layers:
+            x = jax.nn.silu(layer(x))
+        return x
+
+    def __call__(self, sites: Sites) -> Float[Array, " features"]:
+        """Embed the series."""
+        columns = [jnp.reshape(sites[name], (sites[name].shape[0], -1)) for name in sorted(sites)]
+        return self.outer(self._convolve(jnp.concatenate(columns, axis=1).T.astype(jnp.float32)).ravel())

@@ -1,0 +1,83 @@
+"""Problem: an inference problem as pure functions on one flat unconstrained vector.
+
+Nothing here knows NumPyro. `scoreinfer.model.from_numpyro` makes a `Problem` from a model; tests make one by
+hand. Every function is pure, works under ``jit``, ``vmap`` and ``grad``, and handles one draw at a time.
+
+Notation: ``z`` is the flat unconstrained vector of all latent sites, ``y`` the dictionary of observed sites.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+
+
+class Site(NamedTuple):
+    """One row of the table of a model's sites.
+
+    Args:
+        name: the site's name in the model.
+        shape: shape of one value (batch and event dimensions).
+        dtype: NumPy dtype name of one value.
+        support: the support in words, such as ``positive`` or ``corr_cholesky``.
+        size: number of unconstrained dimensions the site takes (0 for an observed site).
+        exchangeable: axis of the value along which the entries are exchangeable (a plate), or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    support: str
+    size: int = 0
+    exchangeable: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An inference problem on one flat unconstrained vector ``z``.
+
+    Two problems are never equal unless they are the same object, so a `Problem` is safe as static data of a
+    compiled function.
+
+    Args:
+        dim: number of unconstrained dimensions.
+        latents: table of the latent sites, in the order in which they fill ``z``.
+        observed: table of the observed sites (empty: the posterior is the prior).
+        log_prior: log prior density of ``z``, with the bijectors' Jacobians.
+        log_likelihood: log density of ``y`` given ``z``.
+        constrain: latent sites (constrained) and deterministic sites as a dictionary.
+        latent_sites: the latent sites alone (constrained), without replaying the model.
+        unconstrain: dictionary of constrained latent sites to ``z``.
+        simulate: one joint draw ``(z, y)`` from prior and simulator; None where the model cannot be simulated.
+        simulate_observation: ``y`` given ``z``; None where the model cannot be simulated.
+        encode: observed sites to real numbers of the same sites through their own bijectors (logs of positive
+            values, logits of proportions); shapes may differ from the site's.
+        read: observed values from the model's own arguments ``(args, kwargs)``, checked against this problem.
+        has_density: False where the likelihood has no density (a stochastic simulator hidden in the model).
+        not_simulable: why ``simulate`` is None, in words, else the empty string.
+        pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, as
+            ArviZ wants it for leave-one-out; None where it is not known.
+    """
+
+    dim: int
+    latents: tuple[Site, ...]
+    observed: tuple[Site, ...]
+    log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
+    log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
+    constrain: Callable[[Float[Array, " dim"]], Sites]
+    latent_sites: Callable[[Float[Array, " dim"]], Sites]
+    unconstrain: Callable[[Sites], Float[Array, " dim"]]
+    simulate: Callable[[Key], tuple[Float[Array, " dim"], Sites]] | None
+    simulate_observation: Callable[[Key, Float[Array, " dim"]], Sites] | None
+    encode: Callable[[Sites], Sites]
+    read: Callable[[tuple, dict[str, Any]], Sites]
+    has_density: bool = True
+    not_simulable: str = ""
+    pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
+
+    def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
+        """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""
+        return self.log_prior(z) + self.log_likelihood(z, y)

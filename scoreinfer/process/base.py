@@ -1,0 +1,27 @@
+"""The interface of a forward process dx = drift(t, x) dt + diffusion(t) dW with additive noise.
+
+Noise never depends on the state, so Ito and Stratonovich readings agree and every diffrax solver is legitimate.
+"""
+
+import abc
+
+import equinox as eqx
+from jaxtyping import Array, Float
+
+
+class AbstractProcess(eqx.Module):
+    """A forward SDE with additive noise."""
+
+    @abc.abstractmethod
+    def drift(self, t: Float[Array, ""], x: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Compute the drift at time ``t`` and state ``x``."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        """Compute the noise amplitude g(t)."""
+
+    @abc.abstractmethod
+    def step(
+        self, t0: Float[Array, ""], t1: Float[Array, ""], x: Float[Array, " dim"]
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Compute mean and (scalar) variance of the Gaussian transition from ``x`` at ``t0`` to ``t1 > t0``."""

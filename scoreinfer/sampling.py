@@ -1,0 +1,201 @@
+"""Samplers: from noise to draws down the noise levels, with the exact density of what they do.
+
+Both return ``log_q`` such that log p(z, y) - log_q is an exact importance weight at any number of steps and for any
+score, trained or not.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from scoreinfer._typing import Key
+from scoreinfer.process import VE, AbstractNoising
+from scoreinfer.score import AbstractScore
+
+State = Float[Array, " dim"]
+Scalar = Float[Array, ""]
+LOG_2PI = 1.8378770664093453
+
+
+def log_normal(x: State, mean: State | Scalar | float, variance: State | Scalar | float) -> Scalar:
+    """Compute log N(x; mean, diag variance)."""
+    variance = jnp.broadcast_to(variance, x.shape)
+    return -0.5 * ((x - mean) ** 2 / variance + jnp.log(variance) + LOG_2PI).sum()
+
+
+class AbstractSampler(eqx.Module):
+    """A proposal made from a score: draws, and the log density of any draw."""
+
+    process: eqx.AbstractVar[AbstractNoising]
+    num_steps: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def sample(self, key: Key, score: AbstractScore, dim: int, y: PyTree = None) -> tuple[State, Scalar]:
+        """Draw one x and compute its ``log_q``."""
+
+    @abc.abstractmethod
+    def log_q(self, key: Key, score: AbstractScore, x: State, y: PyTree = None) -> Scalar:
+        """Compute ``log_q`` of a given x."""
+
+    @property
+    @abc.abstractmethod
+    def num_evaluations(self) -> int:
+        """Number of score evaluations per draw."""
+
+
+class ProbabilityFlow(AbstractSampler):
+    """Heun steps down the probability flow dx/ds = (x - D(x, s)) / s, with the exact Jacobian of every step.
+
+    log q(x_0) = log N(x_K; 0, (1 + s_K^2) I) - sum_k log |det dT_k|, T_k the k-th step as computed. The flow ends
+    at the smallest level: the draw keeps that noise, and its density says so.
+
+    Exactness: exact at any number of steps where every T_k is injective. A step that folds space turns the sign of
+    its Jacobian: such draws get ``log_q`` = +inf, that is, weight zero. Never replaced by a trace integral along
+    the ODE: that one's weights look fine and are wrong.
+
+    Good values: 10 to 20 steps; up to about 30 dimensions (the cost grows as dimensions + 1).
+
+    References: Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+    """
+
+    process: AbstractNoising = VE()
+    num_steps: int = eqx.field(static=True, default=16)
+
+    @property
+    def num_evaluations(self):
+        """Two per Heun step."""
+        return 2 * self.num_steps
+
+    def _step(self, score, x, y, level, target):
+        slope = (x - score.denoise(level, x, y)) / level
+        guess = x + (target - level) * slope
+        other = (guess - score.denoise(target, guess, y)) / target
+        return x + 0.5 * (target - level) * (slope + other)
+
+    def _step_and_jacobian(self, score, x, y, level, target):
+        def step(x):
+            new = self._step(score, x, y, level, target)
+            return new, new
+
+        jacobian, new = jax.jacfwd(step, has_aux=True)(x)
+        return new, jacobian
+
+    def sample(self, key, score, dim, y=None):
+        """Draw one x by walking the levels down; compute its density from the steps' determinants."""
+        levels = self.process.levels(self.num_steps)[::-1].astype(jnp.float32)
+        variance = 1.0 + levels[0] ** 2
+        x = jnp.sqrt(variance) * jax.random.normal(key, (dim,), jnp.float32)
+
+        def step(carry, pair):
+            x, log_det = carry
+            x, jacobian = self._step_and_jacobian(score, x, y, *pair)
+            sign, value = jnp.linalg.slogdet(jacobian)
+            return (x, log_det + jnp.where(sign > 0, value, -jnp.inf)), None
+
+        (end, log_det), _ = jax.lax.scan(step, (x, jnp.float32(0.0)), (levels[:-1], levels[1:]))
+        return end, log_normal(x, 0.0, variance) - log_det
+
+    def log_q(self, key, score, x, y=None, *, num_newton: int = 8):
+        """Compute the density of ``x`` by inverting every step with Newton's method; -inf where none is found."""
+        levels = self.process.levels(self.num_steps).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+
+        def up(carry, pair):
+            x, log_det, missed = carry
+            low, high = pair
+            eye = jnp.eye(x.size, dtype=x.dtype)
+
+            def newton(start, _):
+                new, jacobian = self._step_and_jacobian(score, start, y, high, low)
+                move = jnp.linalg.solve(jacobian + 1e-12 * eye, x - new)
+                limit = 0.5 * (1.0 + high)
+                return start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12)), None
+
+            start = x * jnp.sqrt((1.0 + high**2) / (1.0 + low**2))
+            start = jnp.where(high < 0.5, self._step(score, x, y, low, high), start)
+            start, _ = jax.lax.scan(newton, start, None, length=num_newton)
+            new, jacobian = self._step_and_jacobian(score, start, y, high, low)
+            sign, value = jnp.linalg.slogdet(jacobian)
+            error = jnp.linalg.norm(new - x)
+            found = (error < 1e-3 * jnp.sqrt(low**2 + 1e-2 * (x @ x) * low)) & (sign > 0)
+            return (start, log_det + value, missed | ~found), None
+
+        (start, log_det, missed), _ = jax.lax.scan(
+            up, (x, jnp.float32(0.0), jnp.array(False)), (levels[:-1], levels[1:])
+        )
+        value = log_normal(start, 0.0, 1.0 + levels[-1] ** 2) - log_det
+        return jnp.where(missed | ~jnp.isfinite(value), -jnp.inf, value)
+
+
+class ReverseSDE(AbstractSampler):
+    """Ancestral steps of the reverse-time SDE with tuned variance, weighted over the whole path.
+
+    From level s to r < s: mean m x + (1 - m) D with m = (r/s)^2, variance r^2 (1 - m) + (1 - m)^2 Var[x_0 | x_s].
+    The last term is the second-order Tweedie correction without which the weights are useless. The last step ends
+    at noise zero. ``log_q`` = log N(x_K; 0, 1 + s_K^2) + sum_k [log B_k(x_{k-1} | x_k) - log F_k(x_k | x_{k-1})]
+    over the path drawn.
+
+    Exactness: exact at any number of steps: exp(-log_q) is unbiased for 1/q over the extended space of paths. The
+    ``log_q`` of a given x refreshes its path by forward noising, an exact Gibbs step on that space.
+
+    Good values: 32 to 128 steps, any dimension.
+
+    References: Anderson 1982; Ho et al. 2020, arXiv 2006.11239, equation 7; Bao et al. 2022, arXiv 2201.06503
+    (optimal reverse variance).
+    """
+
+    process: AbstractNoising = VE()
+    num_steps: int = eqx.field(static=True, default=64)
+
+    @property
+    def num_evaluations(self):
+        """One per step."""
+        return self.num_steps
+
+    def _levels(self):
+        return jnp.concatenate([jnp.zeros(1), self.process.levels(self.num_steps - 1)]).astype(jnp.float32)
+
+    def _kernel(self, score, x, y, level, target):
+        keep = (target / level) ** 2
+        mean, variance = score.moments(level, x, y)
+        spread = target**2 * (1 - keep) + (1 - keep) ** 2 * jnp.maximum(variance, 1e-12)
+        return keep * x + (1 - keep) * mean, spread
+
+    def sample(self, key, score, dim, y=None):
+        """Draw one x down the levels and the log ratio of its path."""
+        levels = self._levels()[::-1]
+        keys = jax.random.split(key, self.num_steps + 1)
+        variance = 1.0 + levels[0] ** 2
+        x = jnp.sqrt(variance) * jax.random.normal(keys[0], (dim,), jnp.float32)
+
+        def step(carry, inputs):
+            x, log_q = carry
+            key, level, target = inputs
+            mean, spread = self._kernel(score, x, y, level, target)
+            new = mean + jnp.sqrt(spread) * jax.random.normal(key, x.shape, x.dtype)
+            log_q += log_normal(new, mean, spread) - log_normal(x, new, level**2 - target**2)
+            return (new, log_q), None
+
+        start = (x, log_normal(x, 0.0, variance))
+        (x, log_q), _ = jax.lax.scan(step, start, (keys[1:], levels[:-1], levels[1:]))
+        return x, log_q
+
+    def log_q(self, key, score, x, y=None):
+        """Noise ``x`` up the levels and compute the log ratio of that path."""
+        levels = self._levels()
+
+        def step(carry, inputs):
+            x, log_q = carry
+            key, target, level = inputs
+            noisy = x + jnp.sqrt(level**2 - target**2) * jax.random.normal(key, x.shape, x.dtype)
+            mean, spread = self._kernel(score, noisy, y, level, target)
+            log_q += log_normal(x, mean, spread) - log_normal(noisy, x, level**2 - target**2)
+            return (noisy, log_q), None
+
+        start = (x.astype(jnp.float32), jnp.float32(0.0))
+        inputs = (jax.random.split(key, self.num_steps), levels[:-1], levels[1:])
+        (noisy, log_q), _ = jax.lax.scan(step, start, inputs)
+        return log_q + log_normal(noisy, 0.0, 1.0 + levels[-1] ** 2)

@@ -1,0 +1,106 @@
+"""Simulations: joint draws of parameters and observations, and the scale on which networks see them."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.problem import Problem
+
+
+class Simulations(NamedTuple):
+    """Joint draws from a problem; the draw axis comes first.
+
+    Args:
+        z: unconstrained latent vectors.
+        x: observed sites, encoded to real numbers (`Problem.encode`).
+        gradient: gradient of the log joint density with respect to z; None where it was not asked for.
+    """
+
+    z: Float[Array, "num dim"]
+    x: Sites
+    gradient: Float[Array, "num dim"] | None = None
+
+    @property
+    def num(self) -> int:
+        """Number of joint draws."""
+        return self.z.shape[0]
+
+
+def simulate(
+    key: Key, problem: Problem, num: int, *, gradient: bool = False, batch_size: int = 4096
+) -> Simulations:
+    """Draw ``num`` joint draws (z, x) from prior and simulator, in batches of bounded memory.
+
+    Draw i depends on ``key`` and i alone, whatever the batch size. Works under ``jit``. With ``gradient`` every
+    draw also carries the gradient of the log joint density there.
+
+    Exactness: exact draws from the model's joint distribution.
+    """
+
+    def one(key):
+        z, y = problem.simulate(key)
+        slope = jax.grad(problem.log_joint)(z, y) if gradient else None
+        return Simulations(z, problem.encode(y), slope)
+
+    return jax.lax.map(one, jax.random.split(key, num), batch_size=min(batch_size, num))
+
+
+def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
+    """Flag the joint draws in which every number is finite."""
+    flags = [jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(1) for leaf in jax.tree.leaves(simulations)]
+    return jnp.stack(flags).all(0)
+
+
+def check_finite(simulations: Simulations) -> None:
+    """Raise a ValueError that says which sites are not finite, and how often."""
+    finite = finite_rows(simulations)
+    if bool(finite.all()):
+        return
+    sites = {"latent values": simulations.z, **simulations.x}
+    bad = [name for name, value in sites.items() if not bool(jnp.isfinite(value).all())]
+    share = 1.0 - float(finite.mean())
+    raise ValueError(
+        f"The model simulates numbers that are not finite in {', '.join(bad)}: {share:.2%} of {simulations.num} "
+        "draws. Dropping them silently would bias the posterior. Restrict the prior to where the simulator works, or "
+        "make the simulator return a finite value (a clipped state, say) where it fails."
+    )
+
+
+class Standardiser(eqx.Module):
+    """A robust affine scale for encoded observations, with logarithmic tails beyond ``bend`` scale units.
+
+    Linear in the bulk, so that linear problems stay linear; logarithmic in the tails, so that a heavy-tailed
+    simulator does not flood the network.
+    """
+
+    centre: Sites
+    scale: Sites
+    bend: float = eqx.field(static=True, default=4.0)
+
+    def __call__(self, x: Sites) -> Sites:
+        """Standardise one encoded observation to float32."""
+
+        def one(x, centre, scale):
+            x = ((x - centre) / scale).astype(jnp.float32)
+            excess = jnp.maximum(jnp.abs(x) - self.bend, 0.0)
+            return jnp.clip(x, -self.bend, self.bend) + jnp.sign(x) * jnp.log1p(excess)
+
+        return {name: one(x[name], self.centre[name], self.scale[name]) for name in sorted(self.centre)}
+
+
+def standardiser(x: Sites) -> Standardiser:
+    """Make the standardiser of encoded observations ``x`` (draw axis first) from their medians and quantiles."""
+
+    def spread(value):
+        low, high = jnp.quantile(value, jnp.array([0.1, 0.9]), axis=0)
+        wide = jnp.where(high > low, (high - low) / 2.5631, value.std(axis=0))
+        return jnp.where(wide > 0, wide, 1.0)
+
+    return Standardiser(
+        {name: jnp.median(value, axis=0) for name, value in x.items()},
+        {name: spread(value) for name, value in x.items()},
+    )

@@ -1,0 +1,23 @@
+"""Settings shared by all tests.
+
+Shapes and types are checked at run time by jaxtyping with beartype: `--jaxtyping-packages` in pyproject.toml.
+"""
+
+import os
+from pathlib import Path
+
+# Two CPU devices, so that kernels can be tested under `chain_method="parallel"`. Read when JAX starts: set it first.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+CACHE = Path(__file__).parents[1] / ".jax_cache"
+
+
+def pytest_configure(config):
+    """Keep compiled programs between runs: most of a cold run is compilation."""
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

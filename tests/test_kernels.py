@@ -1,0 +1,434 @@
+"""ScoreSDE: exact chains whatever the proposal, and every clause of NumPyro's kernel contract."""
+
+import contextlib
+import pickle
+
+import doubles
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
+from jax import random
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, Predictive, log_likelihood
+
+from scoreinfer.kernels import ScoreSDE, score_sde
+from scoreinfer.kernels.transition import ScoreSDEState
+from scoreinfer.model import from_numpyro
+
+SIGMAS = 5
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return fake_posterior()
+
+
+@pytest.fixture(scope="module")
+def kernel(posterior):
+    return ScoreSDE(location_scale, posterior=posterior, bank_size=32)
+
+
+def mcmc_of(kernel, **options):
+    defaults = {"num_warmup": 5, "num_samples": 100, "num_chains": 2, "chain_method": "vectorized"}
+    return MCMC(kernel, **(defaults | {"progress_bar": False} | options))
+
+
+def run(kernel, *args, key=0, init_params=None, extra_fields=(), **options):
+    mcmc = mcmc_of(kernel, **options)
+    mcmc.run(random.key(key), *args, init_params=init_params, extra_fields=extra_fields)
+    return mcmc
+
+
+def assert_draws(sites, y):
+    """Means and variances within SIGMAS standard errors of quadrature."""
+    for name, (mean, sd) in grid_moments(y).items():
+        for values, truth in ((sites[name], mean), ((sites[name] - mean) ** 2, sd**2)):
+            values = np.asarray(values, np.float64)
+            error = values.std() / np.sqrt(effective_sample_size(values))
+            assert abs(values.mean() - truth) < SIGMAS * error, f"{name}: {(values.mean() - truth) / error:.1f} sigma"
+
+
+def assert_same(one, two, atol=1e-4):
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=atol, rtol=1e-4)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Count programs handed to the compiler."""
+    count = []
+    listener = lambda event, duration, **_: count.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+# --- exactness ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["flow", "path"])
+@pytest.mark.parametrize("options", [{"num_proposals": 1}, {}, {"num_local_steps": 2}], ids=["one", "many", "local"])
+def test_chain_is_exact(options, path):
+    """Whatever is wrong with the proposal; run for other data than the warm-up."""
+    mcmc = mcmc_of(
+        ScoreSDE(posterior=fake_posterior(path=path), **options), num_warmup=200, num_samples=4000, num_chains=4
+    )
+    mcmc.warmup(random.key(1), Y2)
+    mcmc.run(random.key(2), Y1)
+    assert_draws(mcmc.get_samples(group_by_chain=True), Y1)
+
+
+def test_wrong_weight_is_seen(monkeypatch):
+    """The test above has the power to see a weight with the wrong sign of log q."""
+    monkeypatch.setattr(doubles.GaussianProposal, "_log_ratio", lambda self, context, u, z: 0.0 * z.sum())
+    mcmc = run(ScoreSDE(posterior=fake_posterior(path=True)), Y1, num_samples=4000, num_chains=4)
+    with pytest.raises(AssertionError, match="sigma"):
+        assert_draws(mcmc.get_samples(group_by_chain=True), Y1)
+
+
+def test_local_steps_reach_what_proposals_miss():
+    """Narrow proposals: local moves carry the chain through the tails; step size frozen after warm-up at 0.574."""
+    kernel = ScoreSDE(posterior=fake_posterior(shift=0.0, scale=0.25), num_local_steps=5)
+    mcmc = run(
+        kernel, Y1, num_warmup=500, num_samples=2000, num_chains=4,
+        extra_fields=("adapt_state.step_size", "adapt_state.accept_prob"),
+    )  # fmt: skip
+    fields = mcmc.get_extra_fields(group_by_chain=True)
+    assert (np.ptp(fields["adapt_state.step_size"], axis=1) == 0).all()
+    assert np.abs(fields["adapt_state.accept_prob"].mean(1) - 0.574).max() < 0.1
+    assert_draws(mcmc.get_samples(group_by_chain=True), Y1)
+
+
+def test_no_weight_at_all_stays_put():
+    def impossible(y=None):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(jnp.log(-1.0 - a**2), 1.0), obs=y)
+
+    problem = doubles.Problem(**vars(location_scale_problem()) | {"log_likelihood": lambda z, y: jnp.nan})
+    mcmc = run(ScoreSDE(posterior=fake_posterior(problem)), Y1)
+    assert (mcmc.get_extra_fields()["log_weight"] == -jnp.inf).all()
+    assert (mcmc.get_extra_fields()["accept_prob"] == 0).all()
+
+
+# --- chain methods and runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(kernel):
+    return run(kernel, Y1).get_samples(group_by_chain=True)
+
+
+@pytest.mark.parametrize("progress_bar", [False, True])
+@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+def test_chain_methods_agree(kernel, reference, method, progress_bar, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if callable(method) and progress_bar:
+        pytest.skip("NumPyro has no progress bar for callables")
+    mcmc = run(kernel, Y1, chain_method=method, progress_bar=progress_bar)
+    assert_same(mcmc.get_samples(group_by_chain=True), reference)
+
+
+@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+def test_second_run_answers_for_its_own_data(kernel, method):
+    """After one warm-up: other data, other keys and continuation; the same in every chain method."""
+    mcmc = mcmc_of(kernel, chain_method=method, num_samples=60)
+    mcmc.warmup(random.key(0), Y1)
+    draws = []
+    for key, y in ((1, Y1), (2, Y1), (2, Y2), (2, Y1)):
+        mcmc.run(random.key(key), y)
+        draws.append(mcmc.get_samples()["mu"])
+    assert abs(draws[2].mean() - grid_moments(Y2)["mu"][0]) < 0.5
+    assert np.abs(draws[0] - draws[1]).max() > 0.1
+    np.testing.assert_allclose(draws[1], draws[3], atol=1e-4)
+    other = mcmc_of(kernel, num_samples=60)
+    other.warmup(random.key(0), Y1)
+    other.run(random.key(2), Y2)
+    np.testing.assert_allclose(other.get_samples()["mu"], draws[2], atol=1e-4)
+
+
+def test_continue_from_last_state(kernel):
+    long = run(kernel, Y1, num_chains=1, num_warmup=0, num_samples=100).get_samples()
+    mcmc = mcmc_of(kernel, num_chains=1, num_warmup=0, num_samples=50)
+    mcmc.run(random.key(0), Y1)
+    first = mcmc.get_samples()
+    assert isinstance(mcmc.last_state, ScoreSDEState)
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.post_warmup_state.rng_key, Y1)
+    assert_same({name: np.concatenate([first[name], mcmc.get_samples()[name]]) for name in long}, long)
+
+
+def test_thinning(kernel, reference):
+    thin = run(kernel, Y1, thinning=4).get_samples(group_by_chain=True)
+    assert_same(thin, {name: value[:, 3::4] for name, value in reference.items()})
+
+
+def test_both_key_styles(kernel, reference):
+    mcmc = mcmc_of(kernel)
+    mcmc.run(random.PRNGKey(0), Y1)
+    assert_same(mcmc.get_samples(group_by_chain=True), reference)
+
+
+def test_init_params(kernel):
+    """The chain starts there, with the weight of that point; shapes are those of NumPyro's own kernels."""
+    start = {"mu": jnp.array([9.0, -9.0]), "sigma": jnp.array([1.0, 2.0])}
+    mcmc = mcmc_of(kernel, num_warmup=0)
+    mcmc.warmup(random.key(0), Y1, init_params=start)
+    state = mcmc.post_warmup_state
+    assert_same(state.z, start)
+    problem = location_scale_problem()
+    z, y = jnp.array([9.0, 1.0]), problem.read((Y1,), {})
+    log_q = fake_posterior().log_q(None, fake_posterior().context(y), z)
+    np.testing.assert_allclose(state.log_weight[0], problem.log_joint(z, y) - log_q, rtol=1e-4)
+    one = run(kernel, Y1, num_chains=1, init_params={"mu": 9.0, "sigma": 1.0}, extra_fields=("z.mu",))
+    assert one.get_extra_fields()["z.mu"].shape == (100,)
+    with pytest.raises(ValueError, match="sigma"):
+        run(kernel, Y1, num_chains=1, init_params={"mu": 9.0})
+
+
+def test_extra_fields_and_excluded_sites(kernel):
+    fields = ("z.mu", "adapt_state.step_size", "i", "mean_accept_prob", "~z.sigma")
+    mcmc = run(kernel, Y1, extra_fields=fields)
+    assert set(mcmc.get_samples()) == {"mu", "log_sigma"}
+    found = mcmc.get_extra_fields(group_by_chain=True)
+    assert all(found[name].shape == (2, 100) for name in (*fields[:-1], "log_weight", "accept_prob"))
+    assert "acc. prob=0." in kernel.get_diagnostics_str(run(kernel, Y1, num_chains=1).last_state)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_dtypes_are_constant(x64):
+    with jax.enable_x64(x64):
+        mcmc = run(ScoreSDE(posterior=fake_posterior(), bank_size=32, num_local_steps=1), Y1)
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(mcmc.last_state)]
+        mcmc.warmup(random.key(0), Y1.astype(float))
+        mcmc.run(random.key(1), Y1)
+        assert [leaf.dtype for leaf in jax.tree.leaves(mcmc.last_state)] == kinds
+        assert mcmc.get_samples()["mu"].dtype == mcmc.get_extra_fields()["log_weight"].dtype == jnp.result_type(float)
+
+
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_other_data_compile_nothing(kernel, num_chains, monkeypatch):
+    """NumPyro itself compiles its loop again at every run without a progress bar, for every kernel."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    mcmc = mcmc_of(kernel, num_chains=num_chains, jit_model_args=True, progress_bar=True)
+    mcmc.run(random.key(0), Y1)
+    first = mcmc.get_samples()
+    with compilations() as count:
+        mcmc.run(random.key(0), Y2)
+    assert not count
+    mean, sd = grid_moments(Y2)["mu"]
+    assert abs(mcmc.get_samples()["mu"].mean() - mean) < sd
+    mcmc.run(random.key(0), Y1)
+    assert_same(mcmc.get_samples(), first)
+
+
+def test_bank_is_refilled_once_per_bank(monkeypatch):
+    """The refill stays a branch in every chain method, also where each chain brings its own state."""
+    calls = []
+    propose = doubles.GaussianProposal.propose
+
+    def counted(self, key, context):
+        jax.debug.callback(lambda _: calls.append(1), key)
+        return propose(self, key, context)
+
+    monkeypatch.setattr(doubles.GaussianProposal, "propose", counted)
+    for method in ("vectorized", jax.vmap):
+        calls.clear()
+        mcmc = mcmc_of(
+            ScoreSDE(posterior=fake_posterior(), bank_size=32, num_proposals=4), num_warmup=8, chain_method=method
+        )
+        mcmc.warmup(random.key(0), Y1)
+        mcmc.run(random.key(1), Y1, )
+        jax.effects_barrier()
+        assert len(calls) == 2 * 32 * (1 + -(-100 // 8))
+
+
+# --- inside jit and vmap -----------------------------------------------------------------------------------------
+
+
+def test_run_inside_jit_and_vmap(kernel):
+    def mean(key, y):
+        mcmc = mcmc_of(kernel, num_chains=1)
+        mcmc.run(key, y)
+        return mcmc.get_samples()["mu"]
+
+    alone = mean(random.key(3), Y2)
+    np.testing.assert_allclose(jax.jit(mean)(random.key(3), Y2), alone, atol=1e-4)
+    both = jax.vmap(mean)(jnp.stack([random.key(0), random.key(3)]), np.stack([Y1, Y2]))
+    np.testing.assert_allclose(both[1], alone, atol=1e-4)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def design(x, y=None):
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(slope * x, 1.0).to_event(1), obs=y)
+
+
+class Regression(doubles.GaussianProposal):
+    def context(self, y):
+        return self.shift
+
+
+X = np.array([0.5, 1.0, 2.0], np.float32)
+SLOPES = {1.0: 3 * X, -1.0: -3 * X}
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Replace training by the double; the list grows by one at each fit."""
+    done = []
+
+    def fit(key, model, *args, **kwargs):
+        assert not isinstance(key, jax.core.Tracer)
+        problem = from_numpyro(model, *args, **kwargs)
+        assert float(problem.log_joint(jnp.zeros(problem.dim), problem.simulate(key)[1])) < 0  # values, not tracers
+        done.append(args)
+        return Regression(jnp.full(problem.dim, 0.1), jnp.full(problem.dim, 1.5), problem)
+
+    monkeypatch.setattr(score_sde, "fit", fit)
+    return done
+
+
+@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+def test_fits_once(fits, method):
+    """One fit for all chains, observations and MCMC objects; another covariate is another fit."""
+    kernel = ScoreSDE(design, key=random.key(7), bank_size=32)
+    first = mcmc_of(kernel, chain_method=method, num_samples=1000)
+    for y, x in ((2.5 * X, X), (-2.5 * X, X), (2.5 * X, 2 * X), (2.5 * X, X)):
+        first.run(random.key(0), x, y=y)
+        mean = (x @ y) / (1 + x @ x)
+        draws = np.asarray(first.get_samples(group_by_chain=True)["slope"], np.float64)
+        assert abs(draws.mean() - mean) < SIGMAS * draws.std() / np.sqrt(effective_sample_size(draws))
+    mcmc_of(kernel, chain_method=method).run(random.key(0), X, y=X)
+    assert len(fits) == 2
+    first.warmup(random.key(0), X, y=X)
+    with pytest.raises(ValueError):
+        first.run(random.key(0), 3 * X, y=X)
+
+
+def test_fit_with_traced_arguments(fits):
+    """With `jit_model_args` the loop is traced anew for another fit; data traced by the user need `fit` before."""
+    mcmc = mcmc_of(ScoreSDE(design, key=random.key(7), bank_size=32), jit_model_args=True, num_samples=1000)
+    for x in (X, 3 * X, X):
+        mcmc.run(random.key(0), x, y=x)
+        assert abs(mcmc.get_samples()["slope"].mean() - x @ x / (1 + x @ x)) < 0.1
+    assert len(fits) == 2
+
+    kernel = ScoreSDE(design, bank_size=32)
+    draw = jax.vmap(lambda y: run(kernel, X, y, num_chains=1).get_samples()["slope"])
+    with pytest.raises(ValueError, match="fit"):
+        draw(np.stack([X, -X]))
+    with pytest.raises(ValueError, match="key"):
+        run(kernel, X, X)
+    kernel.fit(random.key(0), X)
+    above, below = draw(np.stack([X, -X])).mean(1)
+    assert above > 0 > below
+
+
+# --- the world around --------------------------------------------------------------------------------------------
+
+
+def test_no_density_is_refused():
+    problem = doubles.Problem(**vars(location_scale_problem()) | {"has_density": False})
+    with pytest.raises(ValueError, match="no density"):
+        run(ScoreSDE(posterior=fake_posterior(problem)), Y1)
+
+
+def test_constructor_errors(posterior):
+    with pytest.raises(ValueError, match="model"):
+        ScoreSDE()
+    with pytest.raises(ValueError, match="multiple"):
+        ScoreSDE(posterior=posterior, num_proposals=3, bank_size=10)
+    with pytest.raises(ValueError, match="no model"):
+        ScoreSDE(posterior=fake_posterior(doubles.Problem(**vars(location_scale_problem())))).fit(random.key(0))
+
+
+def test_latent_only_model():
+    def prior():
+        numpyro.sample("a", dist.Beta(2.0, 3.0))
+
+    problem = from_numpyro(prior)
+    mcmc = run(ScoreSDE(prior, posterior=fake_posterior(problem, scale=1.5)), num_samples=4000)
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["a"], np.float64)
+    assert abs(draws.mean() - 0.4) < SIGMAS * draws.std() / np.sqrt(effective_sample_size(draws))
+
+
+def supports(y=None):
+    numpyro.sample("corr", dist.LKJCholesky(3, 1.0))
+    numpyro.sample("matrix", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+    numpyro.sample("ordered", dist.TransformedDistribution(dist.Normal(0, 1).expand([3]).to_event(1), ORDERED))
+    numpyro.sample("pd", dist.Wishart(5.0, jnp.eye(2)))
+    numpyro.sample("simplex", dist.Dirichlet(jnp.ones(4)))
+    numpyro.sample("unit", dist.Uniform(0, 1).expand([2]).to_event(1))
+    with numpyro.plate("groups", 2):
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        numpyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+ORDERED = dist.transforms.OrderedTransform()
+
+
+@pytest.mark.parametrize("method", ["sequential", "vectorized"])
+def test_every_support(method):
+    class Fixed(doubles.GaussianProposal):
+        def context(self, y):
+            return self.shift
+
+    problem = from_numpyro(supports)
+    proposal = Fixed(jnp.zeros(problem.dim), jnp.ones(problem.dim), problem)
+    mcmc = run(ScoreSDE(supports, posterior=proposal, num_local_steps=2), np.array([1, 4]), chain_method=method)
+    draws = mcmc.get_samples()
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(supports, 0)).get_trace(np.array([1, 4]))
+    for name, value in draws.items():
+        assert value.shape[1:] == trace[name]["value"].shape
+        assert jnp.all(trace[name]["fn"].support(value))
+    restart = run(ScoreSDE(supports, posterior=proposal), np.array([1, 4]), init_params=mcmc.last_state.z)
+    assert restart.get_samples().keys() == draws.keys()
+
+
+def test_predictive_log_likelihood_and_summary(kernel, capsys):
+    mcmc = run(kernel, Y1)
+    draws = mcmc.get_samples()
+    assert Predictive(location_scale, draws)(random.key(0))["y"].shape == (200, 5)
+    assert log_likelihood(location_scale, draws, Y1)["y"].shape == (200, 5)
+    mcmc.print_summary()
+    printed = capsys.readouterr().out
+    assert "mu" in printed and "sigma" in printed and "log_sigma" not in printed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arviz(kernel):
+    import arviz as az
+
+    mcmc = run(kernel, Y1)
+    found = az.from_numpyro(mcmc, log_likelihood=True)
+    assert {"posterior", "sample_stats", "log_likelihood", "observed_data"} <= {str(group).strip("/") for group in (found.groups() if callable(found.groups) else found.groups)}
+    assert found["posterior"]["mu"].shape == (2, 100)
+    stats = found["sample_stats"]
+    assert {"log_weight", "acceptance_rate", "lp"} <= set(stats)
+    problem, state = location_scale_problem(), mcmc.last_state
+    z = jnp.stack([state.z["mu"][0], state.z["sigma"][0]])
+    log_joint = problem.log_joint(z, problem.read((Y1,), {}))
+    np.testing.assert_allclose(stats["lp"][0, -1], log_joint, rtol=1e-5)
+
+
+def test_pickle(kernel):
+    """Draws, summaries and states survive; the problem is read from the model again when the kernel is next run."""
+    mcmc = run(kernel, Y1)
+    copy = pickle.loads(pickle.dumps(mcmc))
+    assert_same(copy.get_samples(), mcmc.get_samples(), atol=0)
+    copy.print_summary()
+    copy.run(random.key(0), Y1)
+    assert_same(copy.get_samples(), mcmc.get_samples())
+    copy.post_warmup_state = copy.last_state
+    copy = pickle.loads(pickle.dumps(copy))
+    copy.run(random.key(5), Y2)
+    assert abs(copy.get_samples()["mu"].mean() - grid_moments(Y2)["mu"][0]) < 0.5
