@@ -1,5 +1,6 @@
 """The amortised posterior: ``fit`` a score SDE on a model's own simulations, then draw, weigh and certify."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,126 +15,25 @@ from tqdm.auto import tqdm
 
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import ForwardCheck, certify
+from scoreinfer.certificate import certify
 from scoreinfer.correct import effective_sample_size, rejuvenate
+from scoreinfer.drawing import Weighted, constrain, weighted_draws
 from scoreinfer.draws import Draws
+from scoreinfer.focus import focus
+from scoreinfer.forward import ForwardBank, forward_bank
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, whitening_loss
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, ConditionalMLP
-from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
+from scoreinfer.proposal import Context, Proposal
 from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
-from scoreinfer.simulation import Simulations, Standardiser, check_finite, simulate, standardiser
+from scoreinfer.simulation import Simulations, check_finite, simulate, standardiser
 from scoreinfer.train import Budget, History, train
-from scoreinfer.whitening import Affine, Whitening, linear_whitening
+from scoreinfer.whitening import Whitening, linear_whitening
 
 NUM_PILOT = 8192
 POOL = 32_768
-NUM_NEIGHBOURS = 64
-
-
-class Context(NamedTuple):
-    """What one observation means to the proposal.
-
-    Args:
-        affine: the map from the whitened space to z.
-        features: the embedded observation.
-    """
-
-    affine: Affine
-    features: Float[Array, " features"]
-
-
-class Proposal(eqx.Module):
-    """The learned sampler of one problem: draws z for an observation, with the log density of what it did.
-
-    Exactness: ``log_q`` is exact for the flow and exact over paths for the reverse SDE (see the samplers), so
-    weighting by log p(z, y) - log_q is exact whatever the networks learned.
-    """
-
-    standardiser: Standardiser
-    whitening: Whitening
-    embedding: eqx.Module
-    score: NeuralScore
-    sampler: AbstractSampler
-    problem: Problem = eqx.field(static=True)
-
-    def features(self, y: Sites) -> Sites:
-        """Compute the standardised observation."""
-        return self.standardiser(self.problem.encode(y))
-
-    def context(self, y: Sites) -> Context:
-        """Embed one observation."""
-        x = self.features(y)
-        return Context(self.whitening(x), self.embedding(x))
-
-    def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """Draw one z and compute its ``log_q``."""
-        u, log_q = self.sampler.sample(key, self.score, self.problem.dim, context.features)
-        return _upcast(context.affine.forward(u)), _upcast(log_q - context.affine.log_det())
-
-    def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
-        u = context.affine.inverse(z.astype(jnp.float32))
-        log_q = self.sampler.log_q(key, self.score, u, context.features)
-        return _upcast(log_q - context.affine.log_det())
-
-
-def _upcast(x):
-    return x.astype(jnp.result_type(float))
-
-
-class ForwardBank(NamedTuple):
-    """Joint simulations held against the proposal, kept for the forward check of every observation.
-
-    Args:
-        features: standardised, flattened observations.
-        distance: distance of each to its nearest fellows.
-        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
-    """
-
-    features: Float[Array, "num features"]
-    distance: Float[Array, " num"]
-    log_excess: Float[Array, " num"]
-
-    def check(self, x: Float[Array, " features"]) -> ForwardCheck:
-        """Look up the evidence near the observation with features ``x``."""
-        distances = jnp.linalg.norm(self.features - x, axis=1)
-        near = jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)]
-        rank = (self.distance >= _neighbour_distance(distances)).mean()
-        return ForwardCheck(self.log_excess[near], rank)
-
-
-def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
-    return -jax.lax.top_k(-distances, min(num_nearest, distances.size))[0].mean()
-
-
-@eqx.filter_jit
-def forward_bank(key: Key, proposal: Proposal, num: int = 1024, num_proposals: int = 16) -> ForwardBank:
-    """Simulate joint draws (z*, y*) and weigh each truth z* under the proposal for its own y*.
-
-    Exactness: log_excess estimates log p(z* | y*) - log q(z* | y*); it is exact as ``num_proposals`` grows.
-    """
-    problem = proposal.problem
-
-    def one(key):
-        for_pair, for_truth, for_draws = jax.random.split(key, 3)
-        z, y = problem.simulate(for_pair)
-        context = proposal.context(y)
-        log_w = problem.log_joint(z, y) - proposal.log_q(for_truth, context, z)
-        draws, log_q = jax.vmap(lambda k: proposal.propose(k, context))(jax.random.split(for_draws, num_proposals))
-        log_ws = jax.vmap(lambda z: problem.log_joint(z, y))(draws) - log_q
-        log_mean = jax.nn.logsumexp(jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)) - jnp.log(num_proposals)
-        return flatten(proposal.features(y)), log_w - log_mean
-
-    features, excess = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
-
-    def lonely(i):
-        return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
-
-    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess)
-
 
 class TrainingHistory(NamedTuple):
     """The two training runs behind a posterior: the whitening map, then the score."""
@@ -177,6 +77,16 @@ class Posterior(eqx.Module):
         """Compute the ``log_q`` of a given z (see `Proposal.log_q`)."""
         return self.proposal.log_q(key, context, z)
 
+    def focus(self, key: Key, *args: Any, **kwargs: Any) -> "Posterior":
+        """Adapt the proposal to one observation by importance sampling (see `scoreinfer.focus`).
+
+        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width. Works on
+        for other observations, where it gains nothing.
+
+        Exactness: exact weights as before: the result is another proposal with a known density.
+        """
+        return dataclasses.replace(self, proposal=focus(key, self.proposal, self.problem.read(args, kwargs)))
+
     def sample(
         self,
         key: Key,
@@ -217,7 +127,7 @@ class Posterior(eqx.Module):
         start = time.perf_counter()
         problem = self.problem
         y = problem.read(args, kwargs)
-        batches = partial(_weighted_draws, key, self.proposal, y, batch_size, prior_fraction)
+        batches = partial(weighted_draws, key, self.proposal, y, batch_size, prior_fraction)
         limit = num if max_proposals is None else max(num, max_proposals)
         with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
             drawn = batches(0, num, bar)
@@ -234,10 +144,10 @@ class Posterior(eqx.Module):
                 constrain(problem, drawn.values, batch_size), drawn.values, None, drawn.log_q, None, y, certify(None)
             )
             return draws._replace(info=info | {"seconds": time.perf_counter() - start})
-        check = None if self.bank is None else _check_bank(self.bank, self.proposal, y)
+        check = None if self.bank is None else self.bank.check(self.proposal, y)
         certificate = certify(drawn.log_weight, check)
         if max_proposals is not None and np.isfinite(certificate.log_evidence):
-            density = jax.tree_util.Partial(partial(_log_joint, problem), y)
+            density = jax.tree_util.Partial(lambda y, z: problem.log_joint(z, y), y)
             values, log_joint, moves = rejuvenate(
                 jax.random.fold_in(key, 2), density, drawn.values, drawn.log_weight, num, num_moves
             )
@@ -248,105 +158,6 @@ class Posterior(eqx.Module):
         return Draws(
             sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info
         )
-
-
-class Weighted(NamedTuple):
-    """Draws in the unconstrained space with the two log densities their weights are made of."""
-
-    values: Float[Array, "num dim"]
-    log_q: Float[Array, " num"]
-    log_joint: Float[Array, " num"]
-
-    @property
-    def num(self) -> int:
-        """Number of draws."""
-        return self.values.shape[0]
-
-    @property
-    def log_weight(self) -> Float[Array, " num"]:
-        """Log importance weights."""
-        return self.log_joint - self.log_q
-
-
-def _log_joint(problem, y, z):
-    return problem.log_joint(z, y)
-
-
-@eqx.filter_jit
-def _check_bank(bank, proposal, y):
-    return bank.check(flatten(proposal.features(y)))
-
-
-def _weighted_draws(key, proposal, y, batch_size, prior_fraction, first, count, bar) -> Weighted:
-    """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``."""
-    from_prior = _is_prior(prior_fraction, first, count)
-    parts = []
-    for rows, draw in ((np.flatnonzero(~from_prior), _from_proposal), (np.flatnonzero(from_prior), _from_prior)):
-        size = _batch_shape(len(rows), batch_size)
-        for i in range(0, len(rows), size):
-            chosen = rows[i : i + size]
-            padded = np.resize(chosen, size)
-            part = draw(key, proposal, y, jnp.asarray(first + padded), prior_fraction)
-            parts.append(jax.tree.map(lambda leaf, n=len(chosen): leaf[:n], part))
-            bar.update(len(chosen))
-    order = jnp.argsort(jnp.asarray(np.concatenate([np.flatnonzero(~from_prior), np.flatnonzero(from_prior)])))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *parts)
-
-
-def _is_prior(share: float, first: int, count: int) -> np.ndarray:
-    """Flag the rows taken from the prior: evenly spread, the exact share of any long run."""
-    edges = np.floor(share * np.arange(first, first + count + 1))
-    return np.diff(edges) > 0
-
-
-def _batch_shape(num: int, batch_size: int) -> int:
-    """Round a small batch up to a power of two, so that few shapes are ever compiled."""
-    return min(batch_size, max(64, 1 << max(num - 1, 1).bit_length()))
-
-
-def _mixed(problem, z, log_q, share):
-    if share == 0.0:
-        return log_q
-    return jnp.logaddexp(jnp.log1p(-share) + log_q, jnp.log(share) + problem.log_prior(z))
-
-
-@eqx.filter_jit
-def _from_proposal(key, proposal, y, rows, share):
-    context = proposal.context(y)
-
-    def one(row):
-        z, log_q = proposal.propose(jax.random.fold_in(key, row), context)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), proposal.problem.log_joint(z, y))
-
-    return jax.vmap(one)(rows)
-
-
-@eqx.filter_jit
-def _from_prior(key, proposal, y, rows, share):
-    context = proposal.context(y)
-
-    def one(row):
-        for_z, for_path = jax.random.split(jax.random.fold_in(key, row))
-        z, _ = proposal.problem.simulate(for_z)
-        log_q = proposal.log_q(for_path, context, z)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), proposal.problem.log_joint(z, y))
-
-    return jax.vmap(one)(rows)
-
-
-@eqx.filter_jit
-def _constrain(problem, values):
-    return jax.vmap(problem.constrain)(values)
-
-
-def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Sites:
-    """Compute latent and deterministic sites of every row, in batches of bounded memory."""
-    num, size = values.shape[0], _batch_shape(values.shape[0], batch_size)
-    parts = []
-    for i in range(0, num, size):
-        rows = jnp.minimum(i + jnp.arange(size), num - 1)
-        parts.append(jax.tree.map(lambda leaf, n=min(size, num - i): leaf[:n], _constrain(problem, values[rows])))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def default_sampler(dim: int) -> AbstractSampler:

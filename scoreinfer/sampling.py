@@ -98,7 +98,7 @@ class ProbabilityFlow(AbstractSampler):
         (end, log_det), _ = jax.lax.scan(step, (x, jnp.float32(0.0)), (levels[:-1], levels[1:]))
         return end, log_normal(x, 0.0, variance) - log_det
 
-    def log_q(self, key, score, x, y=None, *, num_newton: int = 8):
+    def log_q(self, key, score, x, y=None, *, num_newton: int = 6):
         """Compute the density of ``x`` by inverting every step with Newton's method; -inf where none is found."""
         levels = self.process.levels(self.num_steps).astype(jnp.float32)
         x = x.astype(jnp.float32)
@@ -114,8 +114,7 @@ class ProbabilityFlow(AbstractSampler):
                 limit = 0.5 * (1.0 + high)
                 return start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12)), None
 
-            start = x * jnp.sqrt((1.0 + high**2) / (1.0 + low**2))
-            start = jnp.where(high < 0.5, self._step(score, x, y, low, high), start)
+            start = self._step(score, x, y, low, high)
             start, _ = jax.lax.scan(newton, start, None, length=num_newton)
             new, jacobian = self._step_and_jacobian(score, start, y, high, low)
             sign, value = jnp.linalg.slogdet(jacobian)

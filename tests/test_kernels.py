@@ -3,19 +3,19 @@
 import contextlib
 import pickle
 
-import doubles
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
 from jax import random
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, Predictive, log_likelihood
 
-from scoreinfer.kernels import ScoreSDE, score_sde
+import doubles
+from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
+from scoreinfer.kernels import ScoreSDE, score_sde, transition
 from scoreinfer.kernels.transition import ScoreSDEState
 from scoreinfer.model import from_numpyro
 
@@ -33,8 +33,11 @@ def kernel(posterior):
 
 
 def mcmc_of(kernel, **options):
+    """Without a progress bar NumPyro compiles its loop again at every run; with one, only when it must."""
     defaults = {"num_warmup": 5, "num_samples": 100, "num_chains": 2, "chain_method": "vectorized"}
-    return MCMC(kernel, **(defaults | {"progress_bar": False} | options))
+    mcmc = MCMC(kernel, **(defaults | {"progress_bar": False} | options))
+    mcmc.progress_bar = options.get("progress_bar", False)  # NumPyro turns it off where it sees CI or xdist
+    return mcmc
 
 
 def run(kernel, *args, key=0, init_params=None, extra_fields=(), **options):
@@ -105,10 +108,6 @@ def test_local_steps_reach_what_proposals_miss():
 
 
 def test_no_weight_at_all_stays_put():
-    def impossible(y=None):
-        a = numpyro.sample("a", dist.Normal(0, 1))
-        numpyro.sample("y", dist.Normal(jnp.log(-1.0 - a**2), 1.0), obs=y)
-
     problem = doubles.Problem(**vars(location_scale_problem()) | {"log_likelihood": lambda z, y: jnp.nan})
     mcmc = run(ScoreSDE(posterior=fake_posterior(problem)), Y1)
     assert (mcmc.get_extra_fields()["log_weight"] == -jnp.inf).all()
@@ -125,9 +124,7 @@ def reference(kernel):
 
 @pytest.mark.parametrize("progress_bar", [False, True])
 @pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
-def test_chain_methods_agree(kernel, reference, method, progress_bar, monkeypatch):
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_chain_methods_agree(kernel, reference, method, progress_bar):
     if callable(method) and progress_bar:
         pytest.skip("NumPyro has no progress bar for callables")
     mcmc = run(kernel, Y1, chain_method=method, progress_bar=progress_bar)
@@ -203,7 +200,9 @@ def test_extra_fields_and_excluded_sites(kernel):
 @pytest.mark.parametrize("x64", [False, True])
 def test_dtypes_are_constant(x64):
     with jax.enable_x64(x64):
-        mcmc = run(ScoreSDE(posterior=fake_posterior(), bank_size=32, num_local_steps=1), Y1)
+        mcmc = run(
+            ScoreSDE(posterior=fake_posterior(from_numpyro(location_scale)), bank_size=32, num_local_steps=1), Y1
+        )
         kinds = [leaf.dtype for leaf in jax.tree.leaves(mcmc.last_state)]
         mcmc.warmup(random.key(0), Y1.astype(float))
         mcmc.run(random.key(1), Y1)
@@ -212,10 +211,7 @@ def test_dtypes_are_constant(x64):
 
 
 @pytest.mark.parametrize("num_chains", [1, 2])
-def test_other_data_compile_nothing(kernel, num_chains, monkeypatch):
-    """NumPyro itself compiles its loop again at every run without a progress bar, for every kernel."""
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_other_data_compile_nothing(kernel, num_chains):
     mcmc = mcmc_of(kernel, num_chains=num_chains, jit_model_args=True, progress_bar=True)
     mcmc.run(random.key(0), Y1)
     first = mcmc.get_samples()
@@ -228,25 +224,20 @@ def test_other_data_compile_nothing(kernel, num_chains, monkeypatch):
     assert_same(mcmc.get_samples(), first)
 
 
-def test_bank_is_refilled_once_per_bank(monkeypatch):
-    """The refill stays a branch in every chain method, also where each chain brings its own state."""
-    calls = []
-    propose = doubles.GaussianProposal.propose
+def test_refill_stays_a_branch(kernel, monkeypatch):
+    """Also where every chain brings a bank of its own: a select would run the sampler at each iteration."""
 
-    def counted(self, key, context):
-        jax.debug.callback(lambda _: calls.append(1), key)
-        return propose(self, key, context)
+    def branches():
+        vectorized = kernel.init(random.split(random.key(0)), 0, None, model_args=(Y1,), model_kwargs={})
+        one = kernel.init(random.key(0), 0, None, model_args=(Y1,), model_kwargs={})
+        both = jax.tree.map(lambda x: jnp.stack([x, x]), one)
+        move = lambda state: kernel.sample(state, (Y1,), {})  # noqa: E731
+        programs = jax.make_jaxpr(move)(vectorized), jax.make_jaxpr(jax.vmap(move))(both)
+        return ["cond[" in str(program) for program in programs]
 
-    monkeypatch.setattr(doubles.GaussianProposal, "propose", counted)
-    for method in ("vectorized", jax.vmap):
-        calls.clear()
-        mcmc = mcmc_of(
-            ScoreSDE(posterior=fake_posterior(), bank_size=32, num_proposals=4), num_warmup=8, chain_method=method
-        )
-        mcmc.warmup(random.key(0), Y1)
-        mcmc.run(random.key(1), Y1, )
-        jax.effects_barrier()
-        assert len(calls) == 2 * 32 * (1 + -(-100 // 8))
+    assert branches() == [True, True]
+    monkeypatch.setattr(transition, "any_chain", lambda flag: flag)
+    assert branches() == [False, False]
 
 
 # --- inside jit and vmap -----------------------------------------------------------------------------------------
@@ -278,7 +269,6 @@ class Regression(doubles.GaussianProposal):
 
 
 X = np.array([0.5, 1.0, 2.0], np.float32)
-SLOPES = {1.0: 3 * X, -1.0: -3 * X}
 
 
 @pytest.fixture
@@ -297,31 +287,34 @@ def fits(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+@pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=str)
 def test_fits_once(fits, method):
-    """One fit for all chains, observations and MCMC objects; another covariate is another fit."""
+    """One fit for all chains and observations, also where keys are traced."""
+    mcmc = mcmc_of(ScoreSDE(design, key=random.key(7), bank_size=32), chain_method=method)
+    for y in (2.5 * X, -2.5 * X):
+        mcmc.run(random.key(0), X, y=y)
+        assert abs(mcmc.get_samples()["slope"].mean() - (X @ y) / (1 + X @ X)) < 0.3
+    assert len(fits) == 1
+
+
+@pytest.mark.parametrize("jit_model_args", [False, True])
+def test_other_covariates_are_another_fit(fits, jit_model_args):
+    """Each run answers for its own covariates, whichever loop is compiled; MCMC objects share the fits."""
     kernel = ScoreSDE(design, key=random.key(7), bank_size=32)
-    first = mcmc_of(kernel, chain_method=method, num_samples=1000)
-    for y, x in ((2.5 * X, X), (-2.5 * X, X), (2.5 * X, 2 * X), (2.5 * X, X)):
-        first.run(random.key(0), x, y=y)
+    mcmc = mcmc_of(kernel, jit_model_args=jit_model_args, num_samples=600, progress_bar=True)
+    for y, x in ((2.5 * X, X), (2.5 * X, 2 * X), (-2.5 * X, X)):
+        mcmc.run(random.key(0), x, y=y)
         mean = (x @ y) / (1 + x @ x)
-        draws = np.asarray(first.get_samples(group_by_chain=True)["slope"], np.float64)
+        draws = np.asarray(mcmc.get_samples(group_by_chain=True)["slope"], np.float64)
         assert abs(draws.mean() - mean) < SIGMAS * draws.std() / np.sqrt(effective_sample_size(draws))
-    mcmc_of(kernel, chain_method=method).run(random.key(0), X, y=X)
+    other = mcmc_of(kernel)
+    other.warmup(random.key(0), X, y=X)
     assert len(fits) == 2
-    first.warmup(random.key(0), X, y=X)
-    with pytest.raises(ValueError):
-        first.run(random.key(0), 3 * X, y=X)
+    with pytest.raises(ValueError, match="covariates"):
+        other.run(random.key(0), 3 * X, y=X)
 
 
-def test_fit_with_traced_arguments(fits):
-    """With `jit_model_args` the loop is traced anew for another fit; data traced by the user need `fit` before."""
-    mcmc = mcmc_of(ScoreSDE(design, key=random.key(7), bank_size=32), jit_model_args=True, num_samples=1000)
-    for x in (X, 3 * X, X):
-        mcmc.run(random.key(0), x, y=x)
-        assert abs(mcmc.get_samples()["slope"].mean() - x @ x / (1 + x @ x)) < 0.1
-    assert len(fits) == 2
-
+def test_traced_data_need_a_fit(fits):
     kernel = ScoreSDE(design, bank_size=32)
     draw = jax.vmap(lambda y: run(kernel, X, y, num_chains=1).get_samples()["slope"])
     with pytest.raises(ValueError, match="fit"):
@@ -376,22 +369,20 @@ def supports(y=None):
 ORDERED = dist.transforms.OrderedTransform()
 
 
-@pytest.mark.parametrize("method", ["sequential", "vectorized"])
-def test_every_support(method):
+def test_every_support():
     class Fixed(doubles.GaussianProposal):
         def context(self, y):
             return self.shift
 
-    problem = from_numpyro(supports)
-    proposal = Fixed(jnp.zeros(problem.dim), jnp.ones(problem.dim), problem)
-    mcmc = run(ScoreSDE(supports, posterior=proposal, num_local_steps=2), np.array([1, 4]), chain_method=method)
-    draws = mcmc.get_samples()
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(supports, 0)).get_trace(np.array([1, 4]))
-    for name, value in draws.items():
+    problem, y = from_numpyro(supports), np.array([1, 4])
+    kernel = ScoreSDE(supports, posterior=Fixed(jnp.zeros(problem.dim), jnp.ones(problem.dim), problem), bank_size=16)
+    mcmc = run(kernel, y, num_samples=20)
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(supports, 0)).get_trace(y)
+    for name, value in mcmc.get_samples().items():
         assert value.shape[1:] == trace[name]["value"].shape
         assert jnp.all(trace[name]["fn"].support(value))
-    restart = run(ScoreSDE(supports, posterior=proposal), np.array([1, 4]), init_params=mcmc.last_state.z)
-    assert restart.get_samples().keys() == draws.keys()
+    state = kernel.init(mcmc.last_state.rng_key, 0, mcmc.last_state.z, model_args=(y,), model_kwargs={})
+    np.testing.assert_allclose(state.log_weight, mcmc.last_state.log_weight, rtol=1e-3)
 
 
 def test_predictive_log_likelihood_and_summary(kernel, capsys):
@@ -410,7 +401,9 @@ def test_arviz(kernel):
 
     mcmc = run(kernel, Y1)
     found = az.from_numpyro(mcmc, log_likelihood=True)
-    assert {"posterior", "sample_stats", "log_likelihood", "observed_data"} <= {str(group).strip("/") for group in (found.groups() if callable(found.groups) else found.groups)}
+    assert {"posterior", "sample_stats", "log_likelihood", "observed_data"} <= {
+        str(group).strip("/") for group in (found.groups() if callable(found.groups) else found.groups)
+    }
     assert found["posterior"]["mu"].shape == (2, 100)
     stats = found["sample_stats"]
     assert {"log_weight", "acceptance_rate", "lp"} <= set(stats)

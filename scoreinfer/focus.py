@@ -1,0 +1,155 @@
+"""Focus: adapt a proposal to one observation by moving and stretching its draws, and mix it with the original.
+
+Adaptive importance sampling: draw, weigh with a power beta of the weights that keeps the effective sample size up,
+match mean and covariance, and again, until beta is 1. The learned shape stays; only its place and scale change. A
+quarter of the draws still come from the original proposal, so what that one covers stays covered.
+
+References: Cappe, Guillin, Marin and Robert 2004, "Population Monte Carlo"; Ryu and Boyd 2014, arXiv 1412.4845.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.correct import effective_sample_size
+from scoreinfer.problem import Problem
+from scoreinfer.proposal import Context, Proposal
+from scoreinfer.whitening import Affine
+
+SHARE = 0.75
+"""Share of the draws that come from the adapted component."""
+
+
+class FocusedContext(NamedTuple):
+    """One observation as the two components see it."""
+
+    original: Context
+    adapted: Context
+
+
+class FocusedProposal(eqx.Module):
+    """A mixture of a proposal and of the same proposal under a further affine map z -> shift + stretch z.
+
+    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's.
+    """
+
+    original: Proposal
+    stretch: Float[Array, "dim dim"]
+    shift: Float[Array, " dim"]
+
+    @property
+    def problem(self) -> Problem:
+        """The problem the proposal is for."""
+        return self.original.problem
+
+    @property
+    def sampler(self):
+        """The sampler of both components."""
+        return self.original.sampler
+
+    def features(self, y: Sites) -> Sites:
+        """Compute the standardised observation."""
+        return self.original.features(y)
+
+    def context(self, y: Sites) -> FocusedContext:
+        """Embed one observation for both components."""
+        original = self.original.context(y)
+        return FocusedContext(original, self._adapt(original))
+
+    def _adapt(self, context: Context) -> Context:
+        affine = context.affine
+        return context._replace(affine=Affine(self.stretch @ affine.mean + self.shift, self.stretch @ affine.factor))
+
+    def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw one z from either component and compute the mixture's ``log_q``."""
+        for_choice, for_draw, for_other = jax.random.split(key, 3)
+        adapted = jax.random.uniform(for_choice) < SHARE
+        chosen, other = (
+            jax.tree.map(lambda a, b: jnp.where(adapted, a, b), *pair)
+            for pair in ((context.adapted, context.original), (context.original, context.adapted))
+        )
+        z, log_q = self.original.propose(for_draw, chosen)
+        log_other = self.original.log_q(for_other, other, z)
+        return z, jnp.where(adapted, _mix(log_other, log_q), _mix(log_q, log_other))
+
+    def log_q(self, key: Key, context: FocusedContext, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the mixture's ``log_q`` of a given z."""
+        return _mix(*(self.original.log_q(key, part, z) for part in context))
+
+
+def _mix(log_original, log_adapted):
+    return jnp.logaddexp(jnp.log(1.0 - SHARE) + log_original, jnp.log(SHARE) + log_adapted)
+
+
+@eqx.filter_jit
+def _round(key, proposal: FocusedProposal, y: Sites, num: int):
+    """Draw from the adapted component alone, and weigh."""
+    context = proposal.context(y).adapted
+
+    def one(key):
+        z, log_q = proposal.original.propose(key, context)
+        return z, proposal.problem.log_joint(z, y) - log_q
+
+    return jax.vmap(one)(jax.random.split(key, num))
+
+
+def _temper(log_weight: np.ndarray, floor: float) -> float:
+    """Find the largest power of the weights, at most 1, whose effective sample size is at least ``floor``."""
+    low, high = 0.0, 1.0
+    if effective_sample_size(log_weight) >= floor:
+        return 1.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if effective_sample_size(middle * log_weight) >= floor else (low, middle)
+    return low
+
+
+def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = weight @ z
+    centred = z - mean
+    return mean, (centred * weight[:, None]).T @ centred
+
+
+def focus(key: Key, proposal: Proposal, y: Sites, *, max_rounds: int = 12, num: int = 1024) -> FocusedProposal:
+    """Adapt ``proposal`` to the observation ``y``.
+
+    Args:
+        key: random key.
+        proposal: the amortised proposal; an adapted one is adapted anew.
+        y: the observation.
+        max_rounds: rounds of drawing and matching at the most.
+        num: draws per round.
+
+    Returns:
+        The mixture of the best round's adapted proposal and the original.
+
+    Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
+    """
+    if isinstance(proposal, FocusedProposal):
+        proposal = proposal.original
+    dim = proposal.problem.dim
+    stretch, shift = np.eye(dim), np.zeros(dim)
+    best, best_ess = (stretch, shift), -1.0
+    for key in jax.random.split(key, max_rounds):
+        current = FocusedProposal(proposal, jnp.asarray(stretch, jnp.float32), jnp.asarray(shift, jnp.float32))
+        z, log_weight = (np.asarray(leaf, np.float64) for leaf in _round(key, current, y, num))
+        log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
+        ess = effective_sample_size(log_weight)
+        if ess > best_ess:
+            best, best_ess = (stretch, shift), ess
+        if ess > 0.5 * num or not np.isfinite(log_weight.max()):
+            break
+        power = _temper(log_weight, max(0.1 * num, min(5.0 * dim, 0.5 * num)))
+        weight = np.exp(power * (log_weight - log_weight.max()))
+        weight /= weight.sum()
+        (mean, covariance), (old_mean, old) = _moments(z, weight), _moments(z, np.full(num, 1 / num))
+        trust = 1.0 / (1.0 + dim / effective_sample_size(power * log_weight))
+        covariance = trust * covariance + (1.0 - trust) * old + 1e-10 * np.diag(np.diag(old))
+        move = np.linalg.cholesky(covariance) @ np.linalg.inv(np.linalg.cholesky(old + 1e-10 * np.diag(np.diag(old))))
+        stretch, shift = move @ stretch, mean + move @ (shift - old_mean)
+    return FocusedProposal(proposal, *(jnp.asarray(part, jnp.float32) for part in best))

@@ -1,0 +1,68 @@
+"""Forward evidence: what simulated truths say of a proposal, which its own draws cannot."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.certificate import ForwardCheck
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.proposal import Proposal
+
+NUM_NEIGHBOURS = 64
+
+
+class ForwardBank(NamedTuple):
+    """Joint simulations held against the proposal, kept for the forward check of every observation.
+
+    Args:
+        features: standardised, flattened observations.
+        distance: distance of each to its nearest fellows.
+        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
+    """
+
+    features: Float[Array, "num features"]
+    distance: Float[Array, " num"]
+    log_excess: Float[Array, " num"]
+
+    @eqx.filter_jit
+    def check(self, proposal: Proposal, y: Sites) -> ForwardCheck:
+        """Look up the evidence near the observation ``y``."""
+        x = flatten(proposal.features(y))
+        distances = jnp.linalg.norm(self.features - x, axis=1)
+        near = jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)]
+        rank = (self.distance >= _neighbour_distance(distances)).mean()
+        return ForwardCheck(self.log_excess[near], rank)
+
+
+def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
+    return -jax.lax.top_k(-distances, min(num_nearest, distances.size))[0].mean()
+
+
+@eqx.filter_jit
+def forward_bank(key: Key, proposal: Proposal, num: int = 1024, num_proposals: int = 16) -> ForwardBank:
+    """Simulate joint draws (z*, y*) and weigh each truth z* under the proposal for its own y*.
+
+    Exactness: log_excess estimates log p(z* | y*) - log q(z* | y*); it is exact as ``num_proposals`` grows.
+    """
+    problem = proposal.problem
+
+    def one(key):
+        for_pair, for_truth, for_draws = jax.random.split(key, 3)
+        z, y = problem.simulate(for_pair)
+        context = proposal.context(y)
+        log_w = problem.log_joint(z, y) - proposal.log_q(for_truth, context, z)
+        draws, log_q = jax.vmap(lambda k: proposal.propose(k, context))(jax.random.split(for_draws, num_proposals))
+        log_ws = jax.vmap(lambda z: problem.log_joint(z, y))(draws) - log_q
+        log_mean = jax.nn.logsumexp(jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)) - jnp.log(num_proposals)
+        return flatten(proposal.features(y)), log_w - log_mean
+
+    features, excess = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
+
+    def lonely(i):
+        return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
+
+    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess)
