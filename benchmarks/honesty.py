@@ -140,7 +140,7 @@ def wrong_observation(key) -> Iterator[Case]:
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
         posterior = si.fit(own, read(oracle), num_steps=HEALTHY_STEPS, progress_bar=False)
         yield Case("wrong observation", oracle, oracle.data, look_elsewhere(posterior, oracle.simulate(own)[1]))
-        scale = max(float(np.abs(other["y"]).max()), 3.0)
+        scale = max(float(np.abs(oracle.data["y"]).max()), 3.0)
         far = {"y": np.asarray(oracle.data["y"] + 8.0 * scale, np.float32)}
         yield Case("wrong observation", oracle, far, posterior)
 

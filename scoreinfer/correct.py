@@ -159,11 +159,21 @@ def rejuvenate(
     covariance = (centred * w[:, None]).T @ centred
     factor = np.linalg.cholesky(covariance + 1e-8 * np.diag(np.diag(covariance)) + 1e-12 * np.eye(z.shape[1]))
     start = values[resample_indices(for_rows, log_weight, num)]
-    return _move_all(for_moves, log_density, start, jnp.asarray(factor, values.dtype), num_moves)
+    return move_all(for_moves, log_density, start, jnp.asarray(factor, values.dtype), num_moves)
 
 
 @eqx.filter_jit
-def _move_all(key, log_density, start, factor, num_moves):
+def move_all(
+    key: Key,
+    log_density: Callable[[Float[Array, " dim"]], Float[Array, ""]],
+    start: Float[Array, "num dim"],
+    factor: Float[Array, "dim dim"],
+    num_moves: int,
+) -> tuple[Float[Array, "num dim"], Float[Array, " num"], Moves]:
+    """Move every row by ``num_moves`` Langevin steps, after tuning their common step size on copies.
+
+    Exactness: leaves the density invariant.
+    """
     value_and_grad = jax.value_and_grad(log_density)
     step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, None))
 

@@ -16,7 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import effective_sample_size
+from scoreinfer.certificate import ForwardCheck
+from scoreinfer.correct import effective_sample_size, move_all
+from scoreinfer.forward import ForwardBank, HasFeatures
+from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Context, Proposal
 from scoreinfer.whitening import Affine
@@ -135,9 +138,9 @@ def focus(key: Key, proposal: Proposal, y: Sites, *, max_rounds: int = 12, num: 
     dim = proposal.problem.dim
     stretch, shift = np.eye(dim), np.zeros(dim)
     best, best_ess = (stretch, shift), -1.0
-    for key in jax.random.split(key, max_rounds):
+    for round_key in jax.random.split(key, max_rounds):
         current = FocusedProposal(proposal, jnp.asarray(stretch, jnp.float32), jnp.asarray(shift, jnp.float32))
-        z, log_weight = (np.asarray(leaf, np.float64) for leaf in _round(key, current, y, num))
+        z, log_weight = (np.asarray(leaf, np.float64) for leaf in _round(round_key, current, y, num))
         log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
         ess = effective_sample_size(log_weight)
         if ess > best_ess:
@@ -153,3 +156,80 @@ def focus(key: Key, proposal: Proposal, y: Sites, *, max_rounds: int = 12, num: 
         move = np.linalg.cholesky(covariance) @ np.linalg.inv(np.linalg.cholesky(old + 1e-10 * np.diag(np.diag(old))))
         stretch, shift = move @ stretch, mean + move @ (shift - old_mean)
     return FocusedProposal(proposal, *(jnp.asarray(part, jnp.float32) for part in best))
+
+
+class FocusedBank(NamedTuple):
+    """Forward evidence for the observation in focus; for any other, the amortised proposal's own.
+
+    Args:
+        original: the amortised proposal's bank.
+        x: features of the observation in focus.
+        log_excess: log(w / mean proposal weight) where chains started from simulated truths have ended.
+    """
+
+    original: ForwardBank
+    x: Float[Array, " features"]
+    log_excess: Float[Array, " neighbours"]
+
+    @eqx.filter_jit
+    def check(self, x: Float[Array, " features"]) -> ForwardCheck:
+        """Look up the evidence near the observation with features ``x``."""
+        check, same = self.original.check(x), jnp.array_equal(x, self.x)
+        excess = jnp.where(same, self.log_excess, check.log_excess)
+        return check._replace(log_excess=excess, log_share=jnp.where(same, 0.0, check.log_share))
+
+
+def explore(
+    key: Key,
+    proposal: FocusedProposal,
+    bank: ForwardBank | FocusedBank,
+    y: Sites,
+    *,
+    num_moves: int = 200,
+    num_draws: int = 512,
+) -> FocusedBank:
+    """Look, from simulated truths, for places that the focused proposal would never draw.
+
+    The truths of the simulations nearest to ``y`` are carried over to ``y`` by the whitening maps, and each starts a
+    chain of Langevin steps on the posterior. Where a chain ends, at a log density within the range of the proposal's
+    own weighted draws, its weight is compared with theirs: a mode that the proposal misses shows as a huge one.
+
+    Exactness: evidence, not proof: chains find what simulated truths lead to.
+    """
+    bank = bank.original if isinstance(bank, FocusedBank) else bank
+    problem = proposal.problem
+    for_draws, for_moves, for_weights = jax.random.split(key, 3)
+    starts, factor, draws, log_weight, x = _explorers(for_draws, proposal, bank, y, num_draws)
+    density = jax.tree_util.Partial(lambda y, z: problem.log_joint(z, y), y)
+    ends, log_joint, _ = move_all(for_moves, density, starts, factor, num_moves)
+    log_w = _weigh(for_weights, proposal, y, ends)
+    log_mean = jax.nn.logsumexp(log_weight) - jnp.log(num_draws)
+    drawn = jax.jit(jax.vmap(density))(draws)
+    weight = jax.nn.softmax(log_weight)
+    order = jnp.argsort(drawn)
+    floor = drawn[order][jnp.searchsorted(jnp.cumsum(weight[order]), 0.01)]
+    return FocusedBank(bank, x, jnp.where(log_joint >= floor, log_w - log_mean, -jnp.inf))
+
+
+@eqx.filter_jit
+def _explorers(key, proposal: FocusedProposal, bank: ForwardBank, y: Sites, num: int):
+    context, x = proposal.context(y), flatten(proposal.features(y))
+    near, _ = bank.nearest(x)
+    starts = jax.vmap(context.original.affine.forward)(bank.truth[near])
+
+    def one(key):
+        z, log_q = proposal.propose(key, context)
+        return z, proposal.problem.log_joint(z, y) - log_q
+
+    draws, log_weight = jax.vmap(one)(jax.random.split(key, num))
+    log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+    dtype = draws.dtype
+    return starts.astype(dtype), context.adapted.affine.factor.astype(dtype), draws, log_weight, x
+
+
+@eqx.filter_jit
+def _weigh(key, proposal: FocusedProposal, y: Sites, values):
+    context = proposal.context(y)
+    keys = jax.random.split(key, values.shape[0])
+    log_q = jax.vmap(lambda key, z: proposal.log_q(key, context, z))(keys, values)
+    return jax.vmap(lambda z: proposal.problem.log_joint(z, y))(values) - log_q

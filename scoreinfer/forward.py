@@ -1,18 +1,26 @@
 """Forward evidence: what simulated truths say of a proposal, which its own draws cannot."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal
 
 NUM_NEIGHBOURS = 64
+
+
+@runtime_checkable
+class HasFeatures(Protocol):
+    """Whatever standardises observations, such as a proposal."""
+
+    def features(self, y: Sites) -> Sites:
+        """Compute the standardised observation."""
 
 
 class ForwardBank(NamedTuple):
@@ -22,20 +30,27 @@ class ForwardBank(NamedTuple):
         features: standardised, flattened observations.
         distance: distance of each to its nearest fellows.
         log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
+        log_share: log(effective sample size / number) of the proposals there.
+        truth: the truth z* in the whitened space of its own observation.
     """
 
     features: Float[Array, "num features"]
     distance: Float[Array, " num"]
     log_excess: Float[Array, " num"]
+    log_share: Float[Array, " num"]
+    truth: Float[Array, "num dim"]
+
+    def nearest(self, x: Float[Array, " features"]) -> tuple[Int[Array, " neighbours"], Float[Array, " num"]]:
+        """Find the simulations nearest to an observation with features ``x``, and all distances."""
+        distances = jnp.linalg.norm(self.features - x, axis=1)
+        return jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)], distances
 
     @eqx.filter_jit
-    def check(self, proposal: Proposal, y: Sites) -> ForwardCheck:
-        """Look up the evidence near the observation ``y``."""
-        x = flatten(proposal.features(y))
-        distances = jnp.linalg.norm(self.features - x, axis=1)
-        near = jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)]
+    def check(self, x: Float[Array, " features"]) -> ForwardCheck:
+        """Look up the evidence near the observation with features ``x``."""
+        near, distances = self.nearest(x)
         rank = (self.distance >= _neighbour_distance(distances)).mean()
-        return ForwardCheck(self.log_excess[near], rank)
+        return ForwardCheck(self.log_excess[near], self.log_share[near], rank)
 
 
 def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
@@ -43,26 +58,32 @@ def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -
 
 
 @eqx.filter_jit
-def forward_bank(key: Key, proposal: Proposal, num: int = 1024, num_proposals: int = 16) -> ForwardBank:
+def forward_bank(key: Key, proposal: Proposal, num: int = 768, num_proposals: int = 32) -> ForwardBank:
     """Simulate joint draws (z*, y*) and weigh each truth z* under the proposal for its own y*.
 
     Exactness: log_excess estimates log p(z* | y*) - log q(z* | y*); it is exact as ``num_proposals`` grows.
     """
-    problem = proposal.problem
+    problem, simulate = proposal.problem, proposal.problem.simulate
+    assert simulate is not None
 
     def one(key):
         for_pair, for_truth, for_draws = jax.random.split(key, 3)
-        z, y = problem.simulate(for_pair)
+        z, y = simulate(for_pair)
         context = proposal.context(y)
         log_w = problem.log_joint(z, y) - proposal.log_q(for_truth, context, z)
         draws, log_q = jax.vmap(lambda k: proposal.propose(k, context))(jax.random.split(for_draws, num_proposals))
         log_ws = jax.vmap(lambda z: problem.log_joint(z, y))(draws) - log_q
-        log_mean = jax.nn.logsumexp(jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)) - jnp.log(num_proposals)
-        return flatten(proposal.features(y)), log_w - log_mean
+        log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
+        total = jax.nn.logsumexp(log_ws)
+        log_mean, log_share = (
+            part - jnp.log(num_proposals) for part in (total, 2 * total - jax.nn.logsumexp(2 * log_ws))
+        )
+        truth = context.affine.inverse(z.astype(jnp.float32))
+        return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
 
-    features, excess = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
+    features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
 
     def lonely(i):
         return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
 
-    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess)
+    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess, share, truth)

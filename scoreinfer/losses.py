@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
+from scoreinfer.nets import Embedding
 from scoreinfer.score.network import NeuralScore, preconditioners
 from scoreinfer.simulation import Simulations
 from scoreinfer.whitening import Whitening
@@ -33,7 +34,7 @@ class ScoreBatch(NamedTuple):
 class ConditionalScore(NamedTuple):
     """The trained pair: observation -> context, and (level, u, context) -> denoised u."""
 
-    embedding: eqx.Module
+    embedding: Embedding
     score: NeuralScore
 
 
@@ -75,7 +76,7 @@ def denoising_loss(
     key: Key,
     *,
     precision: Float[Array, " dim"] | None,
-    levels: NoiseLevels = NoiseLevels(),  # noqa: B008  (an immutable tuple)
+    levels: NoiseLevels = NoiseLevels(),
 ) -> Float[Array, ""]:
     """Compute the preconditioned denoising loss, plus the variance head's negative log-likelihood.
 

@@ -60,6 +60,8 @@ class Problem:
         not_simulable: why ``simulate`` is None, in words, else the empty string.
         pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, as
             ArviZ wants it for leave-one-out; None where it is not known.
+        model: the NumPyro model that the problem was read from, for what has to read it again; None where there is
+            none.
     """
 
     dim: int
@@ -77,6 +79,7 @@ class Problem:
     has_density: bool = True
     not_simulable: str = ""
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
+    model: Callable | None = None
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
+from scoreinfer.nets import Embedding
 from scoreinfer.problem import Problem
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.score import NeuralScore
-from scoreinfer.simulation import Standardiser
+from scoreinfer.simulation import Standardiser, encode
 from scoreinfer.whitening import Affine, Whitening
 
 
@@ -35,14 +36,14 @@ class Proposal(eqx.Module):
 
     standardiser: Standardiser
     whitening: Whitening
-    embedding: eqx.Module
+    embedding: Embedding
     score: NeuralScore
     sampler: AbstractSampler
     problem: Problem = eqx.field(static=True)
 
     def features(self, y: Sites) -> Sites:
         """Compute the standardised observation."""
-        return self.standardiser(self.problem.encode(y))
+        return self.standardiser(encode(self.problem, y))
 
     def context(self, y: Sites) -> Context:
         """Embed one observation."""

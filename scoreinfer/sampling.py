@@ -98,35 +98,35 @@ class ProbabilityFlow(AbstractSampler):
         (end, log_det), _ = jax.lax.scan(step, (x, jnp.float32(0.0)), (levels[:-1], levels[1:]))
         return end, log_normal(x, 0.0, variance) - log_det
 
-    def log_q(self, key, score, x, y=None, *, num_newton: int = 6):
-        """Compute the density of ``x`` by inverting every step with Newton's method; -inf where none is found."""
+    def log_q(self, key, score, x, y=None):
+        """Compute the density of ``x`` by inverting every step; -inf where no inverse is found."""
         levels = self.process.levels(self.num_steps).astype(jnp.float32)
-        x = x.astype(jnp.float32)
 
         def up(carry, pair):
-            x, log_det, missed = carry
-            low, high = pair
-            eye = jnp.eye(x.size, dtype=x.dtype)
+            x, log_det, found = carry
+            start, log_det_step, fits = self._invert(score, x, y, *pair)
+            return (start, log_det + log_det_step, found & fits), None
 
-            def newton(start, _):
-                new, jacobian = self._step_and_jacobian(score, start, y, high, low)
-                move = jnp.linalg.solve(jacobian + 1e-12 * eye, x - new)
-                limit = 0.5 * (1.0 + high)
-                return start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12)), None
-
-            start = self._step(score, x, y, low, high)
-            start, _ = jax.lax.scan(newton, start, None, length=num_newton)
-            new, jacobian = self._step_and_jacobian(score, start, y, high, low)
-            sign, value = jnp.linalg.slogdet(jacobian)
-            error = jnp.linalg.norm(new - x)
-            found = (error < 1e-3 * jnp.sqrt(low**2 + 1e-2 * (x @ x) * low)) & (sign > 0)
-            return (start, log_det + value, missed | ~found), None
-
-        (start, log_det, missed), _ = jax.lax.scan(
-            up, (x, jnp.float32(0.0), jnp.array(False)), (levels[:-1], levels[1:])
-        )
+        carry = (x.astype(jnp.float32), jnp.float32(0.0), jnp.array(True))
+        (start, log_det, found), _ = jax.lax.scan(up, carry, (levels[:-1], levels[1:]))
         value = log_normal(start, 0.0, 1.0 + levels[-1] ** 2) - log_det
-        return jnp.where(missed | ~jnp.isfinite(value), -jnp.inf, value)
+        return jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
+
+    def _invert(self, score, x, y, low, high, *, num_newton: int = 6):
+        """Find the point that the step from ``high`` to ``low`` takes to ``x``, by Newton's method."""
+
+        def newton(start, _):
+            new, jacobian = self._step_and_jacobian(score, start, y, high, low)
+            move = jnp.linalg.solve(jacobian, x - new)
+            limit = 0.5 * (1.0 + high)
+            return start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12)), None
+
+        guess = self._step(score, x, y, low, high)
+        start, _ = jax.lax.scan(newton, guess, None, length=num_newton)
+        new, jacobian = self._step_and_jacobian(score, start, y, high, low)
+        sign, log_det = jnp.linalg.slogdet(jacobian)
+        error = jnp.linalg.norm(new - x)
+        return start, log_det, (error < 1e-3 * jnp.sqrt(low**2 + 1e-2 * (x @ x) * low)) & (sign > 0)
 
 
 class ReverseSDE(AbstractSampler):

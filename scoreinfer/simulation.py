@@ -30,9 +30,7 @@ class Simulations(NamedTuple):
         return self.z.shape[0]
 
 
-def simulate(
-    key: Key, problem: Problem, num: int, *, gradient: bool = False, batch_size: int = 4096
-) -> Simulations:
+def simulate(key: Key, problem: Problem, num: int, *, gradient: bool = False, batch_size: int = 4096) -> Simulations:
     """Draw ``num`` joint draws (z, x) from prior and simulator, in batches of bounded memory.
 
     Draw i depends on ``key`` and i alone, whatever the batch size. Works under ``jit``. With ``gradient`` every
@@ -41,10 +39,13 @@ def simulate(
     Exactness: exact draws from the model's joint distribution.
     """
 
+    draw = problem.simulate
+    assert draw is not None
+
     def one(key):
-        z, y = problem.simulate(key)
+        z, y = draw(key)
         slope = jax.grad(problem.log_joint)(z, y) if gradient else None
-        return Simulations(z, problem.encode(y), slope)
+        return Simulations(z, encode(problem, y), slope)
 
     return jax.lax.map(one, jax.random.split(key, num), batch_size=min(batch_size, num))
 
@@ -68,6 +69,11 @@ def check_finite(simulations: Simulations) -> None:
         "draws. Dropping them silently would bias the posterior. Restrict the prior to where the simulator works, or "
         "make the simulator return a finite value (a clipped state, say) where it fails."
     )
+
+
+def encode(problem: Problem, y: Sites) -> Sites:
+    """Encode the observed sites; a model without any observes one constant."""
+    return problem.encode(y) or {"nothing": jnp.zeros(1)}
 
 
 class Standardiser(eqx.Module):

@@ -160,14 +160,10 @@ def train(
         stopped = "interrupted"
     bar.close()
     steps = len(losses) * budget.epoch_steps
-    history = History(
-        np.array(losses), np.array(values), steps, simulations, time.perf_counter() - start, stopped
-    )
+    history = History(np.array(losses), np.array(values), steps, simulations, time.perf_counter() - start, stopped)
     if stopped not in ("finished", "early"):
         message = f"{title} ended after {len(losses)} of {num_epochs} epochs: {stopped}."
         if best is None:
             raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
         warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=2)
     return eqx.combine(best, static), history
-
-

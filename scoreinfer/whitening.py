@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.nets import ResidualMLP
+from scoreinfer.nets import Embedding, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 
 MAX_FULL = 64
@@ -46,7 +46,7 @@ class Whitening(eqx.Module):
     slope: Float[Array, "dim features"]
     intercept: Float[Array, " dim"]
     residual: Float[Array, "dim dim"]
-    embedding: eqx.Module
+    embedding: Embedding
     network: ResidualMLP
 
     def __call__(self, x: Sites) -> Affine:
@@ -63,7 +63,7 @@ class Whitening(eqx.Module):
 
 
 def linear_whitening(
-    key: Key, z: Float[Array, "num dim"], x: Sites, embedding: eqx.Module, *, width: int, depth: int
+    key: Key, z: Float[Array, "num dim"], x: Sites, embedding: Embedding, *, width: int, depth: int
 ) -> Whitening:
     """Make a whitening from the ridge regression of z on the standardised observations (draw axis first)."""
     dim = z.shape[1]
@@ -79,6 +79,7 @@ def linear_whitening(
     context = embedding(jax.tree.map(lambda leaf: leaf[0], x))
     num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
     network = ResidualMLP(key, context.size, num_out, width=width, depth=depth)
-    return Whitening(
-        *(jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual)), embedding, network
+    slope, intercept, residual = (
+        jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual)
     )
+    return Whitening(slope, intercept, residual, embedding, network)

@@ -19,7 +19,9 @@ _tree
 problem correct nets process
 draws model simulation score whitening
 losses sampling
-checkpoint train certificate
+checkpoint train certificate proposal
+drawing forward
+focus
 posterior filters
 kernels calibration export
 comparison

@@ -75,7 +75,7 @@ def compilations():
 
 
 @pytest.mark.parametrize("path", [False, True], ids=["flow", "path"])
-@pytest.mark.parametrize("options", [{"num_proposals": 1}, {}, {"num_local_steps": 2}], ids=["one", "many", "local"])
+@pytest.mark.parametrize("options", [{}, {"num_proposals": 4}, {"num_local_steps": 2}], ids=["one", "many", "local"])
 def test_chain_is_exact(options, path):
     """Whatever is wrong with the proposal; run for other data than the warm-up."""
     mcmc = mcmc_of(
@@ -341,7 +341,7 @@ def test_constructor_errors(posterior):
     with pytest.raises(ValueError, match="multiple"):
         ScoreSDE(posterior=posterior, num_proposals=3, bank_size=10)
     with pytest.raises(ValueError, match="no model"):
-        ScoreSDE(posterior=fake_posterior(doubles.Problem(**vars(location_scale_problem())))).fit(random.key(0))
+        ScoreSDE(posterior=fake_posterior(doubles.Problem(**vars(location_scale_problem()) | {"model": None}))).fit(random.key(0))
 
 
 def test_latent_only_model():

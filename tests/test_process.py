@@ -1,5 +1,7 @@
 """Laws of every noising process: closed marginals agree with the SDE's own coefficients and with composed steps."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,7 +15,7 @@ PROCESSES = [VE(), VP(), SubVP()]
 def test_steps_compose_to_the_marginal(process):
     times = jnp.linspace(0.0, 1.0, 7)
     x, variance = jnp.array([0.7]), jnp.array(0.0)
-    for t0, t1 in zip(times[:-1], times[1:], strict=True):
+    for t0, t1 in itertools.pairwise(times):
         mean, extra = process.step(t0, t1, x)
         variance = (mean[0] / x[0]) ** 2 * variance + extra
         x = mean

@@ -8,7 +8,7 @@ import pytest
 
 from scoreinfer.correct import effective_sample_size, log_evidence
 from scoreinfer.nets import ConditionalMLP
-from scoreinfer.process import VE, VP
+from scoreinfer.process import VP
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE, log_normal
 from scoreinfer.score import EnsembleScore, GaussianScore, MixtureScore, NeuralScore
 

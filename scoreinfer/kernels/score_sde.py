@@ -27,18 +27,29 @@ from scoreinfer.problem import Problem
 
 
 class Fit(NamedTuple):
-    """A fitted sampler, and model arguments of its design (None where the kernel has not seen any)."""
+    """A fitted sampler, and model arguments of its design (None where the kernel has not seen any).
+
+    A pickled one is ``stripped`` of its problem until the kernel is next run.
+    """
 
     proposer: Proposer
     arguments: tuple[tuple, dict[str, Any]] | None
+    stripped: bool = False
 
 
-def with_problem(proposer: Proposer, problem: Problem | None) -> Proposer:
-    """Copy a sampler with another problem (an Equinox module is frozen, and its problem is static)."""
+def with_problem(proposer: Any, problem: Problem | None) -> Any:
+    """Copy a sampler, and the samplers it is made of, with another problem.
+
+    (An Equinox module is frozen, and its problem is static.)
+    """
     copy = object.__new__(type(proposer))
     for field in dataclasses.fields(proposer):
-        object.__setattr__(copy, field.name, getattr(proposer, field.name))
-    object.__setattr__(copy, "problem", problem)
+        value = getattr(proposer, field.name)
+        if field.name == "problem":
+            value = problem
+        elif isinstance(value, Proposer):
+            value = with_problem(value, problem)
+        object.__setattr__(copy, field.name, value)
     return copy
 
 
@@ -56,8 +67,9 @@ class ScoreSDE(MCMCKernel):
     covariates, shapes or constants of the model have changed; other observed values reuse the fit. With
     ``MCMC(..., jit_model_args=True)`` they reuse the compiled loop as well.
 
-    A run on other data than the warm-up's starts afresh from the sampler's proposals for these data. Pickling leaves
-    out the problem, which is read from the (importable) model again when the kernel is next run.
+    A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` say where; so does a
+    run on other data than the warm-up's. Pickling leaves out the problem, which is read from the (importable) model
+    again when the kernel is next run.
 
     Args:
         model: NumPyro model; beside ``posterior``, what ArviZ and a pickled kernel read.
@@ -72,7 +84,7 @@ class ScoreSDE(MCMCKernel):
         fast the chain forgets its start, and no chain finds a mode that the proposals never visit.
 
     Good values: the defaults suit an importance ESS above 0.3 of the draws. Below, raise ``num_proposals`` to about
-        3 / (ESS / N), or add 5 to 20 local steps with a few hundred iterations of warm-up.
+        1 / (ESS / N), or add 2 to 10 local steps with a few hundred iterations of warm-up.
 
     References: Liu, Liang and Wong 2000; Andrieu, Lee and Vihola 2018 (see `scoreinfer.kernels.transition`).
     """
@@ -85,22 +97,22 @@ class ScoreSDE(MCMCKernel):
         model: Callable | None = None,
         *,
         posterior: Any = None,
-        num_proposals: int = 4,
+        num_proposals: int = 1,
         num_local_steps: int = 0,
         step_size: float = 1.0,
-        bank_size: int = 256,
+        bank_size: int = 128,
         key: Key | None = None,
     ):
         if model is None and posterior is None:
             raise ValueError("Expected a `model` or a fitted `posterior`, got neither.")
         if num_proposals < 1 or bank_size < num_proposals or bank_size % num_proposals:
             raise ValueError(f"`bank_size` {bank_size} must be a positive multiple of `num_proposals` {num_proposals}.")
-        self.model = getattr(posterior.problem, "model", None) if model is None else model
+        self.model = posterior.problem.model if model is None else model
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.key = step_size, bank_size, key
         self._fits = [] if posterior is None else [Fit(posterior.proposal, None)]
         self._latest = 0
-        self._sample_fn = None
+        self._sample_fn: Callable[..., ScoreSDEState] | None = None
 
     def fit(self, key: Key, *args: Any, **kwargs: Any) -> Any:
         """Fit the posterior for these model arguments now; later runs with the same covariates use it."""
@@ -114,8 +126,8 @@ class ScoreSDE(MCMCKernel):
 
     def _proposer(self, number: int, args: tuple, kwargs: dict[str, Any]) -> Proposer:
         """Look up a fit; one that has been pickled reads its problem from the model again."""
-        proposer, arguments = self._fits[number]
-        if proposer.problem is None:
+        proposer, arguments, stripped = self._fits[number]
+        if stripped:
             if self.model is None:
                 raise ValueError("A pickled ScoreSDE has lost its problem: give ScoreSDE the model as well.")
             args, kwargs = arguments or (args, kwargs)
@@ -176,7 +188,8 @@ class ScoreSDE(MCMCKernel):
         move = partial(transition, proposer, y, self.num_proposals, self.num_local_steps)
         if is_prng_key(state.rng_key):
             return move(state)
-        axes = ScoreSDEState(*(0 for _ in state))._replace(y=None, weights=None)
+        mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "weights": None}
+        axes = ScoreSDEState(**mapped)
         return jax.vmap(move, in_axes=(axes,), out_axes=axes)(state)
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
@@ -195,5 +208,5 @@ class ScoreSDE(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the problems, which hold closures."""
-        fits = [fitted._replace(proposer=with_problem(fitted.proposer, None)) for fitted in self._fits]
+        fits = [Fit(with_problem(proposer, None), arguments, stripped=True) for proposer, arguments, _ in self._fits]
         return self.__dict__ | {"_fits": fits, "_sample_fn": None}

@@ -45,7 +45,9 @@ TARGET_ACCEPT_PROB = 0.574
 class Proposer(Protocol):
     """What the kernel asks of the learned sampler (`scoreinfer.posterior.Proposal`), an Equinox module."""
 
-    problem: Problem
+    @property
+    def problem(self) -> Problem:
+        """The problem that the sampler is for."""
 
     def context(self, y: Sites) -> Any:
         """Embed one observation."""
@@ -211,18 +213,23 @@ def with_draw(proposer: Proposer, state: ScoreSDEState, draw: Weighed) -> ScoreS
 
 
 def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num: int) -> ScoreSDEState:
-    """Try the next ``num`` proposals of the bank; where the observation has changed, start afresh from them."""
+    """Try the next ``num`` proposals of the bank.
+
+    A chain that has no weight yet, or whose observation has changed, starts afresh: it picks from a whole bank by
+    weight (importance resampling) and spends that bank.
+    """
     key_bank, key_select = random.split(key)
+    size = state.bank.proposals.log_weight.size
     changed = ~jnp.array([same_bits(y[name], state.y[name]) for name in y], bool).all()
-    other_key = ~same_bits(state.bank.key_bits, random.key_data(state.rng_key))
-    used_up = state.bank.used >= state.bank.proposals.log_weight.size
-    bank = refill(key_bank, proposer, y, state.bank, changed | other_key | used_up)
-    tried = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, bank.used, num), bank.proposals)
     current = current_draw(proposer, state)
     current = current._replace(log_weight=jnp.where(changed, -jnp.inf, current.log_weight))
-    draw, accept_prob = select(key_select, tried, current)
-    state = state._replace(accept_prob=accept_prob, bank=bank._replace(used=bank.used + num), y=y)
-    return with_draw(proposer, state, draw)
+    other_key = ~same_bits(state.bank.key_bits, random.key_data(state.rng_key))
+    bank = refill(key_bank, proposer, y, state.bank, changed | other_key | (state.bank.used >= size))
+    ahead, fresh = jnp.arange(size) - bank.used, current.log_weight == -jnp.inf
+    tried = jnp.where(fresh | (ahead >= 0) & (ahead < num), bank.proposals.log_weight, -jnp.inf)
+    draw, accept_prob = select(key_select, bank.proposals._replace(log_weight=tried), current)
+    bank = bank._replace(used=jnp.where(fresh, size, bank.used + num))
+    return with_draw(proposer, state._replace(accept_prob=accept_prob, bank=bank, y=y), draw)
 
 
 def local_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num: int) -> ScoreSDEState:

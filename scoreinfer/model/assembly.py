@@ -32,18 +32,18 @@ class Facts(NamedTuple):
 
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
     """Read a model with bound arguments: the problem, and what else `check` has to say."""
-    model, fixed = fix_parameters(model, args, kwargs)
-    run = functools.partial(model, *args, **kwargs)
+    closed, fixed = fix_parameters(model, args, kwargs)
+    run = functools.partial(closed, *args, **kwargs)
     base = needs_no_values(abstract_trace, run)
     given, pseudo = _given(run, base)
-    fed = infer_observed(model, args, kwargs, base) if observed is None else frozenset()
+    fed = infer_observed(closed, args, kwargs, base) if observed is None else frozenset()
     names = frozenset(observed) if observed is not None else frozenset(given) or fed
     script = Script(run, names, {name: shape for name, shape in given.items() if shape is not None})
     survey = take_survey(script)
     refuse_seeded(survey)
     inferred = frozenset() if given else fed
     facts = Facts(survey, script, inferred, fixed, pseudo, fed - names)
-    return _problem(Design(model, args, kwargs, script, survey), facts), facts
+    return _problem(model, Design(closed, args, kwargs, script, survey), facts), facts
 
 
 def _given(run: Callable[[], Any], base: Trace) -> tuple[dict[str, tuple[int, ...] | None], frozenset[str]]:
@@ -72,7 +72,7 @@ def _broad_shape(site: dict[str, Any]) -> tuple[int, ...] | None:
     return shape[: len(shape) - site["fn"].event_dim]
 
 
-def _problem(design: Design, facts: Facts) -> Problem:
+def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
     survey, script = facts.survey, facts.script
     layout, frozen_key = survey.layout, fixed_key()
     names = [name for name in survey.table if name in script.names]
@@ -95,6 +95,10 @@ def _problem(design: Design, facts: Facts) -> Problem:
                 "(`Problem.has_density` is False). Make the noise a sample site to have one."
             )
         return sum_terms(script.terms(frozen_key, layout.unflatten(z), y), lambda name: name not in prior)
+
+    def pointwise_log_likelihood(z: Float[Array, " dim"], y: Sites) -> Sites:
+        terms = script.terms(frozen_key, layout.unflatten(z), y)
+        return {name: terms[name] for name in names}
 
     def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Sites:
         played = script.play(frozen_key, layout.unflatten(z), example)
@@ -138,15 +142,10 @@ def _problem(design: Design, facts: Facts) -> Problem:
     return Problem(
         dim=layout.dim,
         latents=tuple(
-            Site(name, row.shape, row.dtype, row.words, int(np.prod(shape)))
+            _site(name, survey, size=int(np.prod(shape)))
             for name, shape in zip(layout.names, layout.shapes, strict=True)
-            if (row := survey.table[name])
         ),
-        observed=tuple(
-            Site(name, row.shape, row.dtype, row.words, 0, survey.exchangeable.get(name))
-            for name in names
-            if (row := survey.table[name])
-        ),
+        observed=tuple(_site(name, survey) for name in names),
         log_prior=log_prior,
         log_likelihood=log_likelihood,
         constrain=constrain,
@@ -158,7 +157,14 @@ def _problem(design: Design, facts: Facts) -> Problem:
         read=reader,
         has_density=has_density,
         not_simulable=not_simulable,
+        pointwise_log_likelihood=pointwise_log_likelihood if has_density else None,
+        model=model,
     )
+
+
+def _site(name: str, survey: Survey, size: int = 0) -> Site:
+    row = survey.table[name]
+    return Site(name, row.shape, row.dtype, row.words, size, survey.exchangeable.get(name))
 
 
 def _points(played: Trace, layout: Layout) -> Float[Array, " dim"]:

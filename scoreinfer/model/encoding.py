@@ -18,8 +18,9 @@ def encoder(row: Row, support: constraints.Constraint | None) -> Callable[[Array
     Supports that move with the latent sites (`None`) are left as they are.
     """
     inner = None if support is None else unwrapped(support)
-    if row.num_classes is not None:
-        return lambda x: jax.nn.one_hot(x, row.num_classes)
+    num_classes = row.num_classes
+    if num_classes is not None:
+        return lambda x: jax.nn.one_hot(x, num_classes)
     if inner is constraints.circular:
         return lambda x: jnp.stack([jnp.cos(x), jnp.sin(x)], axis=-1)
     if inner is constraints.boolean or inner is None:

@@ -99,6 +99,11 @@ def _aval(leaf: Any) -> tuple[Any, Any]:
     return (jnp.shape(leaf), jnp.result_type(leaf)) if is_array(leaf) else (None, None)
 
 
+def _agree(term: Array, own: np.ndarray) -> bool:
+    tolerance = 1e-8 if term.dtype == own.dtype == np.float64 else 2e-4
+    return term.shape == own.shape and np.allclose(term, own, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 class Design:
     """The part of a model's arguments that is not data: it belongs to the problem and is fixed.
 
@@ -117,7 +122,7 @@ class Design:
         self.model, self.script, self.survey = model, script, survey
         paths, self.treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         self.leaves = dict(paths)
-        self._structure = functools.lru_cache(maxsize=16)(self._structure)
+        self._structure = functools.lru_cache(maxsize=16)(self._build_structure)
 
     def terms(self, run: Callable[[], Any]) -> dict[str, Array]:
         """Compute log densities at the problem's draws for other arguments."""
@@ -126,20 +131,15 @@ class Design:
         return jax.lax.map(lambda row: script.terms(*row), (probe_keys(), self.survey.points, y))
 
     def fits(self, terms: Mapping[str, Array]) -> bool:
-        """Compare log densities with the problem's own."""
+        """Compare log densities with the problem's own, as closely as the coarser precision of the two allows."""
         own = self.survey.terms
-        precise = jnp.result_type(float) == jnp.float64
-        tolerance = 1e-8 if precise else 2e-4
-        return terms.keys() == own.keys() and all(
-            terms[name].shape == own[name].shape
-            and np.allclose(terms[name], own[name], rtol=tolerance, atol=tolerance, equal_nan=True)
-            for name in own
-        )
+        return terms.keys() == own.keys() and all(_agree(terms[name], own[name]) for name in own)
 
     def open(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Structure, list[Any]]:
         """Split arguments into arrays that differ from the problem's own, and the structure around them."""
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        parts, arrays = [], []
+        parts: list[tuple[Any, str, Any, Any]] = []
+        arrays = []
         for path, leaf in paths:
             if path in self.leaves and same_leaf(self.leaves[path], leaf):
                 parts.append((path, "same", None, None))
@@ -151,9 +151,9 @@ class Design:
         try:
             return self._structure(treedef, tuple(parts)), arrays
         except TypeError:  # a leaf that cannot be hashed
-            return self._structure.__wrapped__(treedef, tuple(parts)), arrays
+            return self._build_structure(treedef, tuple(parts)), arrays
 
-    def _structure(self, treedef: Any, parts: tuple) -> _Structure:
+    def _build_structure(self, treedef: Any, parts: tuple) -> _Structure:
         is_open = [kind == "array" for _, kind, _, _ in parts]
         own = [self.leaves.get(path) if kind == "same" else value for path, kind, _, value in parts]
 

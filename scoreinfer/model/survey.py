@@ -157,7 +157,9 @@ def take_survey(script: Script) -> Survey:
         },
         masks={name: np.asarray(mask[0]) for name, mask in drawn["masks"].items() if _constant(mask)},
         exchangeable={
-            name: table[name].plate_axis for name, (moved, stayed) in drawn["alike"].items() if close(moved, stayed)
+            name: axis
+            for name, (moved, stayed) in drawn["alike"].items()
+            if (axis := table[name].plate_axis) is not None and close(moved, stayed)
         },
         after_data=frozenset(
             name

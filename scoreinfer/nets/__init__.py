@@ -1,6 +1,6 @@
 """Backbones and embeddings; none of them knows an SDE."""
 
-from scoreinfer.nets.embedding import Concatenate, DeepSet, Series
+from scoreinfer.nets.embedding import Concatenate, DeepSet, Embedding, Series
 from scoreinfer.nets.mlp import ConditionalMLP, ResidualMLP
 
-__all__ = ["Concatenate", "ConditionalMLP", "DeepSet", "ResidualMLP", "Series"]
+__all__ = ["Concatenate", "ConditionalMLP", "DeepSet", "Embedding", "ResidualMLP", "Series"]

@@ -1,5 +1,7 @@
 """Embeddings: standardised observed sites to one context vector."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,9 @@ from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.nets.mlp import ResidualMLP, linear
+
+Embedding = Callable[[Sites], Float[Array, " features"]]
+"""What an embedding is to whoever calls it; to be trained and saved it has to be an Equinox module."""
 
 
 def flatten(sites: Sites) -> Float[Array, " features"]:

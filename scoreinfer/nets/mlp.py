@@ -61,9 +61,7 @@ class ConditionalMLP(eqx.Module):
     last: eqx.nn.Linear
     width: int = eqx.field(static=True)
 
-    def __init__(
-        self, key: Key, num_in: int, num_context: int, num_out: int, *, width: int = 128, depth: int = 4
-    ):
+    def __init__(self, key: Key, num_in: int, num_context: int, num_out: int, *, width: int = 128, depth: int = 4):
         keys = jax.random.split(key, 2 * depth + 5)
         half = 16
         self.width = width

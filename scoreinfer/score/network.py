@@ -1,6 +1,7 @@
 """The learned score: a network preconditioned so that it predicts a quantity of unit variance at every level."""
 
-import equinox as eqx
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -23,7 +24,7 @@ class NeuralScore(AbstractScore):
     Exactness: biased: as good as its training. The samplers' weights are exact whatever the network says.
     """
 
-    network: eqx.Module
+    network: Callable[[Array, Array, PyTree], Array]
 
     def heads(
         self, level: Float[Array, ""], x: Float[Array, " dim"], y: PyTree = None

@@ -1,0 +1,319 @@
+"""The amortised posterior end to end, on models with known answers."""
+
+import dataclasses
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import scoreinfer as si
+from oracles import disagreement, gaussian_mixture, linear_gaussian
+from scoreinfer.correct import effective_sample_size, log_evidence
+from scoreinfer.drawing import weighted_draws
+from scoreinfer.forward import forward_bank
+from scoreinfer.losses import target_mix, whitening_loss
+from scoreinfer.nets import Concatenate
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.simulation import Simulations, check_finite, simulate, standardiser
+from scoreinfer.train import Budget, train
+from scoreinfer.whitening import linear_whitening
+
+SMALL = {"width": 32, "depth": 2, "num_steps": 1000, "batch_size": 256, "progress_bar": False}
+
+
+class Compilations:
+    """Counts XLA compilations while it is open."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def _hear(self, event, duration, **kwargs):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    oracle = gaussian_mixture()
+    return oracle, si.fit(jax.random.key(0), oracle.model, **SMALL)
+
+
+def test_linear_gaussian_is_solved_by_the_whitening_alone():
+    """In ten dimensions the regression is the answer: nearly equal weights after hardly any training."""
+    oracle = linear_gaussian(10)
+    posterior = si.fit(jax.random.key(0), oracle.model, **SMALL | {"num_steps": 250})
+    draws = posterior.sample(jax.random.key(1), 4000, **oracle.data)
+    truth = oracle.truth(oracle.data)
+    assert draws.certificate.certified
+    assert draws.certificate.ess > 2000
+    assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se + 1e-3
+    assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
+
+
+def test_mixture_is_certified_and_right(mixture):
+    oracle, posterior = mixture
+    draws = posterior.sample(jax.random.key(1), 4000, **oracle.data)
+    truth = oracle.truth(oracle.data)
+    assert draws.certificate.certified, draws.certificate
+    assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
+    assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
+
+
+@pytest.mark.parametrize("sampler", [si.ProbabilityFlow(num_steps=8), si.ReverseSDE(num_steps=32)], ids=["flow", "sde"])
+@pytest.mark.parametrize("focused", [False, True], ids=["amortised", "focused"])
+def test_any_sampler_on_any_weights_is_exact(mixture, sampler, focused):
+    """Another sampler, weights disturbed at random, a focus: the answer does not move, only the efficiency does."""
+    oracle, posterior = mixture
+    leaves, tree = jax.tree.flatten(posterior.proposal.score)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    noisy = [leaf + 0.02 * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    proposal = dataclasses.replace(posterior.proposal, sampler=sampler, score=jax.tree.unflatten(tree, noisy))
+    posterior = dataclasses.replace(posterior, proposal=proposal)
+    if focused:
+        posterior = posterior.focus(jax.random.key(5), **oracle.data)
+    draws = posterior.sample(jax.random.key(4), 4000, **oracle.data)
+    truth = oracle.truth(oracle.data)
+    assert draws.certificate.ess > 100
+    assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
+    assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
+
+
+def test_defensive_mixture_is_exact_and_bounds_the_weights(mixture):
+    oracle, posterior = mixture
+    draws = posterior.sample(jax.random.key(1), 4000, prior_fraction=0.25, **oracle.data)
+    truth = oracle.truth(oracle.data)
+    assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
+    assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
+    log_prior = jax.vmap(posterior.problem.log_prior)(draws.values)
+    assert np.all(np.asarray(draws.log_weight) <= draws.log_joint - log_prior - np.log(0.25) + 1e-3)
+
+
+def test_more_proposals_and_moves_give_equal_weights(mixture):
+    oracle, posterior = mixture
+    draws = posterior.sample(jax.random.key(1), 2000, max_proposals=20_000, **oracle.data)
+    truth = oracle.truth(oracle.data)
+    assert draws.num == 2000
+    assert draws.info["num_proposals"] > 2000
+    assert draws.certificate.ess >= 2000
+    assert np.ptp(np.asarray(draws.log_weight)) < 1e-3
+    assert len(np.unique(np.asarray(draws.values), axis=0)) == 2000
+    assert disagreement(truth, oracle.flat(draws.sites), ess=1000) < 5
+
+
+def test_draws_do_not_depend_on_the_batch_size(mixture):
+    oracle, posterior = mixture
+    whole = posterior.sample(jax.random.key(1), 500, **oracle.data)
+    parts = posterior.sample(jax.random.key(1), 500, batch_size=64, **oracle.data)
+    more = posterior.sample(jax.random.key(1), 700, **oracle.data)
+    for other in (parts, more):
+        assert np.allclose(other.values[:500], whole.values, atol=1e-4)
+        assert np.allclose(other.log_weight[:500], whole.log_weight, atol=2e-3)
+
+
+def test_second_observation_costs_no_compilation(mixture):
+    oracle, posterior = mixture
+    posterior.sample(jax.random.key(1), 500, **oracle.data)
+    with Compilations() as compilations:
+        posterior.sample(jax.random.key(2), 500, **{k: v + 0.3 for k, v in oracle.data.items()})
+    assert compilations.count == 0
+
+
+def test_resampled_sites_keep_their_rows_together(mixture):
+    oracle, posterior = mixture
+    draws = posterior.sample(jax.random.key(1), 2000, **oracle.data)
+    resampled = draws.resample(jax.random.key(2), 1000)
+    assert disagreement(oracle.truth(oracle.data), oracle.flat(resampled), ess=500) < 5
+
+
+def test_missed_mode_is_refused(mixture):
+    """A proposal trained on half the simulator: perfect weights on its half, and no certificate."""
+    oracle, posterior = mixture
+    problem = posterior.problem
+
+    def half(key):
+        z, y = problem.simulate(key)
+        flip = jnp.where(z[0] > 0, 1.0, -1.0)  # the prior is symmetric: reflect to the positive side
+        other = problem.simulate_observation(jax.random.fold_in(key, 1), flip * z)
+        return flip * z, jax.tree.map(lambda a, b: jnp.where(flip > 0, a, b), y, other)
+
+    broken = si.fit(jax.random.key(0), dataclasses.replace(problem, simulate=half), **SMALL, target_score=False)
+    proposal = dataclasses.replace(broken.proposal, problem=problem)
+    broken = dataclasses.replace(broken, proposal=proposal, bank=forward_bank(jax.random.key(2), proposal))
+    draws = broken.sample(jax.random.key(1), 4000, **oracle.data)
+    assert not draws.certificate.certified
+    assert draws.certificate.missed > 0.05, draws.certificate
+
+
+def test_far_observation_is_refused(mixture):
+    oracle, posterior = mixture
+    far = {name: np.full_like(value, 60.0) for name, value in oracle.data.items()}
+    draws = posterior.sample(jax.random.key(1), 4000, **far)
+    assert not draws.certificate.certified
+    assert "further from the simulations" in draws.certificate.reason
+
+
+def test_distance_rank_is_uniform_on_data_from_the_model(mixture):
+    """The share of certificates refused for distance alone is one in the bank's size plus one."""
+    _, posterior = mixture
+    ranks = []
+    for i in range(200):
+        _, y = posterior.problem.simulate(jax.random.key(1000 + i))
+        ranks.append(float(posterior.bank.check(flatten(posterior.proposal.features(y))).distance_rank))
+    assert np.mean(np.array(ranks) == 0.0) <= 0.02
+    assert 0.35 < np.mean(ranks) < 0.65
+
+
+def test_same_key_same_weights(mixture):
+    oracle, _ = mixture
+    tiny = SMALL | {"num_steps": 20, "width": 8}
+    first, second = (si.fit(jax.random.key(7), oracle.model, **tiny) for _ in range(2))
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(p.proposal, eqx.is_array)) for p in (first, second)), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_fixed_budget_holds_out_and_stops():
+    oracle = linear_gaussian(2)
+    posterior = si.fit(
+        jax.random.key(0), oracle.model, num_simulations=500, **SMALL | {"num_steps": 3000, "batch_size": 64}
+    )
+    history = posterior.history.score
+    assert history.stopped in ("finished", "early")
+    draws = posterior.sample(jax.random.key(1), 4000, **oracle.data)
+    assert disagreement(oracle.truth(oracle.data), oracle.flat(draws.sites), draws.log_weight) < 5
+
+
+def test_model_without_data_is_its_prior():
+    def model():
+        numpyro.sample("a", dist.Normal(1.0, 2.0))
+        numpyro.sample("b", dist.Gamma(3.0, 1.0))
+
+    posterior = si.fit(jax.random.key(0), model, **SMALL)
+    draws = posterior.sample(jax.random.key(1), 4000)
+    cert = draws.certificate
+    assert abs(cert.log_evidence) < 5 * cert.log_evidence_se + 1e-3
+    w = np.exp(np.asarray(draws.log_weight, float))
+    w /= w.sum()
+    assert abs(w @ np.asarray(draws.sites["b"]) - 3.0) < 5 * np.sqrt(3.0 / cert.ess)
+
+
+def test_simulations_that_are_not_finite_stop_training_with_the_sites_named():
+    def model(y=None):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.where(a > 1.0, jnp.nan, a), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"not finite in y: 1\d\.\d\d% of"):
+        si.fit(jax.random.key(0), model, **SMALL)
+
+
+def test_check_finite_names_latent_values():
+    with pytest.raises(ValueError, match="latent values"):
+        check_finite(Simulations(jnp.array([[jnp.nan], [1.0]]), {"y": jnp.zeros((2, 1))}))
+
+
+def test_model_that_cannot_be_simulated_is_refused():
+    def model(y=None):
+        a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    with pytest.raises(si.UnsupportedModel, match="simulat"):
+        si.fit(jax.random.key(0), model, y=1.0, **SMALL)
+
+
+@pytest.mark.parametrize("when", ["loss", "pool", "interrupt"])
+def test_training_that_breaks_keeps_the_best_weights(when):
+    """Bad numbers or an interrupt after a good epoch: a warning that says which, and finite weights."""
+    calls = []
+
+    def pools(key):
+        calls.append(key)
+        broken = len(calls) > 2
+        if broken and when == "interrupt":
+            raise KeyboardInterrupt
+        return jnp.where(broken and when == "pool", jnp.nan, 1e25 if broken and when == "loss" else 1.0) * jnp.ones(64)
+
+    def loss(weight, batch, key):
+        return jnp.mean((weight - batch) ** 2 * batch)
+
+    expected = {"loss": "loss not finite", "pool": "simulations not finite", "interrupt": "interrupted"}[when]
+    with pytest.warns(si.TrainingWarning, match=expected):
+        weight, history = train(
+            jax.random.key(0), jnp.zeros(()), loss, pools, jnp.ones(8), Budget(50, 8, 10), progress_bar=False
+        )
+    assert history.stopped == expected
+    assert np.isfinite(weight) and weight > 0
+
+
+def test_training_that_never_worked_raises():
+    with pytest.raises(FloatingPointError, match="no weights to keep"):
+        train(
+            jax.random.key(0),
+            jnp.zeros(()),
+            lambda w, b, k: jnp.mean(w * b) / 0.0,
+            lambda key: jnp.ones(64),
+            jnp.ones(8),
+            Budget(50, 8, 10),
+            progress_bar=False,
+        )
+
+
+def test_standardiser_is_linear_in_the_bulk_and_logarithmic_beyond():
+    x = {"y": jax.random.normal(jax.random.key(0), (5000,)) * 3.0 + 5.0}
+    scale = standardiser(x)
+    assert abs(float(scale({"y": jnp.array(8.0)})["y"]) - 1.0) < 0.05
+    assert float(scale({"y": jnp.array(5.0 + 3e6)})["y"]) < 20.0
+    constant = standardiser({"y": jnp.ones((10, 2))})
+    assert np.all(np.isfinite(constant({"y": jnp.ones(2)})["y"]))
+
+
+def test_linear_whitening_is_the_gaussian_posterior():
+    oracle = linear_gaussian(3)
+    problem = si.from_numpyro(oracle.model)
+    simulations = simulate(jax.random.key(0), problem, 20_000)
+    scale = standardiser(simulations.x)
+    x = jax.vmap(scale)(simulations.x)
+    whitening = linear_whitening(jax.random.key(1), simulations.z, x, Concatenate(), width=16, depth=1)
+    affine = whitening(scale(problem.encode(jax.tree.map(jnp.asarray, oracle.data))))
+    truth = oracle.truth(oracle.data)
+    assert np.allclose(affine.mean, truth.mean, atol=0.05)
+    assert np.allclose(affine.factor @ affine.factor.T, truth.covariance, atol=0.05 * truth.covariance.max())
+    loss = whitening_loss(whitening, Simulations(simulations.z, x), jax.random.key(0))
+    expected = 0.5 * problem.dim + 0.5 * np.linalg.slogdet(truth.covariance)[1]
+    assert abs(float(loss) - expected) < 0.05
+
+
+def test_target_mix_cancels_all_noise_for_a_gaussian():
+    """(1 - k) u + k (u_s + s^2 grad log p) is the exact denoiser, for every u."""
+    precision = jnp.array([1.0, 25.0])
+    u = jax.random.normal(jax.random.key(0), (500, 2)) / jnp.sqrt(precision)
+    level = jnp.full(500, 0.7)
+    noisy = jnp.array([0.3, -0.2])
+    share = target_mix(level, precision)
+    target = u + share * (noisy + 0.49 * (-precision * u) - u)
+    assert np.allclose(target, noisy / (1.0 + 0.49 * precision), atol=1e-5)
+
+
+def test_unbiased_before_any_training():
+    """The whole chain (whitening, network, sampler, weights) on a posterior that was never trained."""
+    oracle = gaussian_mixture()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = si.fit(jax.random.key(0), oracle.model, **SMALL | {"num_steps": 1})
+    y = posterior.problem.read((), oracle.data)
+    drawn = weighted_draws(jax.random.key(1), posterior.proposal, y, 1024, 0.0, 0, 20_000, _NoBar())
+    value, error = log_evidence(drawn.log_weight)
+    assert effective_sample_size(drawn.log_weight) < 19_000
+    assert abs(value - oracle.truth(oracle.data).log_evidence) < 5 * error
+
+
+class _NoBar:
+    def update(self, num):
+        pass
