@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 from diffrax import ODETerm, PIDController, SaveAt, Tsit5, diffeqsolve
@@ -27,9 +28,10 @@ QUANTILES = (0.025, 0.05, 0.25, 0.5, 0.75, 0.95, 0.975)
 
 def accurate(rates, initial):
     """Solve for the log populations to a relative and absolute tolerance of 1e-8."""
+    times = lynx_hare.YEARS
     solution = diffeqsolve(
-        ODETerm(lynx_hare.growth), Tsit5(), lynx_hare.YEARS[0], lynx_hare.YEARS[-1], 0.05, jax.numpy.log(initial), args=rates,
-        saveat=SaveAt(ts=lynx_hare.YEARS), stepsize_controller=PIDController(rtol=1e-8, atol=1e-8), max_steps=4096, throw=False,
+        ODETerm(lynx_hare.growth), Tsit5(), times[0], times[-1], 0.05, jnp.log(initial), args=rates,
+        saveat=SaveAt(ts=times), stepsize_controller=PIDController(rtol=1e-8, atol=1e-8), max_steps=4096, throw=False,
     )  # fmt: skip
     return solution.ys
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.correct import effective_sample_size, move_all
-from scoreinfer.forward import ForwardBank, HasFeatures
+from scoreinfer.forward import ForwardBank
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Context, Proposal
@@ -118,7 +118,9 @@ def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, (centred * weight[:, None]).T @ centred
 
 
-def focus(key: Key, proposal: Proposal, y: Sites, *, max_rounds: int = 12, num: int = 1024) -> FocusedProposal:
+def focus(
+    key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_rounds: int = 12, num: int = 1024
+) -> FocusedProposal:
     """Adapt ``proposal`` to the observation ``y``.
 
     Args:

@@ -1,6 +1,6 @@
 """Forward evidence: what simulated truths say of a proposal, which its own draws cannot."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,14 +13,6 @@ from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal
 
 NUM_NEIGHBOURS = 64
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """Whatever standardises observations, such as a proposal."""
-
-    def features(self, y: Sites) -> Sites:
-        """Compute the standardised observation."""
 
 
 class ForwardBank(NamedTuple):

@@ -5,7 +5,6 @@ Everything is in the whitened space, where a draw has roughly unit variance at e
 
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree

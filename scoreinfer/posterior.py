@@ -19,11 +19,11 @@ from scoreinfer.certificate import certify
 from scoreinfer.correct import effective_sample_size, rejuvenate
 from scoreinfer.drawing import Weighted, constrain, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.focus import FocusedBank, FocusedProposal, explore, focus
+from scoreinfer.focus import FocusedBank, FocusedContext, FocusedProposal, explore, focus
 from scoreinfer.forward import ForwardBank, forward_bank
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, whitening_loss
 from scoreinfer.model import from_numpyro
-from scoreinfer.nets import Concatenate, ConditionalMLP
+from scoreinfer.nets import Concatenate, ConditionalMLP, Embedding
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Context, Proposal
@@ -67,15 +67,15 @@ class Posterior(eqx.Module):
         """The problem this posterior answers."""
         return self.proposal.problem
 
-    def context(self, y: Sites) -> Context:
+    def context(self, y: Sites) -> Context | FocusedContext:
         """Embed one observation (see `Proposal.context`)."""
         return self.proposal.context(y)
 
-    def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and its ``log_q`` (see `Proposal.propose`)."""
         return self.proposal.propose(key, context)
 
-    def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
+    def log_q(self, key: Key, context: Any, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z (see `Proposal.log_q`)."""
         return self.proposal.log_q(key, context, z)
 
@@ -183,7 +183,7 @@ def fit(
     learning_rate: float = 4e-3,
     width: int = 96,
     depth: int = 3,
-    embedding: eqx.Module | None = None,
+    embedding: Embedding | None = None,
     sampler: AbstractSampler | None = None,
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,

@@ -38,7 +38,6 @@ def simulate(key: Key, problem: Problem, num: int, *, gradient: bool = False, ba
 
     Exactness: exact draws from the model's joint distribution.
     """
-
     draw = problem.simulate
     assert draw is not None
 

@@ -79,7 +79,5 @@ def linear_whitening(
     context = embedding(jax.tree.map(lambda leaf: leaf[0], x))
     num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
     network = ResidualMLP(key, context.size, num_out, width=width, depth=depth)
-    slope, intercept, residual = (
-        jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual)
-    )
+    slope, intercept, residual = (jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual))
     return Whitening(slope, intercept, residual, embedding, network)

@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -340,8 +341,9 @@ def test_constructor_errors(posterior):
         ScoreSDE()
     with pytest.raises(ValueError, match="multiple"):
         ScoreSDE(posterior=posterior, num_proposals=3, bank_size=10)
+    by_hand = doubles.Problem(**vars(location_scale_problem()) | {"model": None})
     with pytest.raises(ValueError, match="no model"):
-        ScoreSDE(posterior=fake_posterior(doubles.Problem(**vars(location_scale_problem()) | {"model": None}))).fit(random.key(0))
+        ScoreSDE(posterior=fake_posterior(by_hand)).fit(random.key(0))
 
 
 def test_latent_only_model():
@@ -413,9 +415,27 @@ def test_arviz(kernel):
     np.testing.assert_allclose(stats["lp"][0, -1], log_joint, rtol=1e-5)
 
 
-def test_pickle(kernel):
+class Nested(eqx.Module):
+    """Made of another sampler, as a focused one is: the problem is the other's, and the model the problem's."""
+
+    original: doubles.GaussianProposal
+    proposal = property(lambda self: self)
+    problem = property(lambda self: self.original.problem)
+
+    def context(self, y):
+        return self.original.context(y)
+
+    def propose(self, key, context):
+        return self.original.propose(key, context)
+
+    def log_q(self, key, context, z):
+        return self.original.log_q(key, context, z)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickle(kernel, nested):
     """Draws, summaries and states survive; the problem is read from the model again when the kernel is next run."""
-    mcmc = run(kernel, Y1)
+    mcmc = run(ScoreSDE(posterior=Nested(fake_posterior()), bank_size=32) if nested else kernel, Y1)
     copy = pickle.loads(pickle.dumps(mcmc))
     assert_same(copy.get_samples(), mcmc.get_samples(), atol=0)
     copy.print_summary()

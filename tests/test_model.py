@@ -261,6 +261,16 @@ def test_round_trip_and_bijectors(name):
         assert everything.keys() == theirs.keys()
 
 
+def test_pointwise_log_likelihood_sums_to_the_whole():
+    model, args, data = MODELS["hierarchical"]
+    problem = problem_of("hierarchical")
+    y, z = problem.read((*args, data), {}), jnp.linspace(-1.0, 1.0, problem.dim)
+    pointwise = problem.pointwise_log_likelihood(z, y)
+    assert {name: term.shape for name, term in pointwise.items()} == {"y": (6,)}
+    np.testing.assert_allclose(pointwise["y"].sum(), problem.log_likelihood(z, y), rtol=1e-5)
+    assert problem.model is model
+
+
 def test_gradient_and_batch():
     problem = problem_of("hierarchical")
     y = problem.read((GROUP, MODELS["hierarchical"][2]), {})
@@ -794,6 +804,17 @@ def test_double_precision():
         np.testing.assert_allclose(problem.log_joint(z, y), theirs, rtol=1e-12)
         with pytest.raises(ValueError, match="NaN"):
             problem.read((*args, data * np.nan), {})
+
+
+def test_single_precision_problem_in_double_precision():
+    model, args, data = MODELS["reparametrised"]
+    problem = from_numpyro(model, *args)
+    with jax.enable_x64(True):
+        copies = jax.tree.map(lambda x: np.array(x, np.float64) if np.size(x) > 1 else x, args)
+        for given in (args, copies):
+            y = problem.read((*given, data), {})["y"]
+            np.testing.assert_allclose(y, data, rtol=1e-6)
+            assert y.dtype == jnp.float32
 
 
 def test_both_key_styles():
