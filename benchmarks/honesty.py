@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import scoreinfer as si
-from scoreinfer.posterior import forward_bank
+from scoreinfer.forward import forward_bank
 from scoreinfer.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -137,7 +137,7 @@ def plot_predictive(path, sites, key):
         axis.plot(1900 + YEARS, middle, color=colour)
         axis.plot(1900 + YEARS, PELTS[:, i], "k.", label="pelts counted")
         axis.set(ylabel=f"{species} pelts (thousands)", yscale="log", xticks=1900 + YEARS[::4])
-        axis.legend(loc="upper right", fontsize="small", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

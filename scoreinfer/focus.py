@@ -177,8 +177,7 @@ class FocusedBank(NamedTuple):
     def check(self, x: Float[Array, " features"]) -> ForwardCheck:
         """Look up the evidence near the observation with features ``x``."""
         check, same = self.original.check(x), jnp.array_equal(x, self.x)
-        excess = jnp.where(same, self.log_excess, check.log_excess)
-        return check._replace(log_excess=excess, log_share=jnp.where(same, 0.0, check.log_share))
+        return check._replace(log_excess=jnp.where(same, self.log_excess, check.log_excess))
 
 
 def explore(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.certificate import ForwardCheck
@@ -13,6 +13,8 @@ from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal
 
 NUM_NEIGHBOURS = 64
+MIN_SHARE = 0.1
+"""Least effective share of the proposals at a simulation for its truth to count."""
 
 
 class ForwardBank(NamedTuple):
@@ -32,17 +34,21 @@ class ForwardBank(NamedTuple):
     log_share: Float[Array, " num"]
     truth: Float[Array, "num dim"]
 
-    def nearest(self, x: Float[Array, " features"]) -> tuple[Int[Array, " neighbours"], Float[Array, " num"]]:
-        """Find the simulations nearest to an observation with features ``x``, and all distances."""
+    def nearest(
+        self, x: Float[Array, " features"], allowed: Bool[Array, " num"] | bool = True
+    ) -> tuple[Int[Array, " neighbours"], Float[Array, " num"]]:
+        """Find the allowed simulations nearest to an observation with features ``x``, and all distances."""
         distances = jnp.linalg.norm(self.features - x, axis=1)
-        return jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)], distances
+        order = jnp.argsort(jnp.where(allowed, distances, jnp.inf))
+        return order[: min(NUM_NEIGHBOURS, distances.size)], distances
 
     @eqx.filter_jit
     def check(self, x: Float[Array, " features"]) -> ForwardCheck:
         """Look up the evidence near the observation with features ``x``."""
-        near, distances = self.nearest(x)
+        # Where the proposal's own weights are poor they say so; only good-looking weights can hide a missed mode.
+        near, distances = self.nearest(x, self.log_share > jnp.log(MIN_SHARE))
         rank = (self.distance >= _neighbour_distance(distances)).mean()
-        return ForwardCheck(self.log_excess[near], self.log_share[near], rank)
+        return ForwardCheck(self.log_excess[near], rank)
 
 
 def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:

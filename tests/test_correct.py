@@ -112,7 +112,7 @@ def test_certificate_certifies_good_weights_and_says_why_it_refuses_bad_ones():
 def test_certificate_believes_forward_evidence_over_perfect_weights():
     """Equal weights, and yet one truth in eight lies where the proposal never goes."""
     log_weight = np.zeros(4000)
-    fine = ForwardCheck(jnp.zeros(64), jnp.zeros(64), jnp.array(0.5))
+    fine = ForwardCheck(jnp.zeros(64), jnp.array(0.5))
     assert certify(log_weight, fine).certified
     missed = certify(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, 60.0, 0.0)))
     assert not missed.certified

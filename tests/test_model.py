@@ -807,14 +807,18 @@ def test_double_precision():
 
 
 def test_single_precision_problem_in_double_precision():
-    model, args, data = MODELS["reparametrised"]
-    problem = from_numpyro(model, *args)
+    def model(x, y=None):
+        a = sample("a", dist.Normal(0.0, 3.0))
+        sample("y", dist.Normal(a * x, 0.3).to_event(1), obs=y)
+
+    x, data = np.linspace(0.1, 2.0, 5), np.linspace(-1.0, 1.0, 5)
+    problem = from_numpyro(model, x)
     with jax.enable_x64(True):
-        copies = jax.tree.map(lambda x: np.array(x, np.float64) if np.size(x) > 1 else x, args)
-        for given in (args, copies):
-            y = problem.read((*given, data), {})["y"]
-            np.testing.assert_allclose(y, data, rtol=1e-6)
-            assert y.dtype == jnp.float32
+        y = problem.read((x, data), {})["y"]
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(y, data, rtol=1e-6)
+        with pytest.raises(ValueError, match="give another model"):
+            problem.read((1.01 * x, data), {})
 
 
 def test_both_key_styles():
