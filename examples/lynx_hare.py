@@ -74,10 +74,20 @@ def model(pelts=None, solve=populations):
 
 
 def draw_and_time(key, posterior, num, pelts):
-    """Draw one certified batch for one data set and measure the seconds it takes."""
+    """Draw one certified batch for one data set and measure the seconds it takes.
+
+    Where the amortised draws are not certified, the proposal is focused on these data first.
+    """
     start = time.perf_counter()
     draws = posterior.sample(key, num, pelts=pelts)
-    return draws, time.perf_counter() - start
+    print(f"amortised: {draws.certificate}")
+    if not draws.certificate.certified:
+        posterior = posterior.focus(key, pelts=pelts)
+        draws = posterior.sample(key, num, pelts=pelts)
+        print(f"focused on these data: {draws.certificate}")
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.1f} s")
+    return posterior, draws, seconds
 
 
 def run_and_time(key, mcmc, pelts):
@@ -114,7 +124,8 @@ def print_table(results):
     for name in columns[0]:
         print(f"{name:14s}" + "".join(f"{c[name].mean():16.4f}{c[name].std():10.4f}" for c in columns))
     for label, index in (("first draws", 1), ("second data", 2)):
-        print(f"{label:14s}" + "".join(f"{result[index]:24.2f} s" for result in results.values()))
+        seconds = [result[index] for result in results.values()]
+        print(f"{label:14s}" + "".join(f"{'run again':>26s}" if s is None else f"{s:24.1f} s" for s in seconds))
 
 
 def plot_predictive(path, sites, key):
@@ -175,7 +186,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    num_steps, num_draws, num_warmup, num_nuts = (400, 500, 100, 100) if args.smoke else (10_000, 4000, 500, 500)
+    num_steps, num_draws, num_warmup, num_nuts = (500, 256, 50, 50) if args.smoke else (8_000, 4000, 400, 300)
     names = ("train", "draw", "kernel", "nuts", "second", "plot")
     keys = dict(zip(names, jax.random.split(jax.random.key(args.seed), len(names)), strict=True))
     second = simulate_pelts(keys["second"])
@@ -186,20 +197,20 @@ def main():
 
     print("\n=== Train a score SDE on the model's own simulations, once for all data of this design\n")
     start = time.perf_counter()
-    posterior = si.fit(keys["train"], model, num_steps=num_steps)
+    # Prior draws reach populations so wild that gradients of the density are of no use in training.
+    posterior = si.fit(keys["train"], model, num_steps=num_steps, target_score=False)
     training = time.perf_counter() - start
     print(f"{training:.1f} s, {posterior.history.num_simulations:,} simulations")
 
     print("\n=== Draw and certify\n")
-    draws, first = draw_and_time(keys["draw"], posterior, num_draws, PELTS)
-    print(draws.certificate)
-    again, other = draw_and_time(keys["draw"], posterior, num_draws, second)
-    print(f"\nsecond data set, {other * 1e3:.0f} ms: {again.certificate}")
+    focused, draws, first = draw_and_time(keys["draw"], posterior, num_draws, PELTS)
+    print("\nA second data set of the same design, simulated: no fit, no compilation")
+    _, _, other = draw_and_time(keys["draw"], posterior, num_draws, second)
     results["score SDE, batch"] = draws.resample(keys["draw"], num_draws), training + first, other
 
     print("\n=== The same posterior as a NumPyro kernel\n")
     mcmc = MCMC(
-        si.ScoreSDE(model, posterior=posterior), num_warmup=0, num_samples=num_draws // 4, num_chains=4,
+        si.ScoreSDE(model, posterior=focused), num_warmup=0, num_samples=num_draws // 8, num_chains=4,
         chain_method="vectorized", progress_bar=False, jit_model_args=True,
     )  # fmt: skip
     first = run_and_time(keys["kernel"], mcmc, PELTS)
@@ -215,8 +226,7 @@ def main():
     )  # fmt: skip
     first = run_and_time(keys["nuts"], nuts, PELTS)
     nuts.print_summary()
-    samples = nuts.get_samples()
-    results["NUTS"] = samples, first, run_and_time(keys["nuts"], nuts, second)
+    results["NUTS"] = nuts.get_samples(), first, None  # other data: the whole run again
 
     print(
         "\n=== Side by side (a batch's draws are independent: R-hat and ESS near perfect prove nothing by themselves)"

@@ -9,6 +9,7 @@ that take weights (`arviz.loo_approximate_posterior` of ArviZ 1.x).
 """
 
 import dataclasses
+import contextlib
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -268,7 +269,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Name the versions that made the draws."""
-    installed = {name: metadata.version(name) for name in ("scoreinfer", "numpyro", "jax")}
+    installed = {"scoreinfer": "0.0.0"}  # a source tree that is not installed
+    for name in ("scoreinfer", "numpyro", "jax"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
     return {
         "inference_library": "scoreinfer",
         "inference_library_version": installed["scoreinfer"],

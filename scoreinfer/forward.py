@@ -56,7 +56,7 @@ def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -
 
 
 @eqx.filter_jit
-def forward_bank(key: Key, proposal: Proposal, num: int = 768, num_proposals: int = 32) -> ForwardBank:
+def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: int = 24) -> ForwardBank:
     """Simulate joint draws (z*, y*) and weigh each truth z* under the proposal for its own y*.
 
     Exactness: log_excess estimates log p(z* | y*) - log q(z* | y*); it is exact as ``num_proposals`` grows.

@@ -35,6 +35,8 @@ from scoreinfer.whitening import Whitening, linear_whitening
 
 NUM_PILOT = 8192
 POOL = 32_768
+USELESS = 1e4
+"""Mean squared gradient in the whitened space beyond which target-score matching costs more than it gives."""
 
 
 class TrainingHistory(NamedTuple):
@@ -242,10 +244,8 @@ def fit(
     if not online:
         budget = budget._replace(epoch_steps=min(250, -(-2 * training.num // budget.batch_size)), patience=30)
 
-    def pools(key: Key) -> Simulations:
-        if not online:
-            return training
-        return _simulate_scaled(key, problem, scale, POOL, use_gradient)
+    def pools(key: Key, gradient: bool = False) -> Simulations:
+        return _simulate_scaled(key, problem, scale, POOL, gradient) if online else training
 
     embedding = Concatenate() if embedding is None else embedding
     # On a fixed budget a large whitening map would learn its simulations by heart.
@@ -260,12 +260,11 @@ def fit(
     precision = _precision(check, target_score) if use_gradient else None
     module = _score_module(keys["net"], problem.dim, embedding, training.x, width, depth)
     loss = partial(denoising_loss, precision=precision)
-    fixed = None if online else check
     module, score_history = train(
         keys["score"],
         module,
         loss,
-        lambda key: _whiten(whitening, pools(key)) if fixed is None else fixed,
+        lambda key: check if not online else _whiten(whitening, pools(key, precision is not None)),
         _whiten(whitening, validation),
         budget,
         progress_bar=progress_bar,
@@ -308,15 +307,17 @@ def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
 
 
 def _precision(batch: ScoreBatch, target_score: bool | None) -> Float[Array, " dim"] | None:
-    """Compute the mean squared gradients, or None where they fail Stein's identity E[u grad log p(u)] = -1.
+    """Compute the mean squared gradients, or None where target-score matching would be biased or gain nothing.
 
-    Jumps of the density and wrong gradients break the identity; target-score matching would then be biased.
+    Jumps of the density and wrong gradients break Stein's identity E[u grad log p(u)] = -1: the target would be
+    biased. Gradients far larger than one in the whitened space leave the target no share but at tiny noise.
     """
     products = batch.u * batch.gradient
     error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
     precision = jnp.mean(batch.gradient**2, axis=0)
-    usable = bool(jnp.isfinite(precision).all()) and (target_score is True or bool((error < 5.0).all()))
-    return precision if usable else None
+    if target_score is None and not bool(((error < 5.0) & (precision < USELESS)).all()):
+        return None
+    return precision if bool(jnp.isfinite(precision).all()) else None
 
 
 def _score_module(key, dim, embedding, x, width, depth) -> ConditionalScore:

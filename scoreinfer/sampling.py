@@ -112,21 +112,27 @@ class ProbabilityFlow(AbstractSampler):
         value = log_normal(start, 0.0, 1.0 + levels[-1] ** 2) - log_det
         return jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
 
-    def _invert(self, score, x, y, low, high, *, num_newton: int = 6):
-        """Find the point that the step from ``high`` to ``low`` takes to ``x``, by Newton's method."""
+    def _invert(self, score, x, y, low, high, *, num_newton: int = 7):
+        """Find the point that the step from ``high`` to ``low`` takes to ``x``, by Newton's method.
 
-        def newton(start, _):
+        Returns the point, log |det| of the step's Jacobian there, and whether the point really goes to ``x``.
+        """
+
+        def newton(carry, _):
+            start = carry[0]
             new, jacobian = self._step_and_jacobian(score, start, y, high, low)
+            sign, log_det = jnp.linalg.slogdet(jacobian)
+            error = jnp.linalg.norm(new - x)
             move = jnp.linalg.solve(jacobian, x - new)
             limit = 0.5 * (1.0 + high)
-            return start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12)), None
+            moved = start + move * jnp.minimum(1.0, limit / (jnp.linalg.norm(move) + 1e-12))
+            return (moved, start, jnp.where(sign > 0, log_det, jnp.nan), error), None
 
         guess = self._step(score, x, y, low, high)
-        start, _ = jax.lax.scan(newton, guess, None, length=num_newton)
-        new, jacobian = self._step_and_jacobian(score, start, y, high, low)
-        sign, log_det = jnp.linalg.slogdet(jacobian)
-        error = jnp.linalg.norm(new - x)
-        return start, log_det, (error < 1e-3 * jnp.sqrt(low**2 + 1e-2 * (x @ x) * low)) & (sign > 0)
+        start = (guess, guess, jnp.float32(0.0), jnp.float32(0.0))
+        (_, start, log_det, error), _ = jax.lax.scan(newton, start, None, length=num_newton)
+        close = error < 1e-3 * jnp.sqrt(low**2 + 1e-2 * (x @ x) * low)
+        return start, log_det, close & jnp.isfinite(log_det)
 
 
 class ReverseSDE(AbstractSampler):

@@ -5,6 +5,7 @@ fit they come from, and the observation that the proposals in the bank were draw
 of fits, observations, chain methods and `MCMC` objects, and nothing it answers is stale.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +56,8 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
 
 def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
     """Read the observation, as arrays without weak types; values that are known are looked at while tracing too."""
-    with jax.ensure_compile_time_eval():
+    # With traced arguments the model itself is traced, and must not be evaluated piece by piece meanwhile.
+    with contextlib.nullcontext() if is_traced((args, kwargs)) else jax.ensure_compile_time_eval():
         y = problem.read(args, kwargs)
         return {name: jnp.array(value, jnp.result_type(value)) for name, value in y.items()}
 

@@ -54,13 +54,13 @@ class _Structure:
 
     def observe(self, arrays: list[Any]) -> Sites:
         """Take the observed values."""
-        return self._run(self._observe, self._observe_now, arrays)
+        return self._run(self._observe, lambda: self._observe_now, arrays)
 
     def fits(self, arrays: list[Any]) -> bool:
         """Say whether arguments with these arrays are of the design (traced ones are believed)."""
         if self._feeds_observations_only:
             return self._always_fits
-        return is_traced(arrays) or self.design.fits(self._run(self._terms, self._terms_now, arrays))
+        return is_traced(arrays) or self.design.fits(self._run(self._terms, lambda: self._terms_now, arrays))
 
     def _observe(self, arrays: list[Any], key: Key) -> Sites:
         seen = look(self.rebuild(arrays), key)
@@ -88,11 +88,11 @@ class _Structure:
         zeros = [np.zeros(array.shape, array.dtype) for array in self.arrays]
         return self.alike or self.design.fits(self._terms_now(zeros, fixed_key()))
 
-    def _run(self, traced: Callable[..., Any], now: Callable[..., Any], arrays: list[Any]) -> Any:
+    def _run(self, traced: Callable[..., Any], now: Callable[[], Callable[..., Any]], arrays: list[Any]) -> Any:
         if is_traced(arrays):
             return traced(arrays, fixed_key())
         arrays = [np.asarray(given, array.dtype) for given, array in zip(arrays, self.arrays, strict=True)]
-        return now(arrays, fixed_key())
+        return now()(arrays, fixed_key())
 
 
 def _aval(leaf: Any) -> tuple[Any, Any]:
