@@ -8,8 +8,8 @@ as the proposal gave them, with ``log_weight``, ``log_q`` and ``lp`` beside them
 that take weights (`arviz.loo_approximate_posterior` of ArviZ 1.x).
 """
 
-import dataclasses
 import contextlib
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
