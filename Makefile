@@ -5,7 +5,7 @@
 PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,6 +13,10 @@ BENCH_STAMP := $(VENV)/.installed-benchmarks
 
 # JAX keeps compiled programs here between runs; `make clean` forgets them.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+# Equinox's runtime errors are host callbacks, and JAX does not keep programs with callbacks. With NaN in their place
+# the demo's ODE is compiled once per machine; scoreinfer itself watches for NaN.
+demo: export EQX_ON_ERROR ?= nan
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-all lint format types bench setup clean

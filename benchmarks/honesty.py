@@ -29,7 +29,7 @@ FACTORIES = {
     "hierarchical": oracles.hierarchical,
     "skewed": lambda: oracles.skewed(),
 }
-HEALTHY_STEPS, HASTY_STEPS = 3000, 40
+HEALTHY_STEPS, HASTY_STEPS = 1500, 40
 DISAGREEMENT = 5.0
 
 
