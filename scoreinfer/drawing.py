@@ -63,13 +63,17 @@ def _mixed(problem, z, log_q, share):
     return jnp.logaddexp(jnp.log1p(-share) + log_q, jnp.log(share) + problem.log_prior(z))
 
 
+def _log_joint(problem, z, y):
+    return problem.log_joint(z, y) if problem.has_density else jnp.full((), jnp.nan, z.dtype)
+
+
 @eqx.filter_jit
 def _from_proposal(key, proposal, y, rows, share):
     context = proposal.context(y)
 
     def one(row):
         z, log_q = proposal.propose(jax.random.fold_in(key, row), context)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), proposal.problem.log_joint(z, y))
+        return Weighted(z, _mixed(proposal.problem, z, log_q, share), _log_joint(proposal.problem, z, y))
 
     return jax.vmap(one)(rows)
 
@@ -82,7 +86,7 @@ def _from_prior(key, proposal, y, rows, share):
         for_z, for_path = jax.random.split(jax.random.fold_in(key, row))
         z, _ = proposal.problem.simulate(for_z)
         log_q = proposal.log_q(for_path, context, z)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), proposal.problem.log_joint(z, y))
+        return Weighted(z, _mixed(proposal.problem, z, log_q, share), _log_joint(proposal.problem, z, y))
 
     return jax.vmap(one)(rows)
 

@@ -200,12 +200,10 @@ def explore(
     bank = bank.original if isinstance(bank, FocusedBank) else bank
     problem = proposal.problem
     for_draws, for_moves, for_weights = jax.random.split(key, 3)
-    starts, factor, draws, log_weight, x = _explorers(for_draws, proposal, bank, y, num_draws)
-    density = jax.tree_util.Partial(lambda y, z: problem.log_joint(z, y), y)
-    ends, log_joint, _ = move_all(for_moves, density, starts, factor, num_moves)
+    starts, factor, drawn, log_weight, x = _explorers(for_draws, proposal, bank, y, num_draws)
+    ends, log_joint, _ = move_all(for_moves, jax.tree_util.Partial(problem.log_joint, y=y), starts, factor, num_moves)
     log_w = _weigh(for_weights, proposal, y, ends)
     log_mean = jax.nn.logsumexp(log_weight) - jnp.log(num_draws)
-    drawn = jax.jit(jax.vmap(density))(draws)
     weight = jax.nn.softmax(log_weight)
     order = jnp.argsort(drawn)
     floor = drawn[order][jnp.searchsorted(jnp.cumsum(weight[order]), 0.01)]
@@ -220,12 +218,13 @@ def _explorers(key, proposal: FocusedProposal, bank: ForwardBank, y: Sites, num:
 
     def one(key):
         z, log_q = proposal.propose(key, context)
-        return z, proposal.problem.log_joint(z, y) - log_q
+        log_joint = proposal.problem.log_joint(z, y)
+        return log_joint, log_joint - log_q
 
-    draws, log_weight = jax.vmap(one)(jax.random.split(key, num))
+    drawn, log_weight = jax.vmap(one)(jax.random.split(key, num))
     log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
-    dtype = draws.dtype
-    return starts.astype(dtype), context.adapted.affine.factor.astype(dtype), draws, log_weight, x
+    factor = context.adapted.affine.factor
+    return starts.astype(drawn.dtype), factor.astype(drawn.dtype), drawn, log_weight, x
 
 
 @eqx.filter_jit

@@ -135,7 +135,7 @@ class Posterior(eqx.Module):
         problem = self.problem
         y = problem.read(args, kwargs)
         batches = partial(weighted_draws, key, self.proposal, y, batch_size, prior_fraction)
-        limit = num if max_proposals is None else max(num, max_proposals)
+        limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
         with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
             drawn = batches(0, num, bar)
             while drawn.num < limit and effective_sample_size(drawn.log_weight) < num:
@@ -146,23 +146,21 @@ class Posterior(eqx.Module):
             "num_score_evaluations": drawn.num * self.proposal.sampler.num_evaluations,
             "num_simulations": None if self.history is None else self.history.num_simulations,
         }
-        if not problem.has_density:
-            draws = Draws(
-                constrain(problem, drawn.values, batch_size), drawn.values, None, drawn.log_q, None, y, certify(None)
-            )
-            return draws._replace(info=info | {"seconds": time.perf_counter() - start})
         check = None if self.bank is None else self.bank.check(_features(self.proposal, y))
-        certificate = certify(drawn.log_weight, check)
+        certificate = certify(drawn.log_weight if problem.has_density else None, check)
         if max_proposals is not None and np.isfinite(certificate.log_evidence):
-            density = jax.tree_util.Partial(lambda y, z: problem.log_joint(z, y), y)
+            density = jax.tree_util.Partial(problem.log_joint, y=y)
             values, log_joint, moves = rejuvenate(
                 jax.random.fold_in(key, 2), density, drawn.values, drawn.log_weight, num, num_moves
             )
             drawn = Weighted(values, log_joint - certificate.log_evidence, log_joint)
-            info |= {"moves": moves}
+            info |= {"move_accept_prob": float(moves.accept_prob), "move_step_size": float(moves.step_size)}
         sites = constrain(problem, drawn.values, batch_size)
         info |= {"seconds": time.perf_counter() - start}
-        return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+        densities = (
+            (drawn.log_weight, drawn.log_q, drawn.log_joint) if problem.has_density else (None, drawn.log_q, None)
+        )
+        return Draws(sites, drawn.values, *densities, y, certificate, info)
 
 
 @eqx.filter_jit

@@ -17,7 +17,12 @@ CACHE = Path(__file__).parents[1] / ".jax_cache"
 
 
 def pytest_configure(config):
-    """Keep compiled programs between runs: most of a cold run is compilation."""
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+    """Keep compiled programs between runs: most of a cold run is compilation.
+
+    Parallel workers keep caches of their own: one that reads what another is still writing crashes.
+    """
+    root = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+    cache = root / f"tests-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

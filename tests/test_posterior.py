@@ -127,6 +127,16 @@ def test_second_observation_costs_no_compilation(mixture):
     assert compilations.count == 0
 
 
+def test_focusing_and_moving_for_a_second_observation_cost_no_compilation(mixture):
+    oracle, posterior = mixture
+    for shift in (0.0, 0.3):
+        data = {k: v + shift for k, v in oracle.data.items()}
+        with Compilations() as compilations:
+            focused = posterior.focus(jax.random.key(1), **data)
+            focused.sample(jax.random.key(2), 500, max_proposals=500, **data)
+    assert compilations.count == 0  # of the second round
+
+
 def test_resampled_sites_keep_their_rows_together(mixture):
     oracle, posterior = mixture
     draws = posterior.sample(jax.random.key(1), 2000, **oracle.data)
@@ -203,6 +213,26 @@ def test_model_without_data_is_its_prior():
     w = np.exp(np.asarray(draws.log_weight, float))
     w /= w.sum()
     assert abs(w @ np.asarray(draws.sites["b"]) - 3.0) < 5 * np.sqrt(3.0 / cert.ess)
+
+
+def test_stochastic_simulator_has_draws_but_no_weights_and_no_certificate():
+    """Noise drawn inside the model: the learned posterior marginalises it, and nothing can correct it."""
+
+    def model(y=None):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        hidden = 0.5 * jax.random.normal(numpyro.prng_key())
+        numpyro.sample("y", dist.Normal(a + hidden, 0.1), obs=y)
+
+    posterior = si.fit(jax.random.key(0), model, **SMALL)
+    draws = posterior.sample(jax.random.key(1), 2000, max_proposals=10_000, y=1.0)
+    assert draws.log_weight is None
+    assert not draws.certificate.certified
+    assert "no density" in draws.certificate.reason
+    variance = 1.0 / (1.0 + 1.0 / 0.26)
+    a = np.asarray(draws.sites["a"])
+    assert abs(a.mean() - variance / 0.26) < 0.1
+    assert abs(a.std() / np.sqrt(variance) - 1.0) < 0.1
+    assert draws.resample(jax.random.key(2), 100)["a"].shape == (100,)
 
 
 def test_simulations_that_are_not_finite_stop_training_with_the_sites_named():
