@@ -157,8 +157,8 @@ class Posterior(eqx.Module):
             info |= {"move_accept_prob": float(moves.accept_prob), "move_step_size": float(moves.step_size)}
         sites = constrain(problem, drawn.values, batch_size)
         info |= {"seconds": time.perf_counter() - start}
-        log_weight, log_joint = (drawn.log_weight, drawn.log_joint) if problem.has_density else (None, None)
-        return Draws(sites, drawn.values, log_weight, drawn.log_q, log_joint, y, certificate, info)
+        draws = Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+        return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
 
 
 @eqx.filter_jit
