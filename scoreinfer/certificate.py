@@ -78,6 +78,11 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, check: Forward
         fewer than 4000 draws: below a tenth of the batch, but never under 40), when more than 5 % of the simulated
         truths near the observation lie where the weight is larger than that of every draw and hardly any draw is
         expected, or when the observation lies further from the simulations than any of them from the others.
+
+    >>> certify(np.zeros(1000)).certified
+    True
+    >>> certify(np.where(np.arange(1000) < 20, 0.0, -9.0)).reason
+    'effective sample size 20 < 100'
     """
     if log_weight is None:
         reason = "uncertified: no density. The simulator is stochastic; use calibration as evidence."

@@ -21,6 +21,9 @@ def effective_sample_size(log_weight: LogWeights) -> float:
     """Compute Kish's effective sample size (sum w)^2 / sum w^2 of importance weights.
 
     Exactness: an estimate from the weights themselves: it cannot see a mode no draw ever visited.
+
+    >>> effective_sample_size(np.log([1.0, 1.0, 2.0]))
+    2.6666666666666665
     """
     w = _relative(log_weight)
     return float(w.sum() ** 2 / (w**2).sum()) if w.any() else 0.0
@@ -30,15 +33,19 @@ def log_evidence(log_weight: LogWeights) -> tuple[float, float]:
     """Compute log mean weight, the log evidence, and its standard error by the delta method.
 
     Exactness: the mean weight is unbiased; its logarithm is consistent, biased low by half its variance.
+
+    >>> round(log_evidence(np.log([1.0, 3.0]))[0], 3)  # log 2
+    0.693
     """
-    w, peak = _relative(log_weight), float(np.max(log_weight))
+    w, peak = _relative(log_weight), float(np.nanmax(log_weight))
     if not w.any():
         return -np.inf, np.inf
     return peak + float(np.log(w.mean())), float(w.std() / (w.mean() * np.sqrt(w.size)))
 
 
-def _relative(log_weight) -> np.ndarray:
+def _relative(log_weight: LogWeights) -> np.ndarray:
     log_weight = np.asarray(log_weight, np.float64)
+    log_weight = np.where(np.isnan(log_weight), -np.inf, log_weight)  # a density that failed: weight zero
     peak = log_weight.max()
     return np.exp(log_weight - peak) if np.isfinite(peak) else np.zeros_like(log_weight)
 

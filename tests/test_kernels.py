@@ -124,7 +124,9 @@ def reference(kernel):
 
 
 @pytest.mark.parametrize("progress_bar", [False, True])
-@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+@pytest.mark.parametrize(
+    "method", ["sequential", "vectorized", "parallel", jax.vmap], ids=lambda m: getattr(m, "__name__", m)
+)
 def test_chain_methods_agree(kernel, reference, method, progress_bar):
     if callable(method) and progress_bar:
         pytest.skip("NumPyro has no progress bar for callables")
@@ -132,7 +134,9 @@ def test_chain_methods_agree(kernel, reference, method, progress_bar):
     assert_same(mcmc.get_samples(group_by_chain=True), reference)
 
 
-@pytest.mark.parametrize("method", ["sequential", "vectorized", "parallel", jax.vmap], ids=str)
+@pytest.mark.parametrize(
+    "method", ["sequential", "vectorized", "parallel", jax.vmap], ids=lambda m: getattr(m, "__name__", m)
+)
 def test_second_run_answers_for_its_own_data(kernel, method):
     """After one warm-up: other data, other keys and continuation; the same in every chain method."""
     mcmc = mcmc_of(kernel, chain_method=method, num_samples=60)
@@ -288,7 +292,7 @@ def fits(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=str)
+@pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=lambda m: getattr(m, "__name__", m))
 def test_fits_once(fits, method):
     """One fit for all chains and observations, also where keys are traced."""
     mcmc = mcmc_of(ScoreSDE(design, key=random.key(7), bank_size=32), chain_method=method)

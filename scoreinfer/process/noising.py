@@ -54,6 +54,9 @@ class VE(AbstractNoising):
 
     Good values: draws standardised to unit variance want ``level_max`` of about 10 (beyond it the marginal is
     Gaussian to the accuracy of the weights) and ``level_min`` a tenth of the sharpest feature.
+
+    >>> [round(float(level), 3) for level in VE(level_min=0.01, level_max=1.0, power=1.0).levels(2)]
+    [0.01, 0.505, 1.0]
     """
 
     level_min: float = 0.002

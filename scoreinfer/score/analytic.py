@@ -8,7 +8,12 @@ from scoreinfer.score.base import AbstractScore
 
 
 class GaussianScore(AbstractScore):
-    """Exact score of N(mean, covariance) at every noise level."""
+    """Exact score of N(mean, covariance) at every noise level.
+
+    >>> score = GaussianScore(jnp.zeros(1), jnp.eye(1))
+    >>> float(score(jnp.array(1.0), jnp.array([3.0]))[0])  # - 3 / (1 + 1)
+    -1.5
+    """
 
     mean: Float[Array, " dim"]
     covariance: Float[Array, "dim dim"]
