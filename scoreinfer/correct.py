@@ -61,11 +61,11 @@ def pareto_smooth(log_weight: LogWeights) -> tuple[np.ndarray, float]:
 
     log_weight = np.asarray(log_weight, np.float64)
     finite = np.isfinite(log_weight)
-    if finite.sum() < 25:
-        return log_weight - np.logaddexp.reduce(log_weight), np.inf
-    if np.ptp(log_weight[finite]) < 1e-9:  # all weights equal: there is no tail to fit
-        return np.where(finite, -np.log(finite.sum()), -np.inf), -np.inf
-    smooth = np.full_like(log_weight, -np.inf)
+    smooth = np.where(finite, log_weight, -np.inf)
+    if finite.sum() < 25:  # too few for a tail
+        return smooth - np.logaddexp.reduce(smooth), np.inf
+    if np.ptp(np.sort(log_weight[finite])[-5:]) == 0.0:  # as after resampling: there is no tail to fit
+        return smooth - np.logaddexp.reduce(smooth), -np.inf
     if hasattr(arviz, "psislw"):
         smooth[finite], k_hat = arviz.psislw(log_weight[finite].copy())
     else:  # ArviZ 1.x wants log likelihoods, the negative of log weights

@@ -148,7 +148,8 @@ class Posterior(eqx.Module):
         }
         check = None if self.bank is None else self.bank.check(_features(self.proposal, y))
         certificate = certify(drawn.log_weight if problem.has_density else None, check)
-        if max_proposals is not None and np.isfinite(certificate.log_evidence):
+        moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
+        if moved:
             density = jax.tree_util.Partial(problem.log_joint, y=y)
             values, log_joint, moves = rejuvenate(
                 jax.random.fold_in(key, 2), density, drawn.values, drawn.log_weight, num, num_moves
@@ -157,7 +158,9 @@ class Posterior(eqx.Module):
             info |= {"move_accept_prob": float(moves.accept_prob), "move_step_size": float(moves.step_size)}
         sites = constrain(problem, drawn.values, batch_size)
         info |= {"seconds": time.perf_counter() - start}
-        draws = Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+        # Moved draws weigh the same to the letter, not just to rounding.
+        log_weight = jnp.full(drawn.num, certificate.log_evidence) if moved else drawn.log_weight
+        draws = Draws(sites, drawn.values, log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
         return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
 
 
