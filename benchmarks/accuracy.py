@@ -118,9 +118,12 @@ def run_lynx_hare(args) -> Iterator[Row]:
     reference = json.loads((HERE / "data" / "lynx_hare_reference.json").read_text())["parameters"]
     key = jax.random.key(args.seed)
     with Clock() as training:
-        posterior = si.fit(key, lynx_hare.model, progress_bar=args.progress, **_options(args))
+        posterior = si.fit(
+            key, lynx_hare.model, target_score=False, progress_bar=args.progress, **{"num_steps": 8000} | _options(args)
+        )
     with Clock() as drawing:
-        draws = posterior.sample(key, NUM_DRAWS, pelts=lynx_hare.PELTS, max_proposals=20 * NUM_DRAWS)
+        posterior = posterior.focus(key, pelts=lynx_hare.PELTS)
+        draws = posterior.sample(key, NUM_DRAWS, pelts=lynx_hare.PELTS)
     yield "batch", _verdict(draws) | _seconds(training, drawing)
     values = draws.resample(key, NUM_DRAWS)
     for site in sorted(values):

@@ -69,15 +69,18 @@ class Series(eqx.Module):
             )
             for i in range(3)
         )
-        last = jax.eval_shape(self._convolve, jax.ShapeDtypeStruct((num_channels, length), jnp.float32))
+        last = jax.eval_shape(
+            lambda x: _convolve(self.layers, x), jax.ShapeDtypeStruct((num_channels, length), jnp.float32)
+        )
         self.outer = linear(keys[3], last.shape[0] * last.shape[1], num_out)
-
-    def _convolve(self, x):
-        for layer in self.layers:
-            x = jax.nn.silu(layer(x))
-        return x
 
     def __call__(self, sites: Sites) -> Float[Array, " features"]:
         """Embed the series."""
         columns = [jnp.reshape(sites[name], (sites[name].shape[0], -1)) for name in sorted(sites)]
-        return self.outer(self._convolve(jnp.concatenate(columns, axis=1).T.astype(jnp.float32)).ravel())
+        return self.outer(_convolve(self.layers, jnp.concatenate(columns, axis=1).T.astype(jnp.float32)).ravel())
+
+
+def _convolve(layers, x):
+    for layer in layers:
+        x = jax.nn.silu(layer(x))
+    return x
