@@ -73,41 +73,34 @@ class VE(AbstractNoising):
         return (low + t * (high - low)) ** self.power
 
 
-class VP(AbstractNoising):
-    """Variance preserving: rate beta linear in time, scale^2 + noise^2 = 1."""
+class AbstractLinearRate(AbstractNoising):
+    """Scale exp(-integral / 2), the integral being that of a rate beta linear in time."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     time_min: float = 1e-4
 
-    def _integral(self, t):
+    def integral(self, t: Time) -> Time:
+        """Compute the integral of the rate up to ``t``."""
         t = self.time_min + t * (1 - self.time_min)
         return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
 
     def log_scale(self, t):
         """Compute -1/2 the integral of beta."""
-        return -0.5 * self._integral(t)
+        return -0.5 * self.integral(t)
+
+
+class VP(AbstractLinearRate):
+    """Variance preserving: scale^2 + noise^2 = 1."""
 
     def level(self, t):
         """Compute sqrt(exp(integral of beta) - 1)."""
-        return jnp.sqrt(jnp.expm1(self._integral(t)))
+        return jnp.sqrt(jnp.expm1(self.integral(t)))
 
 
-class SubVP(AbstractNoising):
+class SubVP(AbstractLinearRate):
     """Sub-variance preserving: the scale of `VP`, noise 1 - scale^2 (always below that of `VP`)."""
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    time_min: float = 1e-4
-
-    def _integral(self, t):
-        t = self.time_min + t * (1 - self.time_min)
-        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
-
-    def log_scale(self, t):
-        """Compute -1/2 the integral of beta."""
-        return -0.5 * self._integral(t)
 
     def level(self, t):
         """Compute (1 - exp(-integral)) / exp(-integral / 2) = 2 sinh(integral / 2)."""
-        return 2.0 * jnp.sinh(0.5 * self._integral(t))
+        return 2.0 * jnp.sinh(0.5 * self.integral(t))
