@@ -20,7 +20,8 @@ def test_steps_compose_to_the_marginal(process):
         variance = (mean[0] / x[0]) ** 2 * variance + extra
         x = mean
     scale = jnp.exp(process.log_scale(times[-1]) - process.log_scale(times[0]))
-    expected = jnp.exp(2 * process.log_scale(1.0)) * (process.level(1.0) ** 2 - process.level(0.0) ** 2)
+    end, start = times[-1], times[0]
+    expected = jnp.exp(2 * process.log_scale(end)) * (process.level(end) ** 2 - process.level(start) ** 2)
     assert jnp.allclose(x, 0.7 * scale, rtol=1e-4)
     assert jnp.allclose(variance, expected, rtol=1e-3)
 
