@@ -38,7 +38,8 @@ class FocusedContext(NamedTuple):
 class FocusedProposal(eqx.Module):
     """A mixture of a proposal and of the same proposal under a further affine map z -> shift + stretch z.
 
-    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's.
+    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. For the flow it rests on
+        finding each step's inverse numerically; where none is found, that component counts as density zero.
     """
 
     original: Proposal
