@@ -1,6 +1,6 @@
 # Everything sets itself up: `make demo` and `make test` need only Python >= 3.11, make and pip.
 #   make test PYTHON=python3.13 VENV=.venv-313    another interpreter, in an environment of its own
-#   make demo SMOKE=1                             the demo in under a minute
+#   make demo SMOKE=1                             the demo in short
 
 PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

@@ -1,7 +1,7 @@
 """Lynx and hare: a Lotka-Volterra model of the Hudson Bay pelt counts, from a NumPyro model to certified draws.
 
-    python examples/lynx_hare.py                  # at most five minutes on two cores
-    python examples/lynx_hare.py --smoke          # under a minute, to see that everything runs
+    python examples/lynx_hare.py                  # about five minutes on two cores
+    python examples/lynx_hare.py --smoke          # two minutes, nearly all compilation: everything runs
 
 Pelts counted by the Hudson's Bay Company, 1900 to 1920, in thousands (Hewitt 1921, as given by Howard 2009):
 hares u and lynxes v follow du/dt = (alpha - beta v) u, dv/dt = (-gamma + delta u) v, seen through log-normal
