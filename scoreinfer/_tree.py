@@ -1,4 +1,4 @@
-"""Flat vectors and site dictionaries; which inputs of a function an output can depend on."""
+"""Flat vectors and site dictionaries; batches; which inputs of a function an output can depend on."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from scoreinfer._typing import Sites
 
@@ -43,6 +43,26 @@ class Layout(NamedTuple):
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1]
         parts = jnp.split(z, ends)
         return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+def in_batches(
+    function: Callable[[Int[Array, " size"]], PyTree],
+    num: int,
+    size: int,
+    done: Callable[[int], Any] = lambda count: None,
+) -> PyTree:
+    """Call ``function`` on the numbers 0 to ``num`` - 1, ``size`` at a time, and join what it returns.
+
+    The last batch is filled up with copies of the last number, so that one shape is compiled; ``done`` is told how
+    many numbers each batch was for.
+    """
+    parts = []
+    for start in range(0, num, size):
+        count = min(size, num - start)
+        part = function(jnp.asarray(np.minimum(start + np.arange(size), num - 1)))
+        parts.append(part if count == size else jax.tree.map(lambda leaf, count=count: leaf[:count], part))
+        done(count)
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def is_array(leaf: Any) -> bool:

@@ -19,7 +19,8 @@ class ForwardCheck(NamedTuple):
     """Evidence that weights cannot give: simulated truths near the observation, and where the observation lies.
 
     Args:
-        log_excess: log(w(z*) / mean proposal weight) of truths z* whose simulated data lie near the observation.
+        log_excess: log(w(z*) / mean proposal weight) of truths z* whose simulated data lie near the observation; NaN
+            where a simulation says nothing.
         distance_rank: share of the simulations that lie further from their neighbours than the observation does.
     """
 
@@ -103,7 +104,11 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, check: Forward
     if check is not None:
         rank = float(check.distance_rank)
         unseen = max(log_weight.max() - evidence + 1.0, np.log(num / UNSEEN))
-        missed = float(np.mean(np.asarray(check.log_excess) > unseen))
+        excess = np.asarray(check.log_excess)
+        told = ~np.isnan(excess)
+        missed = float(np.mean(excess[told] > unseen)) if told.any() else np.nan
+        if not told.any():
+            faults.append("weights are poor at every simulation, so none tells whether the proposal misses anything")
         if missed > MAX_MISSED:
             faults.append(f"{missed:.0%} of simulated truths near the observation are where the proposal never draws")
         if rank <= 0.0:

@@ -1,94 +1,90 @@
 """Drawing: weighted draws of one observation in batches of bounded memory, each row tied to its own key."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from scoreinfer._typing import Sites
+from scoreinfer._tree import in_batches
+from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
+from scoreinfer.proposal import Proposer, Weighted, draw, weigh
+
+SMALLEST_BATCH = 512
+"""Smaller requests are rounded up to this many rows: few shapes are ever compiled."""
 
 
-class Weighted(NamedTuple):
-    """Draws in the unconstrained space with the two log densities their weights are made of."""
-
-    values: Float[Array, "num dim"]
-    log_q: Float[Array, " num"]
-    log_joint: Float[Array, " num"]
-
-    @property
-    def num(self) -> int:
-        """Number of draws."""
-        return self.values.shape[0]
-
-    @property
-    def log_weight(self) -> Float[Array, " num"]:
-        """Log importance weights."""
-        return self.log_joint - self.log_q
+def batch_shape(num: int, batch_size: int) -> int:
+    """Choose the number of rows per compiled call: a power of two for small requests."""
+    return min(batch_size, max(SMALLEST_BATCH, 1 << max(num - 1, 1).bit_length()))
 
 
-def weighted_draws(key, proposal, y, batch_size, prior_fraction, first, count, bar) -> Weighted:
+@eqx.filter_jit
+def draw_rows(key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"]) -> Weighted:
+    """Draw and weigh these rows of the endless stream of draws that belongs to ``key``."""
+    context = proposal.context(y)
+    return jax.vmap(lambda row: draw(jax.random.fold_in(key, row), proposal, context, y))(rows)
+
+
+@eqx.filter_jit
+def weigh_rows(
+    key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"], values: Float[Array, "num dim"]
+) -> Weighted:
+    """Weigh given values, as these rows of the stream."""
+    context = proposal.context(y)
+    return jax.vmap(lambda row, z: weigh(jax.random.fold_in(key, row), proposal, context, y, z))(rows, values)
+
+
+@eqx.filter_jit
+def _prior_rows(key, problem, rows):
+    return jax.vmap(lambda row: problem.simulate(jax.random.fold_in(key, row))[0])(rows)
+
+
+@eqx.filter_jit
+def _mix_prior(problem, drawn, share):
+    log_prior = jax.vmap(problem.log_prior)(drawn.values)
+    return drawn._replace(log_q=jnp.logaddexp(jnp.log1p(-share) + drawn.log_q, jnp.log(share) + log_prior))
+
+
+def weighted_draws(
+    key: Key,
+    proposal: Proposer,
+    y: Sites,
+    batch_size: int,
+    prior_fraction: float,
+    first: int,
+    count: int,
+    done: Callable[[int], Any] = lambda count: None,
+) -> Weighted:
     """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``."""
+
+    def batches(function, num):
+        return in_batches(function, num, batch_shape(num, batch_size), done)
+
+    if prior_fraction == 0.0:
+        return batches(lambda i: draw_rows(key, proposal, y, first + i), count)
+    for_paths, for_prior = jax.random.split(jax.random.fold_in(key, 0))
     from_prior = _is_prior(prior_fraction, first, count)
-    parts = []
-    for rows, draw in ((np.flatnonzero(~from_prior), _from_proposal), (np.flatnonzero(from_prior), _from_prior)):
-        size = _batch_shape(len(rows), batch_size)
-        for i in range(0, len(rows), size):
-            chosen = rows[i : i + size]
-            padded = np.resize(chosen, size)
-            part = draw(key, proposal, y, jnp.asarray(first + padded), prior_fraction)
-            parts.append(jax.tree.map(lambda leaf, n=len(chosen): leaf[:n], part))
-            bar.update(len(chosen))
-    order = jnp.argsort(jnp.asarray(np.concatenate([np.flatnonzero(~from_prior), np.flatnonzero(from_prior)])))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *parts)
+    ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_prior, from_prior))
+
+    def prior_rows(i):
+        values = _prior_rows(for_prior, proposal.problem, theirs[i])
+        return weigh_rows(for_paths, proposal, y, theirs[i], values)
+
+    sources = ((ours, lambda i: draw_rows(key, proposal, y, ours[i])), (theirs, prior_rows))
+    parts = [batches(function, rows.size) for rows, function in sources if rows.size]
+    drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(jnp.concatenate([ours, theirs]))], *parts)
+    return _mix_prior(proposal.problem, drawn, prior_fraction)
 
 
 def _is_prior(share: float, first: int, count: int) -> np.ndarray:
     """Flag the rows taken from the prior: evenly spread, the exact share of any long run."""
     edges = np.floor(share * np.arange(first, first + count + 1))
     return np.diff(edges) > 0
-
-
-def _batch_shape(num: int, batch_size: int) -> int:
-    """Round a small batch up to a power of two, so that few shapes are ever compiled."""
-    return min(batch_size, max(64, 1 << max(num - 1, 1).bit_length()))
-
-
-def _mixed(problem, z, log_q, share):
-    if share == 0.0:
-        return log_q
-    return jnp.logaddexp(jnp.log1p(-share) + log_q, jnp.log(share) + problem.log_prior(z))
-
-
-def _log_joint(problem, z, y):
-    return problem.log_joint(z, y) if problem.has_density else jnp.full((), jnp.nan, z.dtype)
-
-
-@eqx.filter_jit
-def _from_proposal(key, proposal, y, rows, share):
-    context = proposal.context(y)
-
-    def one(row):
-        z, log_q = proposal.propose(jax.random.fold_in(key, row), context)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), _log_joint(proposal.problem, z, y))
-
-    return jax.vmap(one)(rows)
-
-
-@eqx.filter_jit
-def _from_prior(key, proposal, y, rows, share):
-    context = proposal.context(y)
-
-    def one(row):
-        for_z, for_path = jax.random.split(jax.random.fold_in(key, row))
-        z, _ = proposal.problem.simulate(for_z)
-        log_q = proposal.log_q(for_path, context, z)
-        return Weighted(z, _mixed(proposal.problem, z, log_q, share), _log_joint(proposal.problem, z, y))
-
-    return jax.vmap(one)(rows)
 
 
 @eqx.filter_jit
@@ -98,9 +94,5 @@ def _constrain(problem, values):
 
 def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Sites:
     """Compute latent and deterministic sites of every row, in batches of bounded memory."""
-    num, size = values.shape[0], _batch_shape(values.shape[0], batch_size)
-    parts = []
-    for i in range(0, num, size):
-        rows = jnp.minimum(i + jnp.arange(size), num - 1)
-        parts.append(jax.tree.map(lambda leaf, n=min(size, num - i): leaf[:n], _constrain(problem, values[rows])))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    num = values.shape[0]
+    return in_batches(lambda i: _constrain(problem, values[i]), num, batch_shape(num, batch_size))

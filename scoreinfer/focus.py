@@ -7,6 +7,7 @@ quarter of the draws still come from the original proposal, so what that one cov
 References: Cappe, Guillin, Marin and Robert 2004, "Population Monte Carlo"; Ryu and Boyd 2014, arXiv 1412.4845.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,17 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.correct import effective_sample_size, move_all
+from scoreinfer.drawing import batch_shape, draw_rows, weigh_rows
 from scoreinfer.forward import ForwardBank
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
-from scoreinfer.proposal import Context, Proposal
+from scoreinfer.proposal import Context, Proposal, Weighted
+from scoreinfer.sampling import AbstractSampler
 from scoreinfer.whitening import Affine
 
 SHARE = 0.75
 """Share of the draws that come from the adapted component."""
+NUM_DRAWS = 1024
+"""Draws per round of adaptation."""
 
 
 class FocusedContext(NamedTuple):
@@ -36,15 +42,14 @@ class FocusedContext(NamedTuple):
 
 
 class FocusedProposal(eqx.Module):
-    """A mixture of a proposal and of the same proposal under a further affine map z -> shift + stretch z.
+    """A mixture of a proposal and of the same proposal with another ``adjustment``.
 
     Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. For the flow it rests on
         finding each step's inverse numerically; where none is found, that component counts as density zero.
     """
 
     original: Proposal
-    stretch: Float[Array, "dim dim"]
-    shift: Float[Array, " dim"]
+    adapted: Proposal
 
     @property
     def problem(self) -> Problem:
@@ -52,7 +57,7 @@ class FocusedProposal(eqx.Module):
         return self.original.problem
 
     @property
-    def sampler(self):
+    def sampler(self) -> AbstractSampler:
         """The sampler of both components."""
         return self.original.sampler
 
@@ -62,17 +67,13 @@ class FocusedProposal(eqx.Module):
 
     def context(self, y: Sites) -> FocusedContext:
         """Embed one observation for both components."""
-        original = self.original.context(y)
-        return FocusedContext(original, self._adapt(original))
-
-    def _adapt(self, context: Context) -> Context:
-        affine = context.affine
-        return context._replace(affine=Affine(self.stretch @ affine.mean + self.shift, self.stretch @ affine.factor))
+        return FocusedContext(self.original.context(y), self.adapted.context(y))
 
     def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z from either component and compute the mixture's ``log_q``."""
         for_choice, for_draw, for_other = jax.random.split(key, 3)
         adapted = jax.random.uniform(for_choice) < SHARE
+        # The components differ in their contexts alone.
         chosen, other = (
             jax.tree.map(lambda a, b: jnp.where(adapted, a, b), *pair)
             for pair in ((context.adapted, context.original), (context.original, context.adapted))
@@ -88,18 +89,6 @@ class FocusedProposal(eqx.Module):
 
 def _mix(log_original, log_adapted):
     return jnp.logaddexp(jnp.log(1.0 - SHARE) + log_original, jnp.log(SHARE) + log_adapted)
-
-
-@eqx.filter_jit
-def _round(key, proposal: FocusedProposal, y: Sites, num: int):
-    """Draw from the adapted component alone, and weigh."""
-    context = proposal.context(y).adapted
-
-    def one(key):
-        z, log_q = proposal.original.propose(key, context)
-        return z, proposal.problem.log_joint(z, y) - log_q
-
-    return jax.vmap(one)(jax.random.split(key, num))
 
 
 def _temper(log_weight: np.ndarray, floor: float) -> float:
@@ -119,9 +108,7 @@ def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, (centred * weight[:, None]).T @ centred
 
 
-def focus(
-    key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_rounds: int = 12, num: int = 1024
-) -> FocusedProposal:
+def focus(key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_rounds: int = 12) -> FocusedProposal:
     """Adapt ``proposal`` to the observation ``y``.
 
     Args:
@@ -129,25 +116,25 @@ def focus(
         proposal: the amortised proposal; an adapted one is adapted anew.
         y: the observation.
         max_rounds: rounds of drawing and matching at the most.
-        num: draws per round.
 
     Returns:
         The mixture of the best round's adapted proposal and the original.
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
     """
-    if isinstance(proposal, FocusedProposal):
-        proposal = proposal.original
-    dim = proposal.problem.dim
+    original = proposal.original if isinstance(proposal, FocusedProposal) else proposal
+    dim, num = original.problem.dim, NUM_DRAWS
     stretch, shift = np.eye(dim), np.zeros(dim)
-    best, best_ess = (stretch, shift), -1.0
+    best, best_ess = original, -1.0
     for round_key in jax.random.split(key, max_rounds):
-        current = FocusedProposal(proposal, jnp.asarray(stretch, jnp.float32), jnp.asarray(shift, jnp.float32))
-        z, log_weight = (np.asarray(leaf, np.float64) for leaf in _round(round_key, current, y, num))
+        adjustment = Affine(jnp.asarray(shift, jnp.float32), jnp.asarray(stretch, jnp.float32))
+        current = dataclasses.replace(original, adjustment=adjustment)
+        drawn = draw_rows(round_key, current, y, jnp.arange(num))
+        z, log_weight = (np.asarray(leaf, np.float64) for leaf in (drawn.values, drawn.log_weight))
         log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
         ess = effective_sample_size(log_weight)
         if ess > best_ess:
-            best, best_ess = (stretch, shift), ess
+            best, best_ess = current, ess
         if ess > 0.5 * num or not np.isfinite(log_weight.max()):
             break
         power = _temper(log_weight, max(0.1 * num, min(5.0 * dim, 0.5 * num)))
@@ -158,7 +145,7 @@ def focus(
         covariance = trust * covariance + (1.0 - trust) * old + 1e-10 * np.diag(np.diag(old))
         move = np.linalg.cholesky(covariance) @ np.linalg.inv(np.linalg.cholesky(old + 1e-10 * np.diag(np.diag(old))))
         stretch, shift = move @ stretch, mean + move @ (shift - old_mean)
-    return FocusedProposal(proposal, *(jnp.asarray(part, jnp.float32) for part in best))
+    return FocusedProposal(original, best)
 
 
 class FocusedBank(NamedTuple):
@@ -182,13 +169,7 @@ class FocusedBank(NamedTuple):
 
 
 def explore(
-    key: Key,
-    proposal: FocusedProposal,
-    bank: ForwardBank | FocusedBank,
-    y: Sites,
-    *,
-    num_moves: int = 200,
-    num_draws: int = 512,
+    key: Key, proposal: FocusedProposal, bank: ForwardBank | FocusedBank, y: Sites, *, num_moves: int = 200
 ) -> FocusedBank:
     """Look, from simulated truths, for places that the focused proposal would never draw.
 
@@ -199,38 +180,29 @@ def explore(
     Exactness: evidence, not proof: chains find what simulated truths lead to.
     """
     bank = bank.original if isinstance(bank, FocusedBank) else bank
-    problem = proposal.problem
     for_draws, for_moves, for_weights = jax.random.split(key, 3)
-    starts, factor, drawn, log_weight, x = _explorers(for_draws, proposal, bank, y, num_draws)
-    ends, log_joint, _ = move_all(for_moves, jax.tree_util.Partial(problem.log_joint, y=y), starts, factor, num_moves)
-    log_w = _weigh(for_weights, proposal, y, ends)
-    log_mean = jax.nn.logsumexp(log_weight) - jnp.log(num_draws)
-    weight = jax.nn.softmax(log_weight)
-    order = jnp.argsort(drawn)
-    floor = drawn[order][jnp.searchsorted(jnp.cumsum(weight[order]), 0.01)]
-    return FocusedBank(bank, x, jnp.where(log_joint >= floor, log_w - log_mean, -jnp.inf))
+    drawn = draw_rows(for_draws, proposal, y, jnp.arange(NUM_DRAWS))
+    starts, factor, x = _starts(proposal, bank, y)
+    density = jax.tree_util.Partial(proposal.problem.log_joint, y=y)
+    ends, *_ = move_all(for_moves, density, starts.astype(drawn.values.dtype), factor, num_moves)
+    num = ends.shape[0]
+    ended = in_batches(lambda i: weigh_rows(for_weights, proposal, y, i, ends[i]), num, batch_shape(num, NUM_DRAWS))
+    return FocusedBank(bank, x, _excess(drawn, ended))
 
 
 @eqx.filter_jit
-def _explorers(key, proposal: FocusedProposal, bank: ForwardBank, y: Sites, num: int):
+def _starts(proposal: FocusedProposal, bank: ForwardBank, y: Sites):
     context, x = proposal.context(y), flatten(proposal.features(y))
     near, _ = bank.nearest(x)
-    starts = jax.vmap(context.original.affine.forward)(bank.truth[near])
-
-    def one(key):
-        z, log_q = proposal.propose(key, context)
-        log_joint = proposal.problem.log_joint(z, y)
-        return log_joint, log_joint - log_q
-
-    drawn, log_weight = jax.vmap(one)(jax.random.split(key, num))
-    log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
-    factor = context.adapted.affine.factor
-    return starts.astype(drawn.dtype), factor.astype(drawn.dtype), drawn, log_weight, x
+    return jax.vmap(context.original.affine.forward)(bank.truth[near]), context.adapted.affine.factor, x
 
 
 @eqx.filter_jit
-def _weigh(key, proposal: FocusedProposal, y: Sites, values):
-    context = proposal.context(y)
-    keys = jax.random.split(key, values.shape[0])
-    log_q = jax.vmap(lambda key, z: proposal.log_q(key, context, z))(keys, values)
-    return jax.vmap(lambda z: proposal.problem.log_joint(z, y))(values) - log_q
+def _excess(drawn: Weighted, ended: Weighted) -> Float[Array, " neighbours"]:
+    """Compare weights where chains ended with the proposal's, above the lowest 1 % of its log densities."""
+    log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
+    order = jnp.argsort(drawn.log_joint)
+    below = jnp.cumsum(jax.nn.softmax(log_weight)[order])
+    floor = drawn.log_joint[order][jnp.searchsorted(below, 0.01)]
+    log_mean = jax.nn.logsumexp(log_weight) - jnp.log(drawn.num)
+    return jnp.where(ended.log_joint >= floor, ended.log_weight - log_mean, -jnp.inf)

@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from scoreinfer._typing import Key
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.proposal import Proposal
+from scoreinfer.proposal import Proposal, draw, weigh
 
 NUM_NEIGHBOURS = 64
-MIN_SHARE = 0.1
+TRUSTED_SHARE = 0.1
 """Least effective share of the proposals at a simulation for its truth to count."""
 
 
@@ -46,9 +46,10 @@ class ForwardBank(NamedTuple):
     def check(self, x: Float[Array, " features"]) -> ForwardCheck:
         """Look up the evidence near the observation with features ``x``."""
         # Where the proposal's own weights are poor they say so; only good-looking weights can hide a missed mode.
-        near, distances = self.nearest(x, self.log_share > jnp.log(MIN_SHARE))
+        counts = self.log_share > jnp.log(TRUSTED_SHARE)
+        near, distances = self.nearest(x, counts)
         rank = (self.distance >= _neighbour_distance(distances)).mean()
-        return ForwardCheck(self.log_excess[near], rank)
+        return ForwardCheck(jnp.where(counts[near], self.log_excess[near], jnp.nan), rank)
 
 
 def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
@@ -61,16 +62,16 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
 
     Exactness: log_excess estimates log p(z* | y*) - log q(z* | y*); it is exact as ``num_proposals`` grows.
     """
-    problem, simulate = proposal.problem, proposal.problem.simulate
+    simulate = proposal.problem.simulate
     assert simulate is not None
 
     def one(key):
         for_pair, for_truth, for_draws = jax.random.split(key, 3)
         z, y = simulate(for_pair)
         context = proposal.context(y)
-        log_w = problem.log_joint(z, y) - proposal.log_q(for_truth, context, z)
-        draws, log_q = jax.vmap(lambda k: proposal.propose(k, context))(jax.random.split(for_draws, num_proposals))
-        log_ws = jax.vmap(lambda z: problem.log_joint(z, y))(draws) - log_q
+        log_w = weigh(for_truth, proposal, context, y, z).log_weight
+        keys = jax.random.split(for_draws, num_proposals)
+        log_ws = jax.vmap(lambda key: draw(key, proposal, context, y))(keys).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
         total = jax.nn.logsumexp(log_ws)
         log_mean, log_share = (

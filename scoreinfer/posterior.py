@@ -10,14 +10,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import UnsupportedModel
+from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import certify
 from scoreinfer.correct import effective_sample_size, rejuvenate
-from scoreinfer.drawing import Weighted, constrain, weighted_draws
+from scoreinfer.drawing import constrain, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.focus import FocusedBank, FocusedContext, FocusedProposal, explore, focus
 from scoreinfer.forward import ForwardBank, forward_bank
@@ -26,12 +27,12 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, ConditionalMLP, Embedding
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
-from scoreinfer.proposal import Context, Proposal
+from scoreinfer.proposal import Context, Proposal, Weighted
 from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
-from scoreinfer.simulation import Simulations, check_finite, simulate, standardiser
+from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.train import Budget, History, train
-from scoreinfer.whitening import Whitening, linear_whitening
+from scoreinfer.whitening import Whitening, identity, linear_whitening
 
 NUM_PILOT = 8192
 POOL = 32_768
@@ -84,14 +85,15 @@ class Posterior(eqx.Module):
     def focus(self, key: Key, *args: Any, **kwargs: Any) -> "Posterior":
         """Adapt the proposal to one observation by importance sampling (see `scoreinfer.focus`).
 
-        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width. Works on
-        for other observations, where it gains nothing.
+        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width. The
+        result still answers for other observations, only less efficiently.
 
         Exactness: exact weights as before: the result is another proposal with a known density.
         """
         y = self.problem.read(args, kwargs)
-        proposal = focus(jax.random.fold_in(key, 0), self.proposal, y)
-        bank = self.bank if self.bank is None else explore(jax.random.fold_in(key, 1), proposal, self.bank, y)
+        streams = _streams(key)
+        proposal = focus(streams.focus, self.proposal, y)
+        bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
 
     def sample(
@@ -134,12 +136,13 @@ class Posterior(eqx.Module):
         start = time.perf_counter()
         problem = self.problem
         y = problem.read(args, kwargs)
-        batches = partial(weighted_draws, key, self.proposal, y, batch_size, prior_fraction)
+        streams = _streams(key)
+        batches = partial(weighted_draws, streams.draws, self.proposal, y, batch_size, prior_fraction)
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
         with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
-            drawn = batches(0, num, bar)
+            drawn = batches(0, num, bar.update)
             while drawn.num < limit and effective_sample_size(drawn.log_weight) < num:
-                more = batches(drawn.num, min(num, limit - drawn.num), bar)
+                more = batches(drawn.num, min(num, limit - drawn.num), bar.update)
                 drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), drawn, more)
         info: dict[str, Any] = {
             "num_proposals": drawn.num,
@@ -152,7 +155,7 @@ class Posterior(eqx.Module):
         if moved:
             density = jax.tree_util.Partial(problem.log_joint, y=y)
             values, log_joint, moves = rejuvenate(
-                jax.random.fold_in(key, 2), density, drawn.values, drawn.log_weight, num, num_moves
+                streams.moves, density, drawn.values, drawn.log_weight, num, num_moves
             )
             drawn = Weighted(values, log_joint - certificate.log_evidence, log_joint)
             info |= {"move_accept_prob": float(moves.accept_prob), "move_step_size": float(moves.step_size)}
@@ -164,14 +167,27 @@ class Posterior(eqx.Module):
         return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
 
 
+class _Streams(NamedTuple):
+    """Independent random streams of one user's key, so that one key may focus, draw and move."""
+
+    draws: Key
+    moves: Key
+    focus: Key
+    exploration: Key
+
+
+def _streams(key: Key) -> _Streams:
+    return _Streams(*jax.random.split(key, len(_Streams._fields)))
+
+
 @eqx.filter_jit
 def _features(proposal: Proposal | FocusedProposal, y: Sites) -> Float[Array, " features"]:
     return flatten(proposal.features(y))
 
 
-def default_sampler(dim: int) -> AbstractSampler:
+def default_sampler(problem: Problem) -> AbstractSampler:
     """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
-    return ProbabilityFlow() if dim <= 16 else ReverseSDE()
+    return ProbabilityFlow(inflation=0.1 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()
 
 
 def fit(
@@ -233,18 +249,19 @@ def fit(
     keys = dict(zip(("pilot", "white", "net", "train", "score", "bank"), jax.random.split(key, 6), strict=True))
     online = num_simulations is None
     use_gradient = problem.has_density and target_score is not False
-    pilot = _simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, use_gradient)
+    pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
     check_finite(pilot)
     scale = standardiser(pilot.x)
-    pilot = pilot._replace(x=jax.vmap(scale)(pilot.x))
+    pilot = _standardise(scale, pilot)
     held_out = max(pilot.num // 10, 1)
     validation, training = _rows(pilot, slice(None, held_out)), _rows(pilot, slice(held_out, None))
-    budget = Budget(num_steps, min(batch_size, training.num), learning_rate=learning_rate)
-    if not online:
-        budget = budget._replace(epoch_steps=min(250, -(-2 * training.num // budget.batch_size)), patience=30)
+    batch_size = min(batch_size, training.num)
+    epoch_steps = min(250, num_steps) if online else min(250, num_steps, -(-2 * training.num // batch_size))
+    budget = Budget(num_steps, batch_size, epoch_steps, learning_rate, patience=None if online else 30)
+    pool_size = min(POOL, epoch_steps * batch_size)
 
     def pools(key: Key, gradient: bool = False) -> Simulations:
-        return _simulate_scaled(key, problem, scale, POOL, gradient) if online else training
+        return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient)) if online else training
 
     embedding = Concatenate() if embedding is None else embedding
     # On a fixed budget a large whitening map would learn its simulations by heart.
@@ -255,23 +272,23 @@ def fit(
         keys["train"], whitening, whitening_loss, pools, validation, short, progress_bar=progress_bar, title="whitening"
     )
 
-    check = _whiten(whitening, training)
-    precision = _precision(check, target_score) if use_gradient else None
+    whitened = _whiten(whitening, training)
+    precision = _precision(whitened, target_score) if use_gradient else None
     module = _score_module(keys["net"], problem.dim, embedding, training.x, width, depth)
-    loss = partial(denoising_loss, precision=precision)
+    loss = jax.tree_util.Partial(denoising_loss, precision=precision)
     module, score_history = train(
         keys["score"],
         module,
         loss,
-        lambda key: check if not online else _whiten(whitening, pools(key, precision is not None)),
+        lambda key: _whiten(whitening, pools(key, precision is not None)) if online else whitened,
         _whiten(whitening, validation),
         budget,
         progress_bar=progress_bar,
         title="score",
     )
-    proposal = Proposal(
-        scale, whitening, module.embedding, module.score, sampler or default_sampler(problem.dim), problem
-    )
+    sampler = sampler or default_sampler(problem)
+    adjustment = identity(problem.dim)
+    proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     bank = forward_bank(keys["bank"], proposal) if problem.has_density else None
     return Posterior(proposal, bank, TrainingHistory(white_history, score_history))
 
@@ -281,19 +298,17 @@ def _rows(tree, where):
 
 
 @eqx.filter_jit
-def _simulate(key, problem, num, gradient):
-    return simulate(key, problem, num, gradient=gradient)
-
-
-@eqx.filter_jit
-def _simulate_scaled(key, problem, scale, num, gradient):
-    simulations = simulate(key, problem, num, gradient=gradient)
+def _standardise(scale: Standardiser, simulations: Simulations) -> Simulations:
     return simulations._replace(x=jax.vmap(scale)(simulations.x))
 
 
-@eqx.filter_jit
 def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
     """Move simulations, and the gradients of their log density, to the whitened space."""
+    return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, BATCH)
+
+
+@eqx.filter_jit
+def _whiten_rows(whitening: Whitening, simulations: Simulations, rows: Int[Array, " num"]) -> ScoreBatch:
 
     def one(simulation):
         affine = whitening(simulation.x)
@@ -302,7 +317,7 @@ def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
         u = affine.inverse(simulation.z.astype(jnp.float32))
         return ScoreBatch(u, simulation.x, gradient.astype(jnp.float32))
 
-    return jax.lax.map(one, simulations, batch_size=4096)
+    return jax.vmap(one)(_rows(simulations, rows))
 
 
 def _precision(batch: ScoreBatch, target_score: bool | None) -> Float[Array, " dim"] | None:
@@ -311,12 +326,18 @@ def _precision(batch: ScoreBatch, target_score: bool | None) -> Float[Array, " d
     Jumps of the density and wrong gradients break Stein's identity E[u grad log p(u)] = -1: the target would be
     biased. Gradients far larger than one in the whitened space leave the target no share but at tiny noise.
     """
-    products = batch.u * batch.gradient
-    error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
-    precision = jnp.mean(batch.gradient**2, axis=0)
+    error, precision = _stein(batch)
     if target_score is None and not bool(((error < 5.0) & (precision < USELESS)).all()):
         return None
     return precision if bool(jnp.isfinite(precision).all()) else None
+
+
+@eqx.filter_jit
+def _stein(batch: ScoreBatch) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
+    """Compute the error of Stein's identity in standard errors, and the mean squared gradients."""
+    products = batch.u * batch.gradient
+    error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
+    return error, jnp.mean(batch.gradient**2, axis=0)
 
 
 def _score_module(key, dim, embedding, x, width, depth) -> ConditionalScore:

@@ -49,8 +49,10 @@ class AbstractSampler(eqx.Module):
 class ProbabilityFlow(AbstractSampler):
     """Heun steps down the probability flow dx/ds = (x - D(x, s)) / s, with the exact Jacobian of every step.
 
-    log q(x_0) = log N(x_K; 0, (1 + s_K^2) I) - sum_k log |det dT_k|, T_k the k-th step as computed. The flow ends
-    at the smallest level: the draw keeps that noise, and its density says so.
+    log q(x_0) = log N(x_K; 0, v I) - sum_k log |det dT_k|, T_k the k-th step as computed. The flow ends at the
+    smallest level: the draw keeps that noise, and its density says so. The start has variance v = (1 + s_K^2)
+    (1 + ``inflation`` / sqrt(dim))^2: an inflation of 0.1 costs about 2 % of the effective sample size in any
+    dimension, and bounds the weights where the learned tails are a little too thin (0.0 for draws that nothing weighs).
 
     Exactness: exact at any number of steps where every T_k is injective. A step that folds space turns the sign of
     its Jacobian: such draws get ``log_q`` = +inf, that is, weight zero. Never replaced by a trace integral along
@@ -63,11 +65,15 @@ class ProbabilityFlow(AbstractSampler):
 
     process: AbstractNoising = VE()
     num_steps: int = eqx.field(static=True, default=16)
+    inflation: float = eqx.field(static=True, default=0.0)
 
     @property
     def num_evaluations(self):
         """Two per Heun step."""
         return 2 * self.num_steps
+
+    def _start_variance(self, level, dim):
+        return (1.0 + level**2) * (1.0 + self.inflation / dim**0.5) ** 2
 
     def _step(self, score, x, y, level, target):
         slope = (x - score.denoise(level, x, y)) / level
@@ -86,7 +92,7 @@ class ProbabilityFlow(AbstractSampler):
     def sample(self, key, score, dim, y=None):
         """Draw one x by walking the levels down; compute its density from the steps' determinants."""
         levels = self.process.levels(self.num_steps)[::-1].astype(jnp.float32)
-        variance = 1.0 + levels[0] ** 2
+        variance = self._start_variance(levels[0], dim)
         x = jnp.sqrt(variance) * jax.random.normal(key, (dim,), jnp.float32)
 
         def step(carry, pair):
@@ -109,7 +115,7 @@ class ProbabilityFlow(AbstractSampler):
 
         carry = (x.astype(jnp.float32), jnp.float32(0.0), jnp.array(True))
         (start, log_det, found), _ = jax.lax.scan(up, carry, (levels[:-1], levels[1:]))
-        value = log_normal(start, 0.0, 1.0 + levels[-1] ** 2) - log_det
+        value = log_normal(start, 0.0, self._start_variance(levels[-1], x.size)) - log_det
         return jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
 
     def _invert(self, score, x, y, low, high, *, num_newton: int = 7):

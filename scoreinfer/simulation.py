@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
@@ -30,23 +31,38 @@ class Simulations(NamedTuple):
         return self.z.shape[0]
 
 
-def simulate(key: Key, problem: Problem, num: int, *, gradient: bool = False, batch_size: int = 4096) -> Simulations:
+BATCH = 4096
+"""Simulations per compiled call."""
+
+
+def simulate(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> Simulations:
     """Draw ``num`` joint draws (z, x) from prior and simulator, in batches of bounded memory.
 
-    Draw i depends on ``key`` and i alone, whatever the batch size. Works under ``jit``. With ``gradient`` every
-    draw also carries the gradient of the log joint density there.
+    Draw i depends on ``key`` and i alone. With ``gradient`` every draw also carries the gradient of the log joint
+    density there.
 
     Exactness: exact draws from the model's joint distribution.
     """
-    draw = problem.simulate
-    assert draw is not None
 
-    def one(key):
-        z, y = draw(key)
-        slope = jax.grad(problem.log_joint)(z, y) if gradient else None
-        return Simulations(z, encode(problem, y), slope)
+    def rows(i):
+        z, y, x = _simulate_rows(key, problem, i)
+        return Simulations(z, x, _gradients(problem, z, y) if gradient else None)
 
-    return jax.lax.map(one, jax.random.split(key, num), batch_size=min(batch_size, num))
+    return in_batches(rows, num, BATCH)
+
+
+@eqx.filter_jit
+def _simulate_rows(key, problem, rows):
+    def one(row):
+        z, y = problem.simulate(jax.random.fold_in(key, row))
+        return z, y, encode(problem, y)
+
+    return jax.vmap(one)(rows)
+
+
+@eqx.filter_jit
+def _gradients(problem, z, y):
+    return jax.vmap(jax.grad(problem.log_joint))(z, y)
 
 
 def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
@@ -97,6 +113,7 @@ class Standardiser(eqx.Module):
         return {name: one(x[name], self.centre[name], self.scale[name]) for name in sorted(self.centre)}
 
 
+@eqx.filter_jit
 def standardiser(x: Sites) -> Standardiser:
     """Make the standardiser of encoded observations ``x`` (draw axis first) from their medians and quantiles."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import TrainingWarning
@@ -100,38 +100,10 @@ def train(
     Raises:
         FloatingPointError: when the loss is not finite before any epoch has ended well.
     """
-    weights, static = eqx.partition(module, eqx.is_inexact_array)
-    optimiser = _optimiser(budget)
-
-    @eqx.filter_jit
-    def run_epoch(state: _State, pool: PyTree, key: Key) -> tuple[_State, Float[Array, ""]]:
-        size = jax.tree.leaves(pool)[0].shape[0]
-        for_order, for_steps = jax.random.split(key)
-        need = budget.epoch_steps * budget.batch_size
-        repeats = -(-need // size)
-        orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(for_order, repeats))
-        rows = orders.ravel()[:need].reshape(budget.epoch_steps, budget.batch_size)
-
-        def step(state, inputs):
-            rows, key = inputs
-            batch = jax.tree.map(lambda leaf: leaf[rows], pool)
-            value, gradient = jax.value_and_grad(lambda w: loss(eqx.combine(w, static), batch, key))(state.weights)
-            updates, memory = optimiser.update(gradient, state.optimiser, state.weights)
-            new = optax.apply_updates(state.weights, updates)
-            decay = jnp.minimum(0.999, (1.0 + state.step) / (10.0 + state.step))
-            average = optax.incremental_update(new, state.average, 1.0 - decay)
-            return _State(new, average, memory, state.step + 1), value
-
-        state, values = jax.lax.scan(step, state, (rows, jax.random.split(for_steps, budget.epoch_steps)))
-        return state, values.mean()
-
-    @eqx.filter_jit
-    def validate(average: PyTree, key: Key) -> Float[Array, ""]:
-        return mean_loss(loss, eqx.combine(average, static), validation, key)
-
+    weights = eqx.filter(module, eqx.is_inexact_array)
     num_epochs = -(-budget.num_steps // budget.epoch_steps)
     start, for_validation = time.perf_counter(), jax.random.fold_in(key, num_epochs)
-    state = _State(weights, weights, optimiser.init(weights), jnp.zeros((), jnp.float32))
+    state = _State(weights, weights, _optimiser(budget).init(weights), jnp.zeros((), jnp.float32))
     best, best_value, best_epoch = None, np.inf, 0
     losses, values, simulations, stopped = [], [], 0, "finished"
     bar = tqdm(total=num_epochs, desc=title, disable=None if progress_bar else True, leave=False)
@@ -139,13 +111,13 @@ def train(
         for epoch in range(num_epochs):
             for_pool, for_epoch = jax.random.split(jax.random.fold_in(key, epoch))
             pool = pools(for_pool)
-            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(pool)):
+            if not bool(_all_finite(pool)):
                 stopped = "simulations not finite"
                 break
-            state, value = run_epoch(state, pool, for_epoch)
+            state, value = _run_epoch(loss, budget, module, state, pool, for_epoch)
             simulations += jax.tree.leaves(pool)[0].shape[0]
             losses.append(float(value))
-            values.append(float(validate(state.average, for_validation)))
+            values.append(float(_validate(loss, module, state.average, validation, for_validation)))
             if not np.isfinite(losses[-1] + values[-1]):
                 stopped = "loss not finite"
                 break
@@ -166,4 +138,41 @@ def train(
         if best is None:
             raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
         warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=2)
-    return eqx.combine(best, static), history
+    return eqx.combine(best, module), history
+
+
+@eqx.filter_jit
+def _run_epoch(
+    loss: Loss, budget: Budget, module: PyTree, state: _State, pool: PyTree, key: Key
+) -> tuple[_State, Float[Array, ""]]:
+    """Take ``epoch_steps`` optimiser steps over shuffled passes through the pool."""
+    optimiser = _optimiser(budget)
+    size = jax.tree.leaves(pool)[0].shape[0]
+    for_order, for_steps = jax.random.split(key)
+    need = budget.epoch_steps * budget.batch_size
+    repeats = -(-need // size)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(for_order, repeats))
+    rows = orders.ravel()[:need].reshape(budget.epoch_steps, budget.batch_size)
+
+    def step(state, inputs):
+        rows, key = inputs
+        batch = jax.tree.map(lambda leaf: leaf[rows], pool)
+        value, gradient = jax.value_and_grad(lambda w: loss(eqx.combine(w, module), batch, key))(state.weights)
+        updates, memory = optimiser.update(gradient, state.optimiser, state.weights)
+        new = optax.apply_updates(state.weights, updates)
+        decay = jnp.minimum(0.999, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(new, state.average, 1.0 - decay)
+        return _State(new, average, memory, state.step + 1), value
+
+    state, values = jax.lax.scan(step, state, (rows, jax.random.split(for_steps, budget.epoch_steps)))
+    return state, values.mean()
+
+
+@eqx.filter_jit
+def _validate(loss: Loss, module: PyTree, average: PyTree, validation: PyTree, key: Key) -> Float[Array, ""]:
+    return mean_loss(loss, eqx.combine(average, module), validation, key)
+
+
+@eqx.filter_jit
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -36,6 +36,15 @@ class Affine(eqx.Module):
         """Compute log |det factor|."""
         return jnp.log(jnp.abs(jnp.diagonal(self.factor))).sum()
 
+    def after(self, first: "Affine") -> "Affine":
+        """Compose two maps: ``first``, then this one."""
+        return Affine(self.forward(first.mean), self.factor @ first.factor)
+
+
+def identity(dim: int) -> Affine:
+    """Make the map that leaves everything where it is."""
+    return Affine(jnp.zeros(dim, jnp.float32), jnp.eye(dim, dtype=jnp.float32))
+
 
 class Whitening(eqx.Module):
     """The learned affine map of each observation.
@@ -62,6 +71,7 @@ class Whitening(eqx.Module):
         return Affine(mean, residual @ triangle)
 
 
+@eqx.filter_jit
 def linear_whitening(
     key: Key, z: Float[Array, "num dim"], x: Sites, embedding: Embedding, *, width: int, depth: int
 ) -> Whitening:

@@ -50,7 +50,7 @@ def test_posterior_with_an_embedding_of_sets():
             numpyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
     posterior = si.fit(
-        jax.random.key(0), model, embedding=si.DeepSet(jax.random.key(1), 1), num_steps=500, width=32, depth=2,
+        jax.random.key(0), model, embedding=si.DeepSet(jax.random.key(1), 1, width=16, num_out=16), num_steps=300, width=32, depth=2,
         progress_bar=False,
     )  # fmt: skip
     y = np.array([0.3, 0.9, -0.2, 0.6, 0.1, 0.5], np.float32)

@@ -21,10 +21,11 @@ from numpyro.util import is_prng_key
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
-from scoreinfer.kernels.transition import Proposer, ScoreSDEState, Weights, layout, start, transition
+from scoreinfer.kernels.transition import ScoreSDEState, Weights, layout, start, transition
 from scoreinfer.model import from_numpyro
 from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem
+from scoreinfer.proposal import Proposer
 
 
 class Fit(NamedTuple):

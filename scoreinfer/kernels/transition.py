@@ -24,7 +24,7 @@ ergodicity of the iterated conditional SMC"; Roberts and Rosenthal 1998 (MALA an
 
 import math
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,26 +37,9 @@ from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites
 from scoreinfer.correct import metropolis_langevin_step
 from scoreinfer.problem import Problem
+from scoreinfer.proposal import Proposer
 
 TARGET_ACCEPT_PROB = 0.574
-
-
-@runtime_checkable
-class Proposer(Protocol):
-    """What the kernel asks of the learned sampler (`scoreinfer.posterior.Proposal`), an Equinox module."""
-
-    @property
-    def problem(self) -> Problem:
-        """The problem that the sampler is for."""
-
-    def context(self, y: Sites) -> Any:
-        """Embed one observation."""
-
-    def propose(self, key: Key, context: Any) -> tuple[Array, Array]:
-        """Draw one ``z`` and compute its log q."""
-
-    def log_q(self, key: Key, context: Any, z: Array) -> Array:
-        """Compute log q of any ``z``; for path weights, over a path drawn anew from r(u | z)."""
 
 
 class Weighed(NamedTuple):
