@@ -6,7 +6,7 @@ from scoreinfer._errors import MisspecificationWarning, TrainingWarning, Unsuppo
 from scoreinfer.certificate import Certificate
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
-from scoreinfer.kernels import ScoreSDE
+from scoreinfer.kernels import MALA, ULA, ScoreSDE, UnderdampedLangevin
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
 from scoreinfer.posterior import Posterior, fit
@@ -19,6 +19,8 @@ except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "MALA",
+    "ULA",
     "Certificate",
     "DeepSet",
     "Draws",
@@ -30,6 +32,7 @@ __all__ = [
     "ScoreSDE",
     "Series",
     "TrainingWarning",
+    "UnderdampedLangevin",
     "UnsupportedModel",
     "check",
     "fit",

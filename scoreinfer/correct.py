@@ -4,13 +4,14 @@ Knows log-densities and log weights, never a score or a process: it can correct 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from scoreinfer._typing import Key
 
@@ -91,41 +92,68 @@ def resample_indices(key: Key, log_weight: LogWeights, num: int) -> Int[Array, "
     return jax.random.permutation(for_order, jnp.asarray(rows))
 
 
-def metropolis_langevin_step(
-    key: Key,
-    value_and_grad: Callable[[Float[Array, " dim"]], tuple[Float[Array, ""], Float[Array, " dim"]]],
-    state: tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]],
-    factor: Float[Array, "dim dim"],
-    step_size: Float[Array, ""],
-) -> tuple[tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]], Float[Array, ""]]:
-    """Take one Metropolis-adjusted Langevin step, preconditioned by the Cholesky factor of a covariance.
+Point = tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]]
+"""A point, its log density, its gradient."""
+ValueAndGrad = Callable[[Float[Array, " dim"]], tuple[Float[Array, ""], Float[Array, " dim"]]]
+Factor = Float[Array, "dim dim"] | Float[Array, " dim"]
+"""A square root L of a covariance L L^T; a vector stands for a diagonal one."""
+
+
+def colour(factor: Factor, v: Float[Array, " dim"], *, transpose: bool = False) -> Float[Array, " dim"]:
+    """Compute L v, or L^T v."""
+    if factor.ndim == 1:
+        return factor * v
+    return factor.T @ v if transpose else factor @ v
+
+
+def langevin_proposal(
+    key: Key, value_and_grad: ValueAndGrad, point: Point, factor: Factor, step_size: Float[Array, ""]
+) -> tuple[Point, Float[Array, ""]]:
+    """Propose x' = x + e^2/2 L L^T grad + e L noise, and compute its Metropolis-Hastings log ratio.
 
     Args:
         key: random key.
         value_and_grad: log density (any constant) and its gradient.
-        state: the point, its log density, its gradient.
-        factor: Cholesky factor L of the preconditioner.
-        step_size: e in x' = x + e^2/2 L L^T grad + e L noise.
+        point: where the step starts.
+        factor: square root L of the preconditioner.
+        step_size: e.
 
     Returns:
-        The new state, and the acceptance probability.
-
-    Exactness: exact: leaves the density invariant. A proposal whose density or gradient is not finite is rejected.
+        The proposed point, and the log ratio: minus infinity where the density or its gradient is not finite.
 
     References: Roberts and Tweedie 1996, Bernoulli 2(4).
     """
-    for_noise, for_accept = jax.random.split(key)
-    x, value, gradient = state
-    noise = jax.random.normal(for_noise, x.shape, x.dtype)
-    new = x + factor @ (0.5 * step_size**2 * (factor.T @ gradient) + step_size * noise)
+    x, value, gradient = point
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    drift = 0.5 * step_size * colour(factor, gradient, transpose=True)
+    new = x + step_size * colour(factor, drift + noise)
     new_value, new_gradient = value_and_grad(new)
     # In the coordinates v with x = L v, moving back from new to x takes the noise `back`.
-    back = -noise - 0.5 * step_size * (factor.T @ (gradient + new_gradient))
+    back = -noise - drift - 0.5 * step_size * colour(factor, new_gradient, transpose=True)
     log_ratio = new_value - value + 0.5 * (noise @ noise - back @ back)
-    log_ratio = jnp.where(jnp.isfinite(log_ratio) & jnp.isfinite(new_gradient).all(), log_ratio, -jnp.inf)
-    accept = jnp.log(jax.random.uniform(for_accept, (), x.dtype)) < log_ratio
-    new_state = jax.tree.map(lambda a, b: jnp.where(accept, a, b), (new, new_value, new_gradient), state)
-    return new_state, jnp.exp(jnp.minimum(log_ratio, 0.0))
+    finite = jnp.isfinite(log_ratio) & jnp.isfinite(new_gradient).all()
+    return (new, new_value, new_gradient), jnp.where(finite, log_ratio, -jnp.inf)
+
+
+def metropolis(key: Key, new: PyTree, old: PyTree, log_ratio: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+    """Accept ``new`` with probability min(1, exp(log_ratio)), else keep ``old``; return the probability too."""
+    accept = jnp.log(jax.random.uniform(key, (), log_ratio.dtype)) < log_ratio
+    return jax.tree.map(partial(jnp.where, accept), new, old), jnp.exp(jnp.minimum(log_ratio, 0.0))
+
+
+def metropolis_langevin_step(
+    key: Key, value_and_grad: ValueAndGrad, point: Point, factor: Factor, step_size: Float[Array, ""]
+) -> tuple[Point, Float[Array, ""]]:
+    """Take one Metropolis-adjusted Langevin step (see `langevin_proposal`).
+
+    Returns:
+        The new point, and the acceptance probability.
+
+    Exactness: exact: leaves the density invariant. A proposal whose density or gradient is not finite is rejected.
+    """
+    for_noise, for_accept = jax.random.split(key)
+    new, log_ratio = langevin_proposal(for_noise, value_and_grad, point, factor, step_size)
+    return metropolis(for_accept, new, point, log_ratio)
 
 
 class Moves(NamedTuple):

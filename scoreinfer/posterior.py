@@ -187,7 +187,7 @@ def _features(proposal: Proposal | FocusedProposal, y: Sites) -> Float[Array, " 
 
 def default_sampler(problem: Problem) -> AbstractSampler:
     """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
-    return ProbabilityFlow(inflation=0.1 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()
+    return ProbabilityFlow(inflation=0.15 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()
 
 
 def fit(

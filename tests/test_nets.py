@@ -50,8 +50,8 @@ def test_posterior_with_an_embedding_of_sets():
             numpyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
     posterior = si.fit(
-        jax.random.key(0), model, embedding=si.DeepSet(jax.random.key(1), 1, width=16, num_out=16), num_steps=300, width=32, depth=2,
-        progress_bar=False,
+        jax.random.key(0), model, embedding=si.DeepSet(jax.random.key(1), 1, width=16, num_out=16), num_steps=300,
+        width=32, depth=2, progress_bar=False,
     )  # fmt: skip
     y = np.array([0.3, 0.9, -0.2, 0.6, 0.1, 0.5], np.float32)
     draws = posterior.sample(jax.random.key(2), 4000, y=y)

@@ -1,6 +1,7 @@
 """NumPyro kernels: what `numpyro.infer.MCMC` can drive."""
 
+from scoreinfer.kernels.langevin import MALA, ULA, LangevinState, UnderdampedLangevin
 from scoreinfer.kernels.score_sde import ScoreSDE
 from scoreinfer.kernels.transition import ScoreSDEState
 
-__all__ = ["ScoreSDE", "ScoreSDEState"]
+__all__ = ["MALA", "ULA", "LangevinState", "ScoreSDE", "ScoreSDEState", "UnderdampedLangevin"]

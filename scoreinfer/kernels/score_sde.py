@@ -5,7 +5,6 @@ fit they come from, and the observation that the proposals in the bank were draw
 of fits, observations, chain methods and `MCMC` objects, and nothing it answers is stale.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,8 @@ from numpyro.util import is_prng_key
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
-from scoreinfer.kernels.transition import ScoreSDEState, Weights, layout, start, transition
+from scoreinfer.kernels.contract import layout, observe
+from scoreinfer.kernels.transition import ScoreSDEState, Weights, start, transition
 from scoreinfer.model import from_numpyro
 from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem
@@ -53,14 +53,6 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
             value = with_problem(value, problem)
         object.__setattr__(copy, field.name, value)
     return copy
-
-
-def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
-    """Read the observation, as arrays without weak types; values that are known are looked at while tracing too."""
-    # With traced arguments the model itself is traced, and must not be evaluated piece by piece meanwhile.
-    with contextlib.nullcontext() if is_traced((args, kwargs)) else jax.ensure_compile_time_eval():
-        y = problem.read(args, kwargs)
-        return {name: jnp.array(value, jnp.result_type(value)) for name, value in y.items()}
 
 
 class ScoreSDE(MCMCKernel):

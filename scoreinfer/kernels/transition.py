@@ -22,7 +22,6 @@ References: Liu, Liang and Wong 2000, "The multiple-try method", section 3; Andr
 ergodicity of the iterated conditional SMC"; Roberts and Rosenthal 1998 (MALA and its 0.574).
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,10 +32,9 @@ from jax import lax, random
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites
 from scoreinfer.correct import metropolis_langevin_step
-from scoreinfer.problem import Problem
+from scoreinfer.kernels.contract import any_chain, flatten, layout, same_bits
 from scoreinfer.proposal import Proposer
 
 TARGET_ACCEPT_PROB = 0.574
@@ -104,41 +102,6 @@ class ScoreSDEState(NamedTuple):
     y: Sites
     weights: Weights
     rng_key: Array
-
-
-def layout(problem: Problem) -> Layout:
-    """Lay out ``z`` by latent site: values in the site's own shape where it has as many entries, else flat."""
-    shapes = (site.shape if math.prod(site.shape) == site.size else (site.size,) for site in problem.latents)
-    return Layout(tuple(site.name for site in problem.latents), tuple(shapes))
-
-
-def flatten(problem: Problem, sites: Sites) -> Float[Array, " dim"]:
-    """Join unconstrained values that a user gave."""
-    expected = {site.name: site.size for site in problem.latents}
-    if {name: jnp.size(value) for name, value in sites.items()} != expected:
-        shapes = {name: jnp.shape(value) for name, value in sites.items()}
-        raise ValueError(f"Expected unconstrained values of these sites and sizes: {expected}; got shapes {shapes}.")
-    return layout(problem).flatten(sites)
-
-
-def same_bits(a: Array, b: Array) -> Bool[Array, ""]:
-    """Say whether two arrays are equal bit by bit: NaN equals itself, and no key is rounded."""
-
-    def bits(x: Array) -> Array:
-        return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-    return jnp.all(bits(a) == bits(b))
-
-
-@jax.custom_batching.custom_vmap
-def any_chain(flag: Array) -> Array:
-    """Reduce a flag over every `vmap` around it: a batched predicate would turn `lax.cond` into a select."""
-    return flag
-
-
-@any_chain.def_vmap
-def _(_size: int, _in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
-    return any_chain(jnp.any(flag)), False
 
 
 def weigh(proposer: Proposer, y: Sites, z: Float[Array, " dim"], log_q: Float[Array, ""]) -> Weighed:
