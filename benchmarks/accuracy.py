@@ -42,6 +42,7 @@ def run_oracles(args) -> Iterator[Row]:
     for i, oracle in enumerate(problems):
         if not _chosen(oracle.name, args.tasks):
             continue
+        jax.clear_caches()
         key = jax.random.fold_in(jax.random.key(args.seed), i)
         with Clock() as training:
             posterior = si.fit(key, oracle.model, progress_bar=args.progress, **_options(args))
@@ -76,14 +77,20 @@ def run_sbibm(args) -> Iterator[Row]:
                 draws = posterior.sample(own, NUM_DRAWS, y=y)
             with Clock() as correcting:
                 corrected = posterior.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS)
+                focused = not corrected.certificate.certified
+                if focused:
+                    focus = posterior.focus(own, y=y)
+                    corrected = focus.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:
                 reference = task.reference(number)
-                raw = _plain(posterior).sample(own, NUM_DRAWS, y=y)
-                figures["before"] = c2st(reference, np.asarray(raw.sites["theta"], np.float64))
+                if not args.only_after:
+                    raw = _plain(posterior).sample(own, NUM_DRAWS, y=y)
+                    figures["before"] = c2st(reference, np.asarray(raw.sites["theta"], np.float64))
                 figures["after"] = c2st(reference, np.asarray(values, np.float64))
-            figures |= _verdict(draws) | {"certified_after": float(corrected.certificate.certified)}
+            figures |= _verdict(draws)
+            figures |= {"certified_after": float(corrected.certificate.certified), "focused": float(focused)}
             yield (
                 f"{task.name}/{number}",
                 figures | _seconds(training, drawing) | {"correct_s": correcting.times.wall},
@@ -98,8 +105,10 @@ def run_honesty(args) -> Iterator[Row]:
     totals: Counter = Counter()
     for number, kind in enumerate((honesty.healthy, *honesty.SABOTAGES)):
         own = jax.random.fold_in(key, number)
-        verdicts = [honesty.judge(jax.random.fold_in(own, i), case) for i, case in enumerate(kind(own))]
-        for v in verdicts:
+        verdicts = []
+        for i, case in enumerate(kind(own)):
+            verdicts.append(honesty.judge(jax.random.fold_in(own, i), case))
+            v = verdicts[-1]
             print(f"  {v.kind:18s} {v.problem:18s} {'certified' if v.certified else 'refused  '} "
                   f"z {v.disagreement:8.1f}  ESS {v.ess:7.0f}  k-hat {v.k_hat:5.2f}  {v.reason}")  # fmt: skip
         figures = {
@@ -108,6 +117,7 @@ def run_honesty(args) -> Iterator[Row]:
             "false_certificates": sum(v.false_certificate for v in verdicts),
         }
         yield kind.__name__, figures
+        jax.clear_caches()  # every problem keeps its compiled programs, and the system's memory maps are limited
         if kind is not honesty.healthy:
             totals.update(figures)
     yield "sabotaged", dict(totals)
@@ -222,6 +232,7 @@ def main() -> int:
     parser.add_argument("--num-simulations", type=int, help="fixed budget; fresh simulations without it")
     parser.add_argument("--num-steps", type=int, help="optimiser steps")
     parser.add_argument("--no-classifier", action="store_true", help="skip the classifier test (minutes of CPU each)")
+    parser.add_argument("--only-after", action="store_true", help="classifier test of the corrected draws alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")

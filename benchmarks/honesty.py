@@ -29,7 +29,7 @@ FACTORIES = {
     "hierarchical": oracles.hierarchical,
     "skewed": lambda: oracles.skewed(),
 }
-HEALTHY_STEPS, HASTY_STEPS = 1500, 40
+HEALTHY_STEPS, SABOTAGED_STEPS, HASTY_STEPS = 4000, 1500, 40
 DISAGREEMENT = 5.0
 
 
@@ -128,7 +128,7 @@ def dropped_mode(key) -> Iterator[Case]:
             first = jnp.ravel(problem.latent_sites(z)[oracle.latents[0]])[0]
             return (first > 0.0) == drop_right
 
-        posterior = si.fit(own, filtered(problem, dropped), num_steps=HEALTHY_STEPS, progress_bar=False)
+        posterior = si.fit(own, filtered(problem, dropped), num_steps=SABOTAGED_STEPS, progress_bar=False)
         posterior = answer_for(own, posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("dropped mode", oracle, data, posterior)
@@ -138,7 +138,7 @@ def wrong_observation(key) -> Iterator[Case]:
     """Show the network another observation than the density sees; and observations no simulation comes near."""
     for i, name in enumerate(FACTORIES):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(oracle), num_steps=HEALTHY_STEPS, progress_bar=False)
+        posterior = si.fit(own, read(oracle), num_steps=SABOTAGED_STEPS, progress_bar=False)
         yield Case("wrong observation", oracle, oracle.data, look_elsewhere(posterior, oracle.simulate(own)[1]))
         scale = max(float(np.abs(oracle.data["y"]).max()), 3.0)
         far = {"y": np.asarray(oracle.data["y"] + 8.0 * scale, np.float32)}
@@ -150,7 +150,7 @@ def wrong_noise(key) -> Iterator[Case]:
     names = [name for name in FACTORIES if name != "skewed"]
     for i, (name, noise) in enumerate([(n, 0.15) for n in names] + [("gaussian_mixture", 2.0)]):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(FACTORIES[name](noise=noise)), num_steps=HEALTHY_STEPS, progress_bar=False)
+        posterior = si.fit(own, read(FACTORIES[name](noise=noise)), num_steps=SABOTAGED_STEPS, progress_bar=False)
         posterior = answer_for(own, posterior, read(oracle))
         for data in observations(oracle, own, 2):
             yield Case("wrong noise", oracle, data, posterior)
@@ -167,7 +167,7 @@ def shuffled(key) -> Iterator[Case]:
             return problem.simulate(first)[0], problem.simulate(second)[1]
 
         broken = dataclasses.replace(problem, simulate=mismatched)
-        posterior = si.fit(own, broken, num_steps=HEALTHY_STEPS, target_score=False, progress_bar=False)
+        posterior = si.fit(own, broken, num_steps=SABOTAGED_STEPS, target_score=False, progress_bar=False)
         posterior = answer_for(own, posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("shuffled", oracle, data, posterior)

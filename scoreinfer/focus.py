@@ -16,15 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import ForwardCheck
-from scoreinfer.correct import effective_sample_size, move_all
-from scoreinfer.drawing import batch_shape, draw_rows, weigh_rows
-from scoreinfer.forward import ForwardBank
-from scoreinfer.nets.embedding import flatten
+from scoreinfer.correct import effective_sample_size
+from scoreinfer.drawing import draw_rows
 from scoreinfer.problem import Problem
-from scoreinfer.proposal import Context, Proposal, Weighted
+from scoreinfer.proposal import Context, Proposal
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.whitening import Affine
 
@@ -68,6 +64,10 @@ class FocusedProposal(eqx.Module):
     def context(self, y: Sites) -> FocusedContext:
         """Embed one observation for both components."""
         return FocusedContext(self.original.context(y), self.adapted.context(y))
+
+    def carry(self, context: FocusedContext) -> tuple[Affine, Float[Array, "dim dim"]]:
+        """Return the map that carries whitened truths to this observation, and the scale of moves there."""
+        return context.original.affine, context.adapted.affine.factor
 
     def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z from either component and compute the mixture's ``log_q``."""
@@ -146,63 +146,3 @@ def focus(key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_round
         move = np.linalg.cholesky(covariance) @ np.linalg.inv(np.linalg.cholesky(old + 1e-10 * np.diag(np.diag(old))))
         stretch, shift = move @ stretch, mean + move @ (shift - old_mean)
     return FocusedProposal(original, best)
-
-
-class FocusedBank(NamedTuple):
-    """Forward evidence for the observation in focus; for any other, the amortised proposal's own.
-
-    Args:
-        original: the amortised proposal's bank.
-        x: features of the observation in focus.
-        log_excess: log(w / mean proposal weight) where chains started from simulated truths have ended.
-    """
-
-    original: ForwardBank
-    x: Float[Array, " features"]
-    log_excess: Float[Array, " neighbours"]
-
-    @eqx.filter_jit
-    def check(self, x: Float[Array, " features"]) -> ForwardCheck:
-        """Look up the evidence near the observation with features ``x``."""
-        check, same = self.original.check(x), jnp.array_equal(x, self.x)
-        return check._replace(log_excess=jnp.where(same, self.log_excess, check.log_excess))
-
-
-def explore(
-    key: Key, proposal: FocusedProposal, bank: ForwardBank | FocusedBank, y: Sites, *, num_moves: int = 200
-) -> FocusedBank:
-    """Look, from simulated truths, for places that the focused proposal would never draw.
-
-    The truths of the simulations nearest to ``y`` are carried over to ``y`` by the whitening maps, and each starts a
-    chain of Langevin steps on the posterior. Where a chain ends, at a log density within the range of the proposal's
-    own weighted draws, its weight is compared with theirs: a mode that the proposal misses shows as a huge one.
-
-    Exactness: evidence, not proof: chains find what simulated truths lead to.
-    """
-    bank = bank.original if isinstance(bank, FocusedBank) else bank
-    for_draws, for_moves, for_weights = jax.random.split(key, 3)
-    drawn = draw_rows(for_draws, proposal, y, jnp.arange(NUM_DRAWS))
-    starts, factor, x = _starts(proposal, bank, y)
-    density = jax.tree_util.Partial(proposal.problem.log_joint, y=y)
-    ends, *_ = move_all(for_moves, density, starts.astype(drawn.values.dtype), factor, num_moves)
-    num = ends.shape[0]
-    ended = in_batches(lambda i: weigh_rows(for_weights, proposal, y, i, ends[i]), num, batch_shape(num, NUM_DRAWS))
-    return FocusedBank(bank, x, _excess(drawn, ended))
-
-
-@eqx.filter_jit
-def _starts(proposal: FocusedProposal, bank: ForwardBank, y: Sites):
-    context, x = proposal.context(y), flatten(proposal.features(y))
-    near, _ = bank.nearest(x)
-    return jax.vmap(context.original.affine.forward)(bank.truth[near]), context.adapted.affine.factor, x
-
-
-@eqx.filter_jit
-def _excess(drawn: Weighted, ended: Weighted) -> Float[Array, " neighbours"]:
-    """Compare weights where chains ended with the proposal's, above the lowest 1 % of its log densities."""
-    log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
-    order = jnp.argsort(drawn.log_joint)
-    below = jnp.cumsum(jax.nn.softmax(log_weight)[order])
-    floor = drawn.log_joint[order][jnp.searchsorted(below, 0.01)]
-    log_mean = jax.nn.logsumexp(log_weight) - jnp.log(drawn.num)
-    return jnp.where(ended.log_joint >= floor, ended.log_weight - log_mean, -jnp.inf)

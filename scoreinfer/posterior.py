@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import certify
-from scoreinfer.correct import effective_sample_size, rejuvenate
+from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
+from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
 from scoreinfer.drawing import constrain, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.focus import FocusedBank, FocusedContext, FocusedProposal, explore, focus
+from scoreinfer.exploration import ExploredBank, explore
+from scoreinfer.focus import FocusedContext, FocusedProposal, focus
 from scoreinfer.forward import ForwardBank, forward_bank
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, whitening_loss
 from scoreinfer.model import from_numpyro
@@ -62,7 +63,7 @@ class Posterior(eqx.Module):
     """
 
     proposal: Proposal | FocusedProposal
-    bank: ForwardBank | FocusedBank | None
+    bank: ForwardBank | ExploredBank | None
     history: TrainingHistory | None = None
 
     @property
@@ -117,8 +118,8 @@ class Posterior(eqx.Module):
             batch_size: draws per compiled call: bounds the memory.
             prior_fraction: share of the draws taken from the prior instead (a defensive mixture: bounds the
                 weights by the likelihood over the share; pays where the posterior is not far from the prior).
-            max_proposals: where given, propose until the effective sample size reaches ``num`` or this many
-                proposals are spent, then resample to ``num`` equally weighted draws and move each by
+            max_proposals: where given, propose until the effective sample size reaches ``num`` and k-hat is below
+                0.7, or this many proposals are spent, then resample to ``num`` equally weighted draws and move each by
                 ``num_moves`` Metropolis-adjusted Langevin steps, so that certainty can be bought with time.
             num_moves: see ``max_proposals``.
             progress_bar: show a progress bar over batches.
@@ -141,7 +142,7 @@ class Posterior(eqx.Module):
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
         with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
             drawn = batches(0, num, bar.update)
-            while drawn.num < limit and effective_sample_size(drawn.log_weight) < num:
+            while drawn.num < limit and not _enough(drawn.log_weight, num):
                 more = batches(drawn.num, min(num, limit - drawn.num), bar.update)
                 drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), drawn, more)
         info: dict[str, Any] = {
@@ -149,8 +150,7 @@ class Posterior(eqx.Module):
             "num_score_evaluations": drawn.num * self.proposal.sampler.num_evaluations,
             "num_simulations": None if self.history is None else self.history.num_simulations,
         }
-        check = None if self.bank is None else self.bank.check(_features(self.proposal, y))
-        certificate = certify(drawn.log_weight if problem.has_density else None, check)
+        certificate = self._certify(streams.exploration, drawn, y)
         moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
         if moved:
             density = jax.tree_util.Partial(problem.log_joint, y=y)
@@ -165,6 +165,21 @@ class Posterior(eqx.Module):
         log_weight = jnp.full(drawn.num, certificate.log_evidence) if moved else drawn.log_weight
         draws = Draws(sites, drawn.values, log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
         return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
+
+    def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
+        """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
+        if not self.problem.has_density:
+            return certify(None)
+        assert self.bank is not None
+        x = _features(self.proposal, y)
+        certificate = certify(drawn.log_weight, self.bank.check(x))
+        if not certificate.missed > MAX_MISSED or isinstance(self.bank, ExploredBank):
+            return certificate
+        return certify(drawn.log_weight, explore(key, self.proposal, self.bank, y).check(x))
+
+
+def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
+    return effective_sample_size(log_weight) >= wanted and pareto_smooth(log_weight)[1] < MAX_K_HAT
 
 
 class _Streams(NamedTuple):

@@ -22,6 +22,7 @@ losses sampling
 checkpoint train certificate proposal
 drawing forward
 focus
+exploration
 posterior filters
 kernels calibration export
 comparison

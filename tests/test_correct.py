@@ -118,5 +118,9 @@ def test_certificate_believes_forward_evidence_over_perfect_weights():
     assert not missed.certified
     assert missed.missed == 0.125
     assert not certify(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, jnp.inf, 0.0))).certified
+    silent = certify(log_weight, fine._replace(log_excess=jnp.full(64, jnp.nan)))
+    assert not silent.certified and "none tells" in silent.reason
+    few = fine._replace(log_excess=jnp.where(jnp.arange(64) < 60, jnp.nan, jnp.where(jnp.arange(64) < 61, 60.0, 0.0)))
+    assert certify(log_weight, few).missed == 0.25
     far = certify(log_weight, fine._replace(distance_rank=jnp.array(0.0)))
     assert "further from the simulations" in far.reason

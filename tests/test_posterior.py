@@ -18,6 +18,7 @@ from scoreinfer.forward import forward_bank
 from scoreinfer.losses import target_mix, whitening_loss
 from scoreinfer.nets import Concatenate
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.posterior import _streams
 from scoreinfer.simulation import Simulations, check_finite, simulate, standardiser
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import linear_whitening
@@ -161,6 +162,23 @@ def test_missed_mode_is_refused(mixture):
     draws = broken.sample(jax.random.key(1), 4000, **oracle.data)
     assert not draws.certificate.certified
     assert draws.certificate.missed > 0.05, draws.certificate
+
+
+def test_false_alarm_of_the_neighbours_is_heard_out(mixture):
+    """Neighbours that claim a missed mode are overruled by chains at the observation itself; true ones are not."""
+    oracle, posterior = mixture
+    alarmed = dataclasses.replace(posterior, bank=posterior.bank._replace(log_excess=jnp.full(512, 50.0)))
+    draws = alarmed.sample(jax.random.key(1), 4000, **oracle.data)
+    assert draws.certificate.certified, draws.certificate
+    assert draws.certificate.missed == 0.0
+
+
+def test_draws_moves_and_focus_have_streams_of_their_own(mixture):
+    """One key for everything: nothing is drawn twice."""
+    streams = _streams(jax.random.key(0))
+    rows = jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(streams.draws, row)))(jnp.arange(1000))
+    other = jnp.stack([jax.random.key_data(key) for key in streams])
+    assert len(np.unique(np.concatenate([rows, other]), axis=0)) == 1004
 
 
 def test_far_observation_is_refused(mixture):
