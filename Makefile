@@ -17,6 +17,9 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 # Equinox's runtime errors are host callbacks, and JAX does not keep programs with callbacks. With NaN in their place
 # the demo's ODE is compiled once per machine; scoreinfer itself watches for NaN.
 demo: export EQX_ON_ERROR ?= nan
+# The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured).
+test test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+demo: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(SMOKE),1,0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-all lint format types bench setup clean

@@ -76,11 +76,11 @@ def run_sbibm(args) -> Iterator[Row]:
             with Clock() as drawing:
                 draws = posterior.sample(own, NUM_DRAWS, y=y)
             with Clock() as correcting:
-                corrected = posterior.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS)
+                corrected = posterior.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 focused = not corrected.certificate.certified
                 if focused:
                     focus = posterior.focus(own, y=y)
-                    corrected = focus.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS)
+                    corrected = focus.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:

@@ -41,15 +41,16 @@ def run_scoreinfer(seed: int, y: np.ndarray) -> tuple[dict, np.ndarray, np.ndarr
 
     key = jax.random.key(seed)
     with Clock() as training:
-        posterior = si.fit(key, two_moons, num_simulations=NUM, progress_bar=False)
-    options = {"y": y, "max_proposals": 4 * NUM}
+        posterior = si.fit(key, two_moons, num_simulations=NUM, num_steps=4000, width=64, progress_bar=False)
+    options = {"y": y}
     with Clock() as first:
         posterior.sample(key, NUM, **options)
     with Clock() as drawing:
         corrected = posterior.sample(key, NUM, **options)
     with Clock() as other:
-        posterior.sample(key, NUM, y=y + 0.01, max_proposals=4 * NUM)
-    raw = posterior.sample(key, NUM, y=y)
+        posterior.sample(key, NUM, y=y + 0.01)
+    with Clock() as moving:
+        moved = posterior.sample(key, NUM, max_proposals=10 * NUM, y=y)
     figures = {
         "train_cpu_seconds": training.times.cpu,
         "of_it_compiling": min(training.times.compile, training.times.cpu),
@@ -57,8 +58,12 @@ def run_scoreinfer(seed: int, y: np.ndarray) -> tuple[dict, np.ndarray, np.ndarr
         "first_draw_cpu_seconds": first.times.cpu,
         "compilations_for_a_new_observation": other.times.num_compilations,
         "certified": corrected.certificate.certified,
+        "ess_share": corrected.certificate.ess / NUM,
+        "k_hat": corrected.certificate.k_hat,
+        "moved_draws_cpu_seconds_with_compilation": moving.times.cpu,
     }
-    return figures, np.asarray(raw.sites["theta"], float), np.asarray(corrected.resample(key, NUM)["theta"], float)
+    raw = np.asarray(corrected.sites["theta"], float)
+    return figures, raw, np.asarray(moved.sites["theta"], float)
 
 
 def main() -> None:

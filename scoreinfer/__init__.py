@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
+from scoreinfer._errors import TrainingWarning, UnsupportedModel
 from scoreinfer.certificate import Certificate
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
@@ -24,7 +24,6 @@ __all__ = [
     "Certificate",
     "DeepSet",
     "Draws",
-    "MisspecificationWarning",
     "Posterior",
     "ProbabilityFlow",
     "Problem",

@@ -33,9 +33,5 @@ class UnsupportedModel(ValueError):
         super().__init__(offences if isinstance(offences, str) else f"this model cannot be read:\n{lines}")
 
 
-class MisspecificationWarning(UserWarning):
-    """The observation lies far outside what the model simulates."""
-
-
 class TrainingWarning(UserWarning):
     """Training ended early or on a budget that is likely too small."""

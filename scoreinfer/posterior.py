@@ -173,7 +173,8 @@ class Posterior(eqx.Module):
         assert self.bank is not None
         x = _features(self.proposal, y)
         certificate = certify(drawn.log_weight, self.bank.check(x))
-        if not certificate.missed > MAX_MISSED or isinstance(self.bank, ExploredBank):
+        alarmed = certificate.missed > MAX_MISSED and certify(drawn.log_weight).certified
+        if not alarmed or isinstance(self.bank, ExploredBank):
             return certificate
         return certify(drawn.log_weight, explore(key, self.proposal, self.bank, y).check(x))
 
