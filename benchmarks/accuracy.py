@@ -196,7 +196,8 @@ def bounds(suite: str, row: str) -> dict[str, dict[str, float]]:
     merged: dict[str, dict[str, float]] = {}
     for pattern, figures in json.loads(EXPECTED.read_text())[suite].items():
         if fnmatch.fnmatch(row, pattern):
-            merged |= figures
+            for name, bound in figures.items():
+                merged[name] = merged.get(name, {}) | bound
     return merged
 
 

@@ -132,7 +132,8 @@ class Posterior(eqx.Module):
             ValueError: where the data are missing, not finite, of another shape or another design.
 
         Exactness: the weights are exact importance weights for any training; averages under them are consistent as
-            ``num`` grows. Resampled and moved draws are consistent as the proposals grow.
+            ``num`` grows. Resampled and moved draws are consistent as the proposals grow; with ``max_proposals`` the
+            weights decide when to stop, so that their mean, the evidence, is consistent but no longer unbiased.
         """
         start = time.perf_counter()
         problem = self.problem
