@@ -17,13 +17,10 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.correct import move_all
 from scoreinfer.drawing import batch_shape, draw_rows, weigh_rows
-from scoreinfer.focus import FocusedProposal
+from scoreinfer.focus import NUM_DRAWS, FocusedProposal
 from scoreinfer.forward import ForwardBank
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal, Weighted
-
-NUM_DRAWS = 1024
-"""Draws of the proposal that the chains' ends are compared with."""
 
 
 class ExploredBank(NamedTuple):

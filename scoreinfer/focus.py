@@ -27,7 +27,7 @@ from scoreinfer.whitening import Affine
 SHARE = 0.75
 """Share of the draws that come from the adapted component."""
 NUM_DRAWS = 1024
-"""Draws per round of adaptation."""
+"""Draws per round of adaptation, and in exploration those that the chains' ends are compared with."""
 
 
 class FocusedContext(NamedTuple):

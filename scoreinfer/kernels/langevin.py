@@ -85,6 +85,7 @@ class AbstractLangevin(MCMCKernel):
     sample_field = "z"
     default_fields = ("z", "diverging", "accept_prob", "potential_energy")
     adjusted = True
+    default_target: float
 
     def __init__(
         self,
@@ -95,13 +96,14 @@ class AbstractLangevin(MCMCKernel):
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
         dense_mass: bool = False,
-        target_accept_prob: float,
+        target_accept_prob: float | None = None,
         init_strategy: Callable = init_to_uniform,
     ):
         if (model is None) == (potential_fn is None):
             raise ValueError("Expected either a `model` or a `potential_fn`, got both or neither.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
-        self.step_size, self.adapt_step_size, self.target_accept_prob = step_size, adapt_step_size, target_accept_prob
+        self.step_size, self.adapt_step_size = step_size, adapt_step_size
+        self.target_accept_prob = self.default_target if target_accept_prob is None else target_accept_prob
         self.adapt_mass_matrix, self.dense_mass = adapt_mass_matrix, dense_mass
         self._problems: list[Problem] = []
         self._sample_fn: Callable[..., LangevinState] | None = None
@@ -278,7 +280,15 @@ class AbstractLangevin(MCMCKernel):
         return self.__dict__ | {"_problems": [], "_sample_fn": None}
 
 
-class ULA(AbstractLangevin):
+class AbstractOverdamped(AbstractLangevin):
+    """The Langevin step without momentum, which `ULA` takes and `MALA` proposes."""
+
+    def _step(self, key, value_and_grad, point, momentum, factor, step_size):
+        new, log_ratio = langevin_proposal(key, value_and_grad, point, factor, step_size)
+        return new, momentum, log_ratio
+
+
+class ULA(AbstractOverdamped):
     """Unadjusted Langevin: x' = x + e^2/2 Sigma grad log p(x) + e N(0, Sigma), Sigma the adapted covariance.
 
     Warm-up applies the Metropolis test and tunes the step size until it accepts with probability
@@ -291,7 +301,7 @@ class ULA(AbstractLangevin):
         adapt_step_size: tune it in warm-up.
         adapt_mass_matrix: estimate Sigma in warm-up.
         dense_mass: estimate all of Sigma, not its diagonal alone.
-        target_accept_prob: see above.
+        target_accept_prob: see above; None: 0.95.
         init_strategy: where chains start (`numpyro.infer.initialization`).
 
     Exactness: biased, however long the chain: a Gaussian of variance s^2 along an axis, in units of Sigma, is sampled
@@ -301,19 +311,10 @@ class ULA(AbstractLangevin):
     """
 
     adjusted = False
-
-    def __init__(
-        self, model: Callable | None = None, potential_fn: Callable | None = None, *, target_accept_prob: float = 0.95,
-        **options: Any,
-    ):  # fmt: skip
-        super().__init__(model, potential_fn, target_accept_prob=target_accept_prob, **options)
-
-    def _step(self, key, value_and_grad, point, momentum, factor, step_size):
-        new, log_ratio = langevin_proposal(key, value_and_grad, point, factor, step_size)
-        return new, momentum, log_ratio
+    default_target = 0.95
 
 
-class MALA(AbstractLangevin):
+class MALA(AbstractOverdamped):
     """Metropolis-adjusted Langevin: the step of `ULA` as a proposal.
 
     Args:
@@ -323,7 +324,7 @@ class MALA(AbstractLangevin):
         adapt_step_size: tune it in warm-up to ``target_accept_prob``.
         adapt_mass_matrix: estimate Sigma in warm-up.
         dense_mass: estimate all of Sigma, not its diagonal alone.
-        target_accept_prob: 0.574 is optimal in high dimension.
+        target_accept_prob: None: 0.574, optimal in high dimension.
         init_strategy: where chains start (`numpyro.infer.initialization`).
 
     Exactness: exact: leaves the posterior invariant.
@@ -331,15 +332,7 @@ class MALA(AbstractLangevin):
     References: Roberts and Tweedie 1996; Roberts and Rosenthal 1998, JRSS B 60(1) (0.574).
     """
 
-    def __init__(
-        self, model: Callable | None = None, potential_fn: Callable | None = None, *,
-        target_accept_prob: float = 0.574, **options: Any,
-    ):  # fmt: skip
-        super().__init__(model, potential_fn, target_accept_prob=target_accept_prob, **options)
-
-    def _step(self, key, value_and_grad, point, momentum, factor, step_size):
-        new, log_ratio = langevin_proposal(key, value_and_grad, point, factor, step_size)
-        return new, momentum, log_ratio
+    default_target = 0.574
 
 
 class UnderdampedLangevin(AbstractLangevin):
@@ -369,11 +362,11 @@ class UnderdampedLangevin(AbstractLangevin):
 
     def __init__(
         self, model: Callable | None = None, potential_fn: Callable | None = None, *, adjusted: bool = True,
-        friction: float = 1.0, target_accept_prob: float | None = None, **options: Any,
+        friction: float = 1.0, **options: Any,
     ):  # fmt: skip
-        target = target_accept_prob or (0.8 if adjusted else 0.95)
-        super().__init__(model, potential_fn, target_accept_prob=target, **options)
         self.adjusted, self.friction = adjusted, friction
+        self.default_target = 0.8 if adjusted else 0.95
+        super().__init__(model, potential_fn, **options)
 
     def _step(self, key, value_and_grad, point, momentum, factor, step_size):
         x, value, gradient = point
