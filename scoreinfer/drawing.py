@@ -67,7 +67,7 @@ def weighted_draws(
 
     if prior_fraction == 0.0:
         return batches(lambda i: draw_rows(key, proposal, y, first + i), count)
-    for_paths, for_prior = jax.random.split(jax.random.fold_in(key, 0))
+    for_draws, for_paths, for_prior = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
     from_prior = _is_prior(prior_fraction, first, count)
     ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_prior, from_prior))
 
@@ -75,7 +75,7 @@ def weighted_draws(
         values = _prior_rows(for_prior, proposal.problem, theirs[i])
         return weigh_rows(for_paths, proposal, y, theirs[i], values)
 
-    sources = ((ours, lambda i: draw_rows(key, proposal, y, ours[i])), (theirs, prior_rows))
+    sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, prior_rows))
     parts = [batches(function, rows.size) for rows, function in sources if rows.size]
     drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(jnp.concatenate([ours, theirs]))], *parts)
     return _mix_prior(proposal.problem, drawn, prior_fraction)
