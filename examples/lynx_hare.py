@@ -1,7 +1,7 @@
 """Lynx and hare: a Lotka-Volterra model of the Hudson Bay pelt counts, from a NumPyro model to certified draws.
 
     python examples/lynx_hare.py                  # about five minutes on two cores
-    python examples/lynx_hare.py --smoke          # two minutes, nearly all compilation: everything runs
+    python examples/lynx_hare.py --smoke          # a minute, nearly all compilation: everything runs
 
 Pelts counted by the Hudson's Bay Company, 1900 to 1920, in thousands (Hewitt 1921, as given by Howard 2009):
 hares u and lynxes v follow du/dt = (alpha - beta v) u, dv/dt = (-gamma + delta u) v, seen through log-normal
@@ -186,7 +186,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    num_steps, num_draws, num_warmup, num_nuts = (300, 256, 20, 20) if args.smoke else (8_000, 4000, 400, 300)
+    num_steps, num_draws, num_warmup, num_nuts = (250, 1024, 20, 20) if args.smoke else (8_000, 4000, 400, 300)
     names = ("train", "draw", "kernel", "nuts", "second", "plot")
     keys = dict(zip(names, jax.random.split(jax.random.key(args.seed), len(names)), strict=True))
     second = simulate_pelts(keys["second"])
