@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from scoreinfer._typing import Key
 
 LogWeights = Float[Array | np.ndarray, " draws"]
+TARGET_ACCEPT_PROB = 0.574
+"""The acceptance probability that Langevin steps are tuned to (Roberts and Rosenthal 1998)."""
 
 
 def effective_sample_size(log_weight: LogWeights) -> float:
@@ -74,6 +76,21 @@ def pareto_smooth(log_weight: LogWeights) -> tuple[np.ndarray, float]:
 
         smooth[finite], k_hat = array_stats.psislw(-log_weight[finite])
     return smooth - np.logaddexp.reduce(smooth), float(k_hat)
+
+
+def tempering_power(log_weight: np.ndarray, floor: float) -> float:
+    """Find the largest power of the weights, at most 1, whose effective sample size is at least ``floor``.
+
+    >>> tempering_power(np.log([1.0, 1.0, 2.0]), 2.0)
+    1.0
+    """
+    low, high = 0.0, 1.0
+    if effective_sample_size(log_weight) >= floor:
+        return 1.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if effective_sample_size(middle * log_weight) >= floor else (low, middle)
+    return low
 
 
 def resample_indices(key: Key, log_weight: LogWeights, num: int) -> Int[Array, " num"]:
@@ -216,7 +233,7 @@ def move_all(
         states, log_step = carry
         keys = jax.random.split(key, start.shape[0])
         states, accept = step(keys, value_and_grad, states, factor, jnp.exp(log_step))
-        return (states, log_step + rate * (accept.mean() - 0.574)), accept.mean()
+        return (states, log_step + rate * (accept.mean() - TARGET_ACCEPT_PROB)), accept.mean()
 
     states = (start, *jax.vmap(value_and_grad)(start))
     first = jnp.log(jnp.asarray(1.0 / start.shape[1] ** (1 / 6), start.dtype))

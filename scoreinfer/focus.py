@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import effective_sample_size
+from scoreinfer.correct import effective_sample_size, tempering_power
 from scoreinfer.drawing import draw_rows
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Context, Proposal
@@ -91,17 +91,6 @@ def _mix(log_original, log_adapted):
     return jnp.logaddexp(jnp.log(1.0 - SHARE) + log_original, jnp.log(SHARE) + log_adapted)
 
 
-def _temper(log_weight: np.ndarray, floor: float) -> float:
-    """Find the largest power of the weights, at most 1, whose effective sample size is at least ``floor``."""
-    low, high = 0.0, 1.0
-    if effective_sample_size(log_weight) >= floor:
-        return 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if effective_sample_size(middle * log_weight) >= floor else (low, middle)
-    return low
-
-
 def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = weight @ z
     centred = z - mean
@@ -137,7 +126,7 @@ def focus(key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_round
             best, best_ess = current, ess
         if ess > 0.5 * num or not np.isfinite(log_weight.max()):
             break
-        power = _temper(log_weight, max(0.1 * num, min(5.0 * dim, 0.5 * num)))
+        power = tempering_power(log_weight, max(0.1 * num, min(5.0 * dim, 0.5 * num)))
         weight = np.exp(power * (log_weight - log_weight.max()))
         weight /= weight.sum()
         (mean, covariance), (old_mean, old) = _moments(z, weight), _moments(z, np.full(num, 1 / num))

@@ -5,15 +5,19 @@ Everything is in the whitened space, where a draw has roughly unit variance at e
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.nets import Embedding
+from scoreinfer.nets import ConditionalMLP, Embedding
 from scoreinfer.score.network import NeuralScore, preconditioners
 from scoreinfer.simulation import Simulations
 from scoreinfer.whitening import Whitening
+
+USELESS = 1e4
+"""Mean squared gradient in the whitened space beyond which target-score matching costs more than it gives."""
 
 
 class ScoreBatch(NamedTuple):
@@ -35,6 +39,15 @@ class ConditionalScore(NamedTuple):
 
     embedding: Embedding
     score: NeuralScore
+
+
+def score_module(
+    key: Key, dim: int, embedding: Embedding, x: Sites, *, width: int = 96, depth: int = 3
+) -> ConditionalScore:
+    """Make an untrained score for contexts of these standardised observations (draw axis first)."""
+    context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
+    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth)
+    return ConditionalScore(embedding, NeuralScore(network))
 
 
 class NoiseLevels(NamedTuple):
@@ -109,3 +122,24 @@ def mean_loss(loss, module: PyTree, batch: PyTree, key: Key, num_repeats: int = 
     """Average a loss over several noise draws: the validation figure."""
     keys = jax.random.split(key, num_repeats)
     return jax.lax.map(lambda k: loss(module, batch, k), keys).mean()
+
+
+def target_precision(batch: ScoreBatch, wanted: bool | None = None) -> Float[Array, " dim"] | None:
+    """Compute the mean squared gradients, or None where target-score matching would be biased or gain nothing.
+
+    Jumps of the density and wrong gradients break Stein's identity E[u grad log p(u)] = -1: the target would be
+    biased. Gradients far larger than one in the whitened space leave the target no share but at tiny noise.
+    ``wanted``: True takes them all the same.
+    """
+    error, precision = _stein(batch)
+    if wanted is None and not bool(((error < 5.0) & (precision < USELESS)).all()):
+        return None
+    return precision if bool(jnp.isfinite(precision).all()) else None
+
+
+@eqx.filter_jit
+def _stein(batch: ScoreBatch) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
+    """Compute the error of Stein's identity in standard errors, and the mean squared gradients."""
+    products = batch.u * batch.gradient
+    error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
+    return error, jnp.mean(batch.gradient**2, axis=0)

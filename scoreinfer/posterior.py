@@ -23,22 +23,19 @@ from scoreinfer.draws import Draws
 from scoreinfer.exploration import ExploredBank, explore
 from scoreinfer.focus import FocusedContext, FocusedProposal, focus
 from scoreinfer.forward import ForwardBank, forward_bank
-from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, whitening_loss
+from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision, whitening_loss
 from scoreinfer.model import from_numpyro
-from scoreinfer.nets import Concatenate, ConditionalMLP, Embedding
+from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
-from scoreinfer.proposal import Context, Proposal, Weighted
-from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
-from scoreinfer.score import NeuralScore
+from scoreinfer.proposal import Context, Proposal, Weighted, default_sampler
+from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.train import Budget, History, train
 from scoreinfer.whitening import Whitening, identity, linear_whitening
 
 NUM_PILOT = 8192
 POOL = 32_768
-USELESS = 1e4
-"""Mean squared gradient in the whitened space beyond which target-score matching costs more than it gives."""
 
 
 class TrainingHistory(NamedTuple):
@@ -202,11 +199,6 @@ def _features(proposal: Proposal | FocusedProposal, y: Sites) -> Float[Array, " 
     return flatten(proposal.features(y))
 
 
-def default_sampler(problem: Problem) -> AbstractSampler:
-    """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
-    return ProbabilityFlow(inflation=0.15 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()
-
-
 def fit(
     key: Key,
     model: Callable | Problem,
@@ -290,8 +282,8 @@ def fit(
     )
 
     whitened = _whiten(whitening, training)
-    precision = _precision(whitened, target_score) if use_gradient else None
-    module = _score_module(keys["net"], problem.dim, embedding, training.x, width, depth)
+    precision = target_precision(whitened, target_score) if use_gradient else None
+    module = score_module(keys["net"], problem.dim, embedding, training.x, width=width, depth=depth)
     loss = jax.tree_util.Partial(denoising_loss, precision=precision)
     module, score_history = train(
         keys["score"],
@@ -335,29 +327,3 @@ def _whiten_rows(whitening: Whitening, simulations: Simulations, rows: Int[Array
         return ScoreBatch(u, simulation.x, gradient.astype(jnp.float32))
 
     return jax.vmap(one)(_rows(simulations, rows))
-
-
-def _precision(batch: ScoreBatch, target_score: bool | None) -> Float[Array, " dim"] | None:
-    """Compute the mean squared gradients, or None where target-score matching would be biased or gain nothing.
-
-    Jumps of the density and wrong gradients break Stein's identity E[u grad log p(u)] = -1: the target would be
-    biased. Gradients far larger than one in the whitened space leave the target no share but at tiny noise.
-    """
-    error, precision = _stein(batch)
-    if target_score is None and not bool(((error < 5.0) & (precision < USELESS)).all()):
-        return None
-    return precision if bool(jnp.isfinite(precision).all()) else None
-
-
-@eqx.filter_jit
-def _stein(batch: ScoreBatch) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
-    """Compute the error of Stein's identity in standard errors, and the mean squared gradients."""
-    products = batch.u * batch.gradient
-    error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
-    return error, jnp.mean(batch.gradient**2, axis=0)
-
-
-def _score_module(key, dim, embedding, x, width, depth) -> ConditionalScore:
-    context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
-    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth)
-    return ConditionalScore(embedding, NeuralScore(network))

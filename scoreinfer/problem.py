@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
 
@@ -84,3 +86,23 @@ class Problem:
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""
         return self.log_prior(z) + self.log_likelihood(z, y)
+
+
+def from_potential(potential_fn: Callable[[PyTree], Float[Array, ""]], example: PyTree) -> Problem:
+    """Make a problem without observations from minus the log density of any pytree like ``example``."""
+    flat, unravel = ravel_pytree(example)
+    return Problem(
+        dim=flat.size,
+        latents=(),
+        observed=(),
+        log_prior=lambda z: jnp.zeros((), z.dtype),
+        log_likelihood=lambda z, y: -potential_fn(unravel(z)),
+        constrain=unravel,
+        latent_sites=unravel,
+        unconstrain=lambda values: ravel_pytree(values)[0],
+        simulate=None,
+        simulate_observation=None,
+        encode=lambda y: y,
+        read=lambda args, kwargs: {},
+        not_simulable="a bare density cannot be simulated.",
+    )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key, Sites
 from scoreinfer.nets import Embedding
 from scoreinfer.problem import Problem
-from scoreinfer.sampling import AbstractSampler
+from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
 from scoreinfer.simulation import Standardiser, encode
 from scoreinfer.whitening import Affine, Whitening
@@ -59,18 +59,50 @@ class Proposal(eqx.Module):
 
     def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
-        u, log_q = self.sampler.sample(key, self.score, self.problem.dim, context.features)
-        return _upcast(context.affine.forward(u)), _upcast(log_q - context.affine.log_det())
+        return _propose(key, self, context)
 
     def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
-        u = context.affine.inverse(z.astype(jnp.float32))
-        log_q = self.sampler.log_q(key, self.score, u, context.features)
-        return _upcast(log_q - context.affine.log_det())
+        return _log_q(key, self, context, z)
 
 
 def _upcast(x):
     return x.astype(jnp.result_type(float))
+
+
+class SingleProposal(eqx.Module):
+    """The learned sampler of one posterior: an affine map, an unconditional score, a sampler.
+
+    Exactness: as for `Proposal`.
+    """
+
+    affine: Affine
+    score: NeuralScore
+    sampler: AbstractSampler
+    problem: Problem = eqx.field(static=True)
+
+    def context(self, y: Sites) -> Context:
+        """Return what does not depend on the observation: only its own is worth asking about."""
+        return Context(self.affine, jnp.zeros(0, jnp.float32))
+
+    def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw one z and compute its ``log_q``."""
+        return _propose(key, self, context)
+
+    def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the ``log_q`` of a given z."""
+        return _log_q(key, self, context, z)
+
+
+def _propose(key, proposal, context):
+    u, log_q = proposal.sampler.sample(key, proposal.score, proposal.problem.dim, context.features)
+    return _upcast(context.affine.forward(u)), _upcast(log_q - context.affine.log_det())
+
+
+def _log_q(key, proposal, context, z):
+    u = context.affine.inverse(z.astype(jnp.float32))
+    log_q = proposal.sampler.log_q(key, proposal.score, u, context.features)
+    return _upcast(log_q - context.affine.log_det())
 
 
 @runtime_checkable
@@ -122,3 +154,8 @@ def weigh(key: Key, proposal: Proposer, context: Any, y: Sites, z: Float[Array, 
 
 def _log_joint(problem, z, y):
     return problem.log_joint(z, y) if problem.has_density else jnp.full((), jnp.nan, z.dtype)
+
+
+def default_sampler(problem: Problem) -> AbstractSampler:
+    """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
+    return ProbabilityFlow(inflation=0.15 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()

@@ -57,6 +57,10 @@ class GaussianProposal(eqx.Module):
     def proposal(self):
         return self
 
+    @property
+    def bank(self):
+        return None
+
     def context(self, y):
         if not y:
             return self.shift

@@ -17,13 +17,13 @@ RANKS = """
 _typing _errors
 _tree
 problem correct nets process
-draws model simulation score whitening
+draws model simulation score whitening tempering
 losses sampling
 checkpoint train certificate proposal
 drawing forward
 focus
 exploration
-posterior filters
+posterior learning filters
 kernels calibration export
 comparison
 __init__

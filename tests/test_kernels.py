@@ -18,6 +18,7 @@ import doubles
 from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
 from scoreinfer.kernels import ScoreSDE, score_sde, transition
 from scoreinfer.kernels.transition import ScoreSDEState
+from scoreinfer.learning import Evidence
 from scoreinfer.model import from_numpyro
 
 SIGMAS = 5
@@ -281,7 +282,7 @@ def fits(monkeypatch):
     """Replace training by the double; the list grows by one at each fit."""
     done = []
 
-    def fit(key, model, *args, **kwargs):
+    def fit(key, model, *args, progress_bar, **kwargs):
         assert not isinstance(key, jax.core.Tracer)
         problem = from_numpyro(model, *args, **kwargs)
         assert float(problem.log_joint(jnp.zeros(problem.dim), problem.simulate(key)[1])) < 0  # values, not tracers
@@ -292,20 +293,53 @@ def fits(monkeypatch):
     return done
 
 
+@pytest.fixture
+def learned(monkeypatch):
+    """Replace the learning of one posterior by the double; the list grows by one at each."""
+    done = []
+
+    def learn(key, problem, y, effort, **options):
+        assert not isinstance(key, jax.core.Tracer)
+        assert float(problem.log_joint(jnp.zeros(problem.dim), y)) < 0
+        done.append(effort)
+        proposal = Regression(jnp.full(problem.dim, 0.1), jnp.full(problem.dim, 1.5), problem)
+        return proposal, Evidence(y, jnp.zeros((1, problem.dim)), 0.0, 0)
+
+    monkeypatch.setattr(score_sde, "learn", learn)
+    return done
+
+
 @pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=lambda m: getattr(m, "__name__", m))
-def test_fits_once(fits, method):
-    """One fit for all chains and observations, also where keys are traced."""
-    mcmc = mcmc_of(ScoreSDE(design, key=random.key(7), bank_size=32), chain_method=method)
-    for y in (2.5 * X, -2.5 * X):
-        mcmc.run(random.key(0), X, y=y)
+def test_learns_once_for_each_data_set(learned, method):
+    """Once for all chains, also where keys are traced; data that were seen before are not learned again."""
+    kernel = ScoreSDE(design, key=random.key(7), bank_size=32, num_local_steps=0)
+    for y in (2.5 * X, -2.5 * X, 2.5 * X):
+        mcmc = run(kernel, X, y, chain_method=method)
         assert abs(mcmc.get_samples()["slope"].mean() - (X @ y) / (1 + X @ X)) < 0.3
-    assert len(fits) == 1
+    assert [effort.num_steps for effort in learned] == [50, 50]
+
+
+def test_chain_methods_learn_from_the_same_key(monkeypatch):
+    """Without a key of its own, the kernel takes the first chain's: the same under every method."""
+    keys = []
+
+    def learn(key, *args, **options):
+        keys.append(random.key_data(key))
+        raise InterruptedError
+
+    monkeypatch.setattr(score_sde, "learn", learn)
+    for method in ("sequential", "vectorized"):
+        with pytest.raises(InterruptedError):
+            run(ScoreSDE(design), X, X, chain_method=method)
+    np.testing.assert_array_equal(*keys)
 
 
 @pytest.mark.parametrize("jit_model_args", [False, True])
 def test_other_covariates_are_another_fit(fits, jit_model_args):
     """Each run answers for its own covariates, whichever loop is compiled; MCMC objects share the fits."""
-    kernel = ScoreSDE(design, key=random.key(7), bank_size=32)
+    kernel = ScoreSDE(design, bank_size=32, num_local_steps=0)
+    for x in (X, 2 * X):
+        kernel.fit(random.key(7), x)
     mcmc = mcmc_of(kernel, jit_model_args=jit_model_args, num_samples=600, progress_bar=True)
     for y, x in ((2.5 * X, X), (2.5 * X, 2 * X), (-2.5 * X, X)):
         mcmc.run(random.key(0), x, y=y)
@@ -319,13 +353,17 @@ def test_other_covariates_are_another_fit(fits, jit_model_args):
         other.run(random.key(0), 3 * X, y=X)
 
 
-def test_traced_data_need_a_fit(fits):
+def test_what_cannot_be_learned(fits, learned):
     kernel = ScoreSDE(design, bank_size=32)
     draw = jax.vmap(lambda y: run(kernel, X, y, num_chains=1).get_samples()["slope"])
-    with pytest.raises(ValueError, match="fit"):
+    with pytest.raises(ValueError, match="traced model arguments"):
         draw(np.stack([X, -X]))
-    with pytest.raises(ValueError, match="key"):
-        run(kernel, X, X)
+    with pytest.raises(ValueError, match="num_warmup"):
+        run(kernel, X, X, num_warmup=0)
+    with pytest.raises(ValueError, match="key="):
+        run(kernel, X, X, chain_method="parallel")
+    kernel.learn(random.key(0), 10, X, y=X)
+    run(kernel, X, X, num_warmup=0, chain_method="parallel")
     kernel.fit(random.key(0), X)
     above, below = draw(np.stack([X, -X])).mean(1)
     assert above > 0 > below
@@ -424,6 +462,7 @@ class Nested(eqx.Module):
 
     original: doubles.GaussianProposal
     proposal = property(lambda self: self)
+    bank = property(lambda self: None)
     problem = property(lambda self: self.original.problem)
 
     def context(self, y):

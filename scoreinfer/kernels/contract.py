@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from scoreinfer._tree import Layout, is_traced
 from scoreinfer._typing import Sites
@@ -22,14 +23,28 @@ def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
         return {name: jnp.array(value, jnp.result_type(value)) for name, value in y.items()}
 
 
-def layout(problem: Problem) -> Layout:
-    """Lay out ``z`` by latent site: values in the site's own shape where it has as many entries, else flat."""
+class Ravelled(NamedTuple):
+    """The way between the flat vector of a bare density and the pytree that it takes."""
+
+    flatten: Callable[[PyTree], Float[Array, " dim"]]
+    unflatten: Callable[[Float[Array, " dim"]], PyTree]
+
+
+def layout(problem: Problem) -> Layout | Ravelled:
+    """Lay out ``z`` by latent site: values in the site's own shape where it has as many entries, else flat.
+
+    A bare density has no sites, and ``z`` is the pytree that it takes.
+    """
+    if not problem.latents:
+        return Ravelled(problem.unconstrain, problem.constrain)
     shapes = (site.shape if math.prod(site.shape) == site.size else (site.size,) for site in problem.latents)
     return Layout(tuple(site.name for site in problem.latents), tuple(shapes))
 
 
-def flatten(problem: Problem, sites: Sites) -> Float[Array, " dim"]:
+def flatten(problem: Problem, sites: PyTree) -> Float[Array, " dim"]:
     """Join unconstrained values that a user gave."""
+    if not problem.latents:
+        return layout(problem).flatten(sites)
     expected = {site.name: site.size for site in problem.latents}
     if {name: jnp.size(value) for name, value in sites.items()} != expected:
         shapes = {name: jnp.shape(value) for name, value in sites.items()}

@@ -23,7 +23,7 @@ from numpyro.util import is_prng_key
 
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import Factor, Point, ValueAndGrad, colour, langevin_proposal, metropolis
+from scoreinfer.correct import TARGET_ACCEPT_PROB, Factor, Point, ValueAndGrad, colour, langevin_proposal, metropolis
 from scoreinfer.kernels.contract import any_chain, flatten, layout, observe, same_bits
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
@@ -332,7 +332,7 @@ class MALA(AbstractOverdamped):
     References: Roberts and Tweedie 1996; Roberts and Rosenthal 1998, JRSS B 60(1) (0.574).
     """
 
-    default_target = 0.574
+    default_target = TARGET_ACCEPT_PROB
 
 
 class UnderdampedLangevin(AbstractLangevin):

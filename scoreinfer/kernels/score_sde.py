@@ -1,10 +1,14 @@
 """ScoreSDE: the learned sampler as a NumPyro kernel. The moves and the proof are in `scoreinfer.kernels.transition`.
 
+Without a fitted posterior the kernel learns a sampler of the one posterior at hand before its first iteration
+(`scoreinfer.learning`), and again for other data.
+
 What a compiled loop needs travels in the state: the weights of the sampler as arrays, labelled by the number of the
 fit they come from, and the observation that the proposals in the bank were drawn for. So one kernel serves any number
 of fits, observations, chain methods and `MCMC` objects, and nothing it answers is stale.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -13,29 +17,40 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, PyTree
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
+from scoreinfer.exploration import ExploredBank
+from scoreinfer.forward import ForwardBank
 from scoreinfer.kernels.contract import layout, observe
-from scoreinfer.kernels.transition import ScoreSDEState, Weights, start, transition
+from scoreinfer.kernels.transition import ScoreSDEState, Weights, refresh, start, transition
+from scoreinfer.learning import Effort, Evidence, learn
 from scoreinfer.model import from_numpyro
-from scoreinfer.posterior import fit
-from scoreinfer.problem import Problem
+from scoreinfer.posterior import Posterior, fit
+from scoreinfer.problem import Problem, from_potential
 from scoreinfer.proposal import Proposer
 
 
 class Fit(NamedTuple):
-    """A fitted sampler, and model arguments of its design (None where the kernel has not seen any).
+    """A sampler, and model arguments of its design (None where the kernel has not seen any).
 
-    A pickled one is ``stripped`` of its problem until the kernel is next run.
+    Args:
+        proposer: the sampler.
+        arguments: model arguments; of a bare density, an example of what it takes.
+        evidence: what the explorer found, where the sampler answers for one observation only.
+        bank: simulations held against the sampler, where it answers for any.
+        stripped: whether the problem was left out in pickling; it is read again when the kernel is next run.
     """
 
     proposer: Proposer
     arguments: tuple[tuple, dict[str, Any]] | None
+    evidence: Evidence | None = None
+    bank: ForwardBank | ExploredBank | None = None
     stripped: bool = False
 
 
@@ -56,11 +71,15 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
 
 
 class ScoreSDE(MCMCKernel):
-    """The learned sampler as a Markov kernel: global moves by independent proposals, local ones on request.
+    """The learned sampler as a Markov kernel: global moves by independent proposals, alternating with local ones.
 
-    Give it a fitted ``posterior``, or a ``model`` and a ``key``: then it fits when first run, and again only where
-    covariates, shapes or constants of the model have changed; other observed values reuse the fit. With
-    ``MCMC(..., jit_model_args=True)`` they reuse the compiled loop as well.
+    *With a fitted* ``posterior`` it answers for every observation of that design at once. With ``MCMC(...,
+    jit_model_args=True)`` other observed values reuse the compiled loop as well.
+
+    *With a* ``model`` *or a* ``potential_fn`` *alone* it learns this one posterior before its first iteration:
+    particles explore it by tempering and train the score (`scoreinfer.learning.learn`), ``num_warmup`` being the
+    budget: eight particles (256 to 8192) and ten optimiser steps for each iteration. All chains share what was
+    learned; other data are learned anew. Sampling is a fixed, exact kernel. `certify` judges the result.
 
     A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` say where; so does a
     run on other data than the warm-up's. Pickling leaves out the problem, which is read from the (importable) model
@@ -68,20 +87,25 @@ class ScoreSDE(MCMCKernel):
 
     Args:
         model: NumPyro model; beside ``posterior``, what ArviZ and a pickled kernel read.
+        potential_fn: minus the log density, of any pytree like ``init_params``.
         posterior: the fitted posterior (`scoreinfer.fit`).
         num_proposals: fresh proposals tried in each iteration.
-        num_local_steps: MALA steps after each global move.
+        num_local_steps: MALA steps after each global move; None: none with a ``posterior``, else five.
         step_size: first step size of MALA, in units of the proposals' spread.
         bank_size: proposals drawn at a time, a multiple of ``num_proposals``.
-        key: random key of the training; needed only where the kernel itself has to fit.
+        start_scale: standard deviation, in the unconstrained space, of the Gaussian from which the explorer starts
+            where it cannot draw from the prior (bare densities, improper priors, factors). Make it cover all modes.
+        key: random key of the learning; None: that of the first chain.
+        progress_bar: show the progress of the learning on a terminal.
 
-    Exactness: exact: every move leaves the posterior invariant, whatever the quality of the fit. The fit decides how
-        fast the chain forgets its start, and no chain finds a mode that the proposals never visit.
+    Exactness: exact: every move leaves the posterior invariant, whatever was learned. That decides how fast the chain
+        forgets its start, and no chain finds a mode that neither the proposals nor the local moves visit.
 
     Good values: the defaults suit an importance ESS above 0.3 of the draws. Below, raise ``num_proposals`` to about
-        1 / (ESS / N), or add 2 to 10 local steps with a few hundred iterations of warm-up.
+        1 / (ESS / N), or take 2 to 10 local steps with a few hundred iterations of warm-up.
 
-    References: Liu, Liang and Wong 2000; Andrieu, Lee and Vihola 2018 (see `scoreinfer.kernels.transition`).
+    References: Liu, Liang and Wong 2000; Andrieu, Lee and Vihola 2018 (see `scoreinfer.kernels.transition`); Gabrie,
+    Rotskoff and Vanden-Eijnden 2022, PNAS 119 (learned global moves between local ones).
     """
 
     sample_field = "z"
@@ -90,84 +114,172 @@ class ScoreSDE(MCMCKernel):
     def __init__(
         self,
         model: Callable | None = None,
+        potential_fn: Callable | None = None,
         *,
         posterior: Any = None,
         num_proposals: int = 1,
-        num_local_steps: int = 0,
+        num_local_steps: int | None = None,
         step_size: float = 1.0,
         bank_size: int = 128,
+        start_scale: float = 5.0,
         key: Key | None = None,
+        progress_bar: bool = True,
     ):
-        if model is None and posterior is None:
-            raise ValueError("Expected a `model` or a fitted `posterior`, got neither.")
+        if model is None and posterior is None and potential_fn is None:
+            raise ValueError("Expected a `model`, a `potential_fn` or a fitted `posterior`, got none.")
+        if potential_fn is not None and not (model is None and posterior is None):
+            raise ValueError("Expected `potential_fn` alone, got a `model` or a `posterior` beside it.")
         if num_proposals < 1 or bank_size < num_proposals or bank_size % num_proposals:
             raise ValueError(f"`bank_size` {bank_size} must be a positive multiple of `num_proposals` {num_proposals}.")
-        self.model = posterior.problem.model if model is None else model
+        self.model = posterior.problem.model if model is None and posterior is not None else model
+        self.potential_fn = potential_fn
+        if num_local_steps is None:
+            num_local_steps = 5 if posterior is None else 0
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
-        self.step_size, self.bank_size, self.key = step_size, bank_size, key
-        self._fits = [] if posterior is None else [Fit(posterior.proposal, None)]
+        self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
+        self.key, self.progress_bar = key, progress_bar
+        self._fits = [] if posterior is None else [Fit(posterior.proposal, None, bank=posterior.bank)]
         self._latest = 0
+        self._is_block = False
         self._sample_fn: Callable[..., ScoreSDEState] | None = None
 
-    def fit(self, key: Key, *args: Any, **kwargs: Any) -> Any:
-        """Fit the posterior for these model arguments now; later runs with the same covariates use it."""
+    def fit(self, key: Key, *args: Any, **kwargs: Any) -> Posterior:
+        """Fit the amortised posterior for these model arguments now; later runs with the same covariates use it."""
         if self.model is None:
-            raise ValueError("ScoreSDE(posterior=...) has no model to fit: give ScoreSDE the model.")
+            raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
         with jax.ensure_compile_time_eval():
-            posterior = fit(key, self.model, *args, **kwargs)
-        self._latest = len(self._fits)
-        self._fits.append(Fit(posterior.proposal, (args, kwargs)))
+            posterior = fit(key, self.model, *args, progress_bar=self.progress_bar, **kwargs)
+        self._keep(Fit(posterior.proposal, (args, kwargs), bank=posterior.bank))
         return posterior
 
-    def _proposer(self, number: int, args: tuple, kwargs: dict[str, Any]) -> Proposer:
-        """Look up a fit; one that has been pickled reads its problem from the model again."""
-        proposer, arguments, stripped = self._fits[number]
-        if stripped:
-            if self.model is None:
-                raise ValueError("A pickled ScoreSDE has lost its problem: give ScoreSDE the model as well.")
-            args, kwargs = arguments or (args, kwargs)
-            with jax.ensure_compile_time_eval():
-                proposer = with_problem(proposer, from_numpyro(self.model, *args, **kwargs))
-            self._fits[number] = Fit(proposer, arguments)
-        self._latest = number
-        return proposer
+    def learn(self, key: Key, num_warmup: int, *args: Any, init_params: PyTree = None, **kwargs: Any) -> None:
+        """Learn the posterior of these model arguments now, as ``num_warmup`` iterations of warm-up would.
 
-    def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Proposer, Sites]:
-        """Look up the fit that answers for these arguments, the latest first, and the observation in them."""
+        Needed only where a run cannot: where random keys are traced (``chain_method`` "parallel") and the kernel has
+        none of its own.
+
+        Args:
+            key: random key.
+            num_warmup: the budget.
+            *args: the model's own arguments, with the data.
+            init_params: beside ``potential_fn``, an example of what it takes.
+            **kwargs: the model's own keyword arguments.
+        """
+        with jax.ensure_compile_time_eval():
+            problem = self._read(args, kwargs, init_params)
+            y = observe(problem, args, kwargs)
+            effort = Effort(
+                num_particles=min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192), num_steps=10 * num_warmup
+            )
+            proposer, evidence = learn(
+                key, problem, y, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
+            )
+        arguments = ((init_params,), {}) if self.model is None else (args, kwargs)
+        self._keep(Fit(proposer, arguments, evidence))
+
+    def _keep(self, fit: Fit) -> None:
+        self._latest = len(self._fits)
+        self._fits.append(fit)
+
+    def _read(self, args: tuple, kwargs: dict[str, Any], example: PyTree) -> Problem:
+        """Read the problem; one of the same design that has been read before is used again, and its programs too."""
+        if self.potential_fn is not None:
+            if example is None:
+                raise ValueError("Expected `init_params` beside `potential_fn`: they say what it takes.")
+            shapes = jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jnp.result_type(leaf)), example)
+            return from_potential(self.potential_fn, shapes)
+        for number in range(len(self._fits)):
+            try:
+                problem = self._proposer(number, args, kwargs).problem
+                observe(problem, args, kwargs)
+            except ValueError:
+                continue
+            return problem
+        assert self.model is not None
+        return from_numpyro(self.model, *args, **kwargs)
+
+    def _proposer(self, number: int, args: tuple, kwargs: dict[str, Any]) -> Proposer:
+        """Look up a sampler; one that has been pickled reads its problem from the model again."""
+        fit = self._fits[number]
+        if fit.stripped:
+            args, kwargs = fit.arguments or (args, kwargs)
+            with jax.ensure_compile_time_eval():
+                if self.potential_fn is not None:
+                    problem = from_potential(self.potential_fn, *args)
+                elif self.model is not None:
+                    problem = from_numpyro(self.model, *args, **kwargs)
+                else:
+                    raise ValueError("A pickled ScoreSDE has lost its problem: give ScoreSDE the model as well.")
+                fit = fit._replace(proposer=with_problem(fit.proposer, problem), stripped=False)
+            self._fits[number] = fit
+        self._latest = number
+        return fit.proposer
+
+    def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Proposer, Sites]:
+        """Look up the sampler that answers for these arguments, the latest first, and the observation in them.
+
+        With ``any_data`` the design alone has to be the same.
+        """
         error = None
         for number in sorted(range(len(self._fits)), key=lambda number: number != self._latest):
             try:
                 proposer = self._proposer(number, args, kwargs)
-                return proposer, observe(proposer.problem, args, kwargs)
+                y = observe(proposer.problem, args, kwargs)
             except ValueError as mismatch:
                 error = error or mismatch
-        raise error or ValueError("ScoreSDE has not been fitted: give ScoreSDE `key=`, or call `kernel.fit(key, ...)`.")
+                continue
+            evidence = self._fits[number].evidence
+            if any_data or evidence is None or _same(y, evidence.y):
+                return proposer, y
+            error = error or ValueError("ScoreSDE has learned the posterior of other data.")
+        raise error or ValueError("ScoreSDE has learned nothing yet.")
 
-    def _find_or_fit(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Proposer, Sites]:
-        """Look up the fit that answers for these arguments; make one where there is none and a key is at hand."""
+    def _find_or_learn(
+        self, args: tuple, kwargs: dict[str, Any], rng_key: Array, num_warmup: int, example: PyTree
+    ) -> tuple[Proposer, Sites]:
+        """Look up the sampler that answers for these arguments; learn one where there is none."""
         try:
-            return self._find(args, kwargs)
-        except ValueError:
-            if self.key is None:
+            return self._find(args, kwargs, any_data=self._is_block)  # what a block is conditioned on changes anyway
+        except ValueError as error:
+            if self.model is None and self.potential_fn is None:
                 raise
-        if is_traced((args, kwargs)):
-            raise ValueError("ScoreSDE cannot fit to traced model arguments: call `kernel.fit(key, ...)` before.")
-        self.fit(self.key, *args, **kwargs)
-        return self._find(args, kwargs)
+            if is_traced((args, kwargs)):
+                raise ValueError(
+                    "ScoreSDE cannot learn from traced model arguments: call `kernel.fit(key, ...)` before."
+                ) from error
+            key = rng_key if self.key is None else self.key
+            if is_traced(key):
+                raise ValueError(
+                    "ScoreSDE cannot learn with a traced key, as this chain method gives: give ScoreSDE `key=`, or "
+                    "call `kernel.learn(key, num_warmup, ...)` before."
+                ) from error
+            if num_warmup == 0:
+                raise ValueError(
+                    f"{error} It learns in warm-up, and `num_warmup` is 0: give it some, or a fitted `posterior`, or "
+                    "call `kernel.learn(key, num_warmup, ...)` before."
+                ) from error
+            first = self.key is not None or is_prng_key(key)
+            self.learn(key if first else key[0], num_warmup, *args, init_params=example, **kwargs)
+            return self._find(args, kwargs, any_data=self._is_block)
 
     def init(
-        self, rng_key: Array, num_warmup: int, init_params: Sites | None, model_args: tuple, model_kwargs: dict | None
+        self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> ScoreSDEState:
-        """Make the first state, of one chain or (given a batch of keys) of all; fit where no fit answers yet."""
+        """Make the first state, of one chain or (given a batch of keys) of all; learn where nothing answers yet."""
         model_kwargs = model_kwargs or {}
-        proposer, y = self._find_or_fit(model_args, model_kwargs)
+        one = is_prng_key(rng_key)
+        example = init_params if one else jax.tree.map(lambda leaf: leaf[0], init_params)
+        proposer, y = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
         if not proposer.problem.has_density:
             raise UnsupportedModel("The model has no density to correct with: use `posterior.sample` instead.")
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
         begin = partial(start, proposer, y, *sizes, self.num_local_steps > 0)
-        state = begin(rng_key, init_params) if is_prng_key(rng_key) else jax.vmap(begin)(rng_key, init_params)
+        if self._is_block and init_params is not None:
+            unconstrain = partial(_unconstrain, proposer.problem)
+            init_params = unconstrain(init_params) if one else jax.vmap(unconstrain)(init_params)
+        state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
         if self._fits[self._latest].arguments is None and not is_traced((model_args, model_kwargs)):
-            self._fits[self._latest] = Fit(proposer, (model_args, model_kwargs))
+            self._fits[self._latest] = self._fits[self._latest]._replace(arguments=(model_args, model_kwargs))
         self._sample_fn = self.sample
         arrays = jax.tree.leaves(eqx.filter(proposer, eqx.is_array))
         return state._replace(y=y, weights=Weights(tuple(arrays), self._latest))
@@ -175,22 +287,38 @@ class ScoreSDE(MCMCKernel):
     def sample(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Move one chain, or all chains of a vectorised state, by one iteration."""
         model_kwargs = model_kwargs or {}
-        proposer = self._proposer(state.weights.fit, model_args, model_kwargs)
-        y = observe(proposer.problem, model_args, model_kwargs)
+        proposer, y = self._restore(state, model_args, model_kwargs)
+        return _each_chain(partial(transition, proposer, y, self.num_proposals, self.num_local_steps), state)
+
+    def _restore(self, state: ScoreSDEState, args: tuple, kwargs: dict[str, Any]) -> tuple[Proposer, Sites]:
+        """Put the weights that travel in the state back into their sampler; read the observation."""
+        proposer = self._proposer(state.weights.fit, args, kwargs)
         arrays, static = eqx.partition(proposer, eqx.is_array)
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), state.weights.arrays)
-        proposer = eqx.combine(arrays, static)
-        move = partial(transition, proposer, y, self.num_proposals, self.num_local_steps)
-        if is_prng_key(state.rng_key):
-            return move(state)
-        mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "weights": None}
-        axes = ScoreSDEState(**mapped)
-        return jax.vmap(move, in_axes=(axes,), out_axes=axes)(state)
+        return eqx.combine(arrays, static), observe(proposer.problem, args, kwargs)
+
+    def refresh(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
+        """Weigh the current draw for other values of what the model is conditioned on, as `Gibbs` asks."""
+        proposer, y = self._restore(state, model_args, model_kwargs or {})
+        return _each_chain(partial(refresh, proposer, y), state)
+
+    def wrap_model(self, wrapper: Callable) -> "ScoreSDE":
+        """Copy the kernel with another model and nothing learned; `Gibbs` gives it constrained first values."""
+        if self.model is None or any(fit.evidence is None for fit in self._fits):
+            raise ValueError("Only a ScoreSDE of a `model` alone can be a block of another kernel.")
+        kernel = copy.copy(self)
+        kernel.model, kernel._fits, kernel._sample_fn = wrapper(self.model), [], None
+        kernel._latest, kernel._is_block = 0, True
+        return kernel
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
         """Make the function from unconstrained values to constrained latent and deterministic sites."""
-        kwargs = kwargs or {}
-        problem = self._find(args, kwargs)[0].problem
+        if self.potential_fn is not None:
+            return lambda z: z
+        if self._is_block:  # asked without the values it is conditioned on, for its own sites alone
+            problem = self._fits[self._latest].proposer.problem
+            return lambda z: problem.latent_sites(layout(problem).flatten(z))
+        problem = self._find(args, kwargs or {}, any_data=True)[0].problem
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
     def get_diagnostics_str(self, state: ScoreSDEState) -> str:
@@ -203,5 +331,25 @@ class ScoreSDE(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the problems, which hold closures."""
-        fits = [Fit(with_problem(proposer, None), arguments, stripped=True) for proposer, arguments, _ in self._fits]
+        fits = [fit._replace(proposer=with_problem(fit.proposer, None), stripped=True) for fit in self._fits]
         return self.__dict__ | {"_fits": fits, "_sample_fn": None}
+
+
+def _same(y: Sites, other: Sites) -> bool:
+    """Say whether two observations are the same; traced ones are not known to be."""
+    return not is_traced((y, other)) and all(
+        np.asarray(y[name]).tobytes() == np.asarray(other[name]).tobytes() for name in y
+    )
+
+
+def _unconstrain(problem: Problem, values: Sites) -> Sites:
+    return layout(problem).unflatten(problem.unconstrain(values))
+
+
+def _each_chain(move: Callable[[ScoreSDEState], ScoreSDEState], state: ScoreSDEState) -> ScoreSDEState:
+    """Apply a move to one chain, or to all chains of a vectorised state."""
+    if is_prng_key(state.rng_key):
+        return move(state)
+    mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "weights": None}
+    axes = ScoreSDEState(**mapped)
+    return jax.vmap(move, in_axes=(axes,), out_axes=axes)(state)

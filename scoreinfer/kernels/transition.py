@@ -30,14 +30,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import metropolis_langevin_step
+from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step
 from scoreinfer.kernels.contract import any_chain, flatten, layout, same_bits
 from scoreinfer.proposal import Proposer
-
-TARGET_ACCEPT_PROB = 0.574
 
 
 class Weighed(NamedTuple):
@@ -78,7 +76,7 @@ class ScoreSDEState(NamedTuple):
     Args:
         i: iteration.
         num_warmup: iteration at which step sizes freeze.
-        z: unconstrained values of the latent sites.
+        z: unconstrained values of the latent sites (of a bare density: what it takes).
         potential_energy: minus log p(z, y) in the unconstrained space.
         log_weight: log p(z, y) - log_q of the current draw; minus infinity before the first.
         accept_prob: acceptance probability of the last global move.
@@ -92,7 +90,7 @@ class ScoreSDEState(NamedTuple):
 
     i: Array
     num_warmup: Array
-    z: Sites
+    z: PyTree
     potential_energy: Array
     log_weight: Array
     accept_prob: Array
@@ -206,6 +204,17 @@ def adapt(tuned: Adaptation, accept_prob: Float[Array, ""], i: Array, num_warmup
     return tuned._replace(step_size=step_size.astype(dtype), accept_prob=accept_prob.astype(dtype))
 
 
+def refresh(proposer: Proposer, y: Sites, state: ScoreSDEState) -> ScoreSDEState:
+    """Weigh the current draw for another observation, over a fresh path; forget the proposals made for the old one.
+
+    Exactness: exact: drawing the path anew from r(u | z) is a Gibbs step.
+    """
+    rng_key, key_path = random.split(state.rng_key)
+    draw = weigh_anew(key_path, proposer, y, current_draw(proposer, state).z)
+    bank = state.bank._replace(used=jnp.full_like(state.bank.used, state.bank.proposals.log_weight.size))
+    return with_draw(proposer, state._replace(y=y, bank=bank, rng_key=rng_key), draw)
+
+
 def transition(
     proposer: Proposer, y: Sites, num_proposals: int, num_local_steps: int, state: ScoreSDEState
 ) -> ScoreSDEState:
@@ -226,7 +235,7 @@ def transition(
 @eqx.filter_jit
 def start(
     proposer: Proposer, y: Sites, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
-    key: Key, sites: Sites | None,
+    key: Key, sites: PyTree | None,
 ) -> ScoreSDEState:  # fmt: skip
     """Make the state of one chain before its first iteration: the bank is empty, and without ``sites`` so is ``z``."""
     key, key_factor, key_path = random.split(key, 3)

@@ -1,0 +1,197 @@
+"""Learning one posterior from its density: tempered particles explore it and train the score of its sampler."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.correct import effective_sample_size, resample_indices, tempering_power
+from scoreinfer.drawing import weighted_draws
+from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision
+from scoreinfer.nets import Concatenate
+from scoreinfer.problem import Problem
+from scoreinfer.proposal import SingleProposal, Weighted, default_sampler
+from scoreinfer.tempering import AbstractReference, LogDensity, Overdispersed, Particles, Prior, advance, begin
+from scoreinfer.train import Budget, train
+from scoreinfer.whitening import Affine
+
+MAX_TEMPERATURES = 500
+EPOCH_STEPS = 250
+ROUNDS = 4
+"""Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
+KEPT_SHARE = 0.3
+"""Share of the effective sample size that the weights between rounds keep, tempered where they must be."""
+
+
+class Effort(NamedTuple):
+    """How much work learning one posterior may take.
+
+    Args:
+        num_particles: particles of the explorer.
+        num_moves: Langevin steps of each at every temperature, and before every epoch of training.
+        num_steps: optimiser steps, all rounds together.
+    """
+
+    num_particles: int = 4096
+    num_moves: int = 20
+    num_steps: int = 10_000
+
+
+class Evidence(NamedTuple):
+    """What the explorer knows that the sampler's own draws do not.
+
+    Args:
+        y: the observation that was explored.
+        places: where its particles ended, before any was replaced.
+        log_evidence: its estimate of the log evidence.
+        num_gradients: evaluations of the density's gradient, those for training included.
+    """
+
+    y: Sites
+    places: Float[Array, "num dim"]
+    log_evidence: float
+    num_gradients: int
+
+
+def learn(
+    key: Key,
+    problem: Problem,
+    y: Sites,
+    effort: Effort = Effort(),
+    *,
+    start_scale: float = 5.0,
+    progress_bar: bool = True,
+) -> tuple[SingleProposal, Evidence]:
+    """Learn a sampler of the posterior of one observation from its density.
+
+    Particles walk by tempering from the prior (or, where there is none to draw from, from a Gaussian of standard
+    deviation ``start_scale``) to the posterior and train an unconditional score. Then draws of that sampler,
+    resampled by weight and moved, train it further, so that the modes' weights no longer rest on the explorer's.
+
+    Args:
+        key: random key.
+        problem: the problem; its density must have a gradient.
+        y: the observation.
+        effort: how much work to spend.
+        start_scale: see above.
+        progress_bar: show progress bars on a terminal.
+
+    Returns:
+        The sampler of the round with the largest effective sample size, and the explorer's evidence.
+
+    Raises:
+        FloatingPointError: where the density is not finite, or too far from the reference.
+
+    Exactness: biased as a density, like every learned sampler; weighted draws and chains from it are exact.
+
+    References: Del Moral, Doucet and Jasra 2006 (the explorer); De Bortoli et al. 2024, arXiv 2402.08667 (training
+    with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
+    """
+    for_explorer, for_net, *for_rounds = jax.random.split(key, 2 + ROUNDS)
+    scale = jnp.full(problem.dim, start_scale, jnp.result_type(float))
+    reference = Overdispersed(scale) if problem.simulate is None else Prior(problem)
+    target = jax.tree_util.Partial(problem.log_joint, y=y)
+    particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
+    places, affine = particles.values, _whitening(particles.values)
+    steps = max(effort.num_steps // ROUNDS, 1)
+    budget = Budget(steps, min(256, effort.num_particles), min(EPOCH_STEPS, steps), learning_rate=4e-3)
+    module = score_module(for_net, problem.dim, Concatenate(), _NOTHING)
+    precision = best = None
+    best_ess = -1.0
+    for number, for_round in enumerate(for_rounds):
+        for_pool, for_training, for_draws, for_rows = jax.random.split(for_round, 4)
+        pools = _Pools(reference, target, particles, affine, effort.num_moves)
+        validation = pools(for_pool)
+        precision = target_precision(validation) if number == 0 else precision
+        loss = jax.tree_util.Partial(denoising_loss, precision=precision)
+        title = f"score {number + 1}/{ROUNDS}"
+        module, history = train(
+            for_training, module, loss, pools, validation, budget, progress_bar=progress_bar, title=title
+        )
+        proposal = SingleProposal(affine, module.score, default_sampler(problem), problem)
+        drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, effort.num_particles)
+        ess = effective_sample_size(drawn.log_weight)
+        if ess > best_ess:
+            best, best_ess = proposal, ess
+        particles = _replace(for_rows, particles, drawn)
+        num_passes += len(history.loss) + 1
+        if history.stopped == "interrupted":
+            break
+    assert best is not None
+    num_gradients = num_passes * (effort.num_moves + 1) * effort.num_particles
+    return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
+
+
+def explore(
+    key: Key, reference: AbstractReference, target: LogDensity, effort: Effort, *, progress_bar: bool = True
+) -> tuple[Particles, int]:
+    """Walk particles from the reference to the target; return them and the number of temperatures.
+
+    Raises:
+        FloatingPointError: where the target is finite at no particle, or not reached.
+
+    Exactness: consistent as the particles grow (`scoreinfer.tempering.advance`).
+    """
+    key, for_start = jax.random.split(key)
+    particles = begin(for_start, reference, effort.num_particles)
+    with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
+        for passes in range(1, MAX_TEMPERATURES + 1):
+            key, for_pass = jax.random.split(key)
+            before, particles = particles.power, advance(for_pass, reference, target, particles, effort.num_moves)
+            bar.update(float(particles.power - before))
+            if not jnp.isfinite(particles.log_evidence):
+                raise FloatingPointError(
+                    "The density is finite at none of the explorer's particles, which start from "
+                    f"{'the prior' if isinstance(reference, Prior) else 'a Gaussian of `start_scale` around zero'}."
+                )
+            if particles.power == 1.0:
+                return particles, passes
+    raise FloatingPointError(
+        f"The explorer got no further than power {float(particles.power):.2g} of the density in {MAX_TEMPERATURES} "
+        "temperatures: it changes too fast for where the particles start. Give better priors or `start_scale`."
+    )
+
+
+_NOTHING = {"nothing": jnp.zeros((1, 0), jnp.float32)}
+"""What an unconditional score is told of the observation."""
+
+
+class _Pools(eqx.Module):
+    """Training pools: particles moved afresh for every epoch, so that none is learned by heart."""
+
+    reference: AbstractReference
+    target: LogDensity
+    particles: Particles
+    affine: Affine
+    num_moves: int = eqx.field(static=True)
+
+    def __call__(self, key: Key) -> ScoreBatch:
+        return _whiten(self.affine, advance(key, self.reference, self.target, self.particles, self.num_moves))
+
+
+@eqx.filter_jit
+def _whiten(affine: Affine, particles: Particles) -> ScoreBatch:
+    u = jax.vmap(affine.inverse)(particles.values.astype(jnp.float32))
+    gradient = (particles.gradient @ affine.factor).astype(jnp.float32)
+    return ScoreBatch(u, jax.tree.map(lambda leaf: leaf[jnp.zeros(u.shape[0], int)], _NOTHING), gradient)
+
+
+@eqx.filter_jit
+def _whitening(values: Float[Array, "num dim"]) -> Affine:
+    covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
+    factor = jnp.linalg.cholesky(covariance + 1e-6 * jnp.diag(covariance.diagonal()))
+    return Affine(values.mean(0).astype(jnp.float32), factor.astype(jnp.float32))
+
+
+def _replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:
+    log_weight = np.asarray(drawn.log_weight, np.float64)
+    log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
+    if not np.isfinite(log_weight.max()):
+        return particles
+    power = tempering_power(log_weight, KEPT_SHARE * drawn.num)
+    return particles._replace(values=drawn.values[resample_indices(key, power * log_weight, drawn.num)])

@@ -1,0 +1,180 @@
+"""Tempered sequential Monte Carlo: walk a population of particles from a reference density to a target.
+
+Temperatures are chosen so that each step keeps a fixed share of the effective sample size; between them the particles
+are moved by Langevin steps whose preconditioner is the population's own covariance and whose size adapts.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from scoreinfer._typing import Key
+from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step
+from scoreinfer.problem import Problem
+
+LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
+SHARE = 0.7
+"""Share of the effective sample size that each change of temperature keeps."""
+JITTER = 10.0
+"""Step sizes vary between particles by up to this factor, for densities narrower in some places than in others."""
+
+
+class AbstractReference(eqx.Module):
+    """Where the particles start: a normalised density that can be drawn from."""
+
+    @abc.abstractmethod
+    def sample(self, key: Key) -> Float[Array, " dim"]:
+        """Draw one z."""
+
+    @abc.abstractmethod
+    def log_density(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the log density of z."""
+
+
+class Prior(AbstractReference):
+    """The prior of a problem that can be simulated."""
+
+    problem: Problem = eqx.field(static=True)
+
+    def sample(self, key):
+        """Draw from the prior."""
+        assert self.problem.simulate is not None
+        return self.problem.simulate(key)[0]
+
+    def log_density(self, z):
+        """Compute the log prior."""
+        return self.problem.log_prior(z)
+
+
+class Overdispersed(AbstractReference):
+    """A wide Gaussian around zero, where there is no prior to draw from."""
+
+    scale: Float[Array, " dim"]
+
+    def sample(self, key):
+        """Draw from the Gaussian."""
+        return self.scale * jax.random.normal(key, self.scale.shape, self.scale.dtype)
+
+    def log_density(self, z):
+        """Compute its log density."""
+        return jax.scipy.stats.norm.logpdf(z, 0.0, self.scale).sum()
+
+
+class Particles(NamedTuple):
+    """A population on its way.
+
+    Args:
+        values: the particles.
+        gradient: gradient of the current density's logarithm there.
+        power: the target's share of the current density, reference^(1 - power) target^power; 1 at the end.
+        log_step: logarithm of the step size of the moves.
+        log_evidence: log of the ratio of normalising constants so far.
+        accept_prob: mean acceptance probability of the last moves.
+    """
+
+    values: Float[Array, "num dim"]
+    gradient: Float[Array, "num dim"]
+    power: Float[Array, ""]
+    log_step: Float[Array, ""]
+    log_evidence: Float[Array, ""]
+    accept_prob: Float[Array, ""]
+
+
+@eqx.filter_jit
+def begin(key: Key, reference: AbstractReference, num: int) -> Particles:
+    """Draw the population from the reference."""
+    values = jax.vmap(reference.sample)(jax.random.split(key, num))
+    zero = jnp.zeros((), values.dtype)
+    first = -jnp.log(jnp.asarray(values.shape[1], values.dtype)) / 6
+    return Particles(values, jnp.zeros_like(values), zero, first, zero, zero)
+
+
+@eqx.filter_jit
+def advance(
+    key: Key, reference: AbstractReference, target: LogDensity, particles: Particles, num_moves: int
+) -> Particles:
+    """Go to the next temperature, resample, and move; at the last temperature move only.
+
+    Args:
+        key: random key.
+        reference: where the particles come from.
+        target: log density of where they go, up to a constant; a pytree (`jax.tree_util.Partial`) compiles once for
+            all data.
+        particles: the population.
+        num_moves: Langevin steps of each particle.
+
+    Exactness: averages and evidence are consistent as the population grows (with fixed temperatures and step sizes
+        the evidence itself would be unbiased).
+
+    References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3), section 3.3.2; Jasra et al. 2011 (temperatures by
+    effective sample size); Fearnhead and Taylor 2013, Bayesian Analysis 8(2) (step sizes that vary).
+    """
+    for_rows, for_moves = jax.random.split(key)
+    num = particles.values.shape[0]
+
+    def both(z):
+        return jax.value_and_grad(reference.log_density)(z), jax.value_and_grad(target)(z)
+
+    def mix(power, ends):
+        (a, gradient_a), (b, gradient_b) = ends
+        return (1 - power) * a + power * b, (1 - power) * gradient_a + power * gradient_b
+
+    ends = jax.vmap(both)(particles.values)
+    log_ratio = ends[1][0] - ends[0][0]
+    log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
+    power = next_power(particles.power, log_ratio)
+    log_weight = jnp.where(power > particles.power, (power - particles.power) * log_ratio, jnp.zeros(num))
+    rows = resample(for_rows, log_weight)
+    states = (particles.values[rows], *mix(power, jax.tree.map(lambda leaf: leaf[rows], ends)))
+    factor = _factor(states[0])
+    step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, 0))
+
+    def move(carry, key):
+        states, log_step = carry
+        for_size, for_step = jax.random.split(key)
+        size = jnp.exp(log_step - jnp.log(JITTER) * jax.random.uniform(for_size, (num,), log_step.dtype))
+        keys = jax.random.split(for_step, num)
+        states, accept = step(keys, lambda z: mix(power, both(z)), states, factor, size)
+        return (states, log_step + 0.5 * (accept.mean() - TARGET_ACCEPT_PROB)), accept.mean()
+
+    keys = jax.random.split(for_moves, num_moves)
+    ((values, _, gradient), log_step), accept = jax.lax.scan(move, (states, particles.log_step), keys)
+    increment = jax.nn.logsumexp(log_weight) - jnp.log(num)
+    return Particles(values, gradient, power, log_step, particles.log_evidence + increment, accept.mean())
+
+
+def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"]) -> Float[Array, ""]:
+    """Find the largest next power, at most 1, that keeps `SHARE` of the effective sample size (by bisection)."""
+    num = log_ratio.size
+
+    def enough(new):
+        log_weight = (new - power) * log_ratio
+        return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) >= jnp.log(SHARE * num)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        good = enough(middle)
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    one = jnp.ones_like(power)
+    return jnp.where(enough(one), one, jax.lax.fori_loop(0, 40, halve, (power, one))[1])
+
+
+def resample(key: Key, log_weight: Float[Array, " num"]) -> Int[Array, " num"]:
+    """Draw as many row numbers as there are weights: systematic, in order, so that equal weights keep every row."""
+    num = log_weight.size
+    cumulative = jnp.cumsum(jax.nn.softmax(log_weight))
+    points = (jnp.arange(num) + jax.random.uniform(key, dtype=cumulative.dtype)) / num * cumulative[-1]
+    return jnp.minimum(jnp.searchsorted(cumulative, points), num - 1)
+
+
+def _factor(values: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
+    covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
+    scale = covariance.diagonal()
+    return jnp.linalg.cholesky(covariance + jnp.diag(1e-4 * scale + 1e-12))

@@ -1,0 +1,178 @@
+"""Learning one posterior: the explorer, the learned sampler, and ScoreSDE without a fitted posterior."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS
+
+from doubles import Y1, Y2, grid_moments, location_scale
+from scoreinfer.drawing import weighted_draws
+from scoreinfer.kernels import ScoreSDE
+from scoreinfer.learning import Effort, explore, learn
+from scoreinfer.problem import from_potential
+from scoreinfer.tempering import Overdispersed, next_power, resample
+
+SIGMAS = 5
+MEANS, WEIGHTS = jnp.array([[-4.0, 0.0], [4.0, 1.0]]), jnp.array([0.3, 0.7])
+SMALL = Effort(num_particles=512, num_moves=10, num_steps=600)
+
+
+def two_modes(x):
+    """Minus the log density of a normalised mixture of two unit Gaussians, times e^2."""
+    squares = jnp.sum((x - MEANS) ** 2, axis=1)
+    return -jax.nn.logsumexp(jnp.log(WEIGHTS) - 0.5 * squares) + jnp.log(2 * jnp.pi) - 2.0
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    problem = from_potential(two_modes, jnp.zeros(2))
+    return learn(random.key(0), problem, {}, SMALL, progress_bar=False)
+
+
+# --- the explorer ------------------------------------------------------------------------------------------------
+
+
+def test_explorer_finds_modes_and_evidence():
+    """Several runs: their spread is the standard error of their mean."""
+    target = jax.tree_util.Partial(from_potential(two_modes, jnp.zeros(2)).log_joint, y={})
+    reference = Overdispersed(jnp.full(2, 5.0))
+    runs = [explore(random.key(i), reference, target, SMALL, progress_bar=False)[0] for i in range(12)]
+    evidence = np.exp([float(run.log_evidence) - 2.0 for run in runs])
+    share = np.array([float((run.values[:, 0] > 0).mean()) for run in runs])
+    for values, truth in ((evidence, 1.0), (share, 0.7)):
+        assert abs(values.mean() - truth) < SIGMAS * values.std(ddof=1) / np.sqrt(len(values)) < 0.15
+    spread = np.concatenate([np.asarray(run.values)[:, 1] for run in runs])
+    assert abs(spread.var() - (1 + 0.21)) < 0.2
+
+
+def test_temperatures_keep_their_share():
+    log_ratio = jnp.linspace(0.0, -40.0, 1000)
+    power = next_power(jnp.float32(0.0), log_ratio)
+    weight = np.exp(np.asarray(power * log_ratio, np.float64))
+    assert weight.sum() ** 2 / (weight**2).sum() == pytest.approx(700, rel=0.01)
+    assert next_power(jnp.float32(0.5), jnp.zeros(10)) == 1.0
+
+
+def test_resampling_is_unbiased_and_keeps_equal_weights():
+    np.testing.assert_array_equal(resample(random.key(0), jnp.zeros(100)), np.arange(100))
+    counts = np.bincount(np.asarray(resample(random.key(1), jnp.log(jnp.arange(1.0, 11.0)))), minlength=10)
+    assert np.all(np.abs(counts - 10 * np.arange(1, 11) / 55) < 1)
+
+
+def test_explorer_says_when_the_density_fails():
+    problem = from_potential(lambda x: jnp.nan * x.sum(), jnp.zeros(2))
+    with pytest.raises(FloatingPointError, match="finite at none"):
+        learn(random.key(0), problem, {}, SMALL, progress_bar=False)
+
+
+# --- the learned sampler -----------------------------------------------------------------------------------------
+
+
+def test_learned_weights_are_exact(mixture):
+    """Evidence and moments by importance sampling, and the explorer's word for the modes' weights."""
+    proposal, evidence = mixture
+    drawn = weighted_draws(random.key(1), proposal, {}, 1024, 0.0, 0, 4096)
+    weight = np.exp(np.asarray(drawn.log_weight, np.float64) - 2.0)
+    assert weight.sum() ** 2 / (weight**2).sum() > 0.4 * weight.size
+    right = np.asarray(drawn.values)[:, 0] > 0
+    for values, truth in ((weight, 1.0), (weight * right, 0.7)):
+        assert abs(values.mean() - truth) < SIGMAS * values.std() / np.sqrt(values.size)
+    assert abs(float((evidence.places[:, 0] > 0).mean()) - 0.7) < 0.15
+
+
+def test_chain_visits_both_modes(mixture):
+    """From the same key, a chain of any kernel without global moves would stay in its mode."""
+    kernel = ScoreSDE(potential_fn=two_modes, bank_size=32, key=random.key(0))
+    mcmc = MCMC(kernel, num_warmup=40, num_samples=300, num_chains=4, chain_method="vectorized", progress_bar=False)
+    mcmc.run(random.key(2), init_params=jnp.zeros((4, 2)))
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True), np.float64)
+    right = (draws[..., 0] > 0).astype(float)
+    assert abs(right.mean() - 0.7) < SIGMAS * right.std() / np.sqrt(effective_sample_size(right))
+    assert np.all(np.abs(right.mean(1) - 0.7) < 0.25)
+
+
+def test_pytree_potential_and_pickling():
+    import pickle
+
+    kernel = ScoreSDE(potential_fn=pytree_potential, bank_size=16)
+    mcmc = MCMC(kernel, num_warmup=20, num_samples=200, progress_bar=False)
+    mcmc.run(random.key(0), init_params={"a": jnp.zeros(()), "b": (jnp.zeros(2),)})
+    samples = pickle.loads(pickle.dumps(mcmc)).get_samples()
+    assert samples["a"].shape == (200,) and samples["b"][0].shape == (200, 2)
+    a = np.asarray(samples["a"], np.float64)[None]
+    assert abs(a.mean() - 1.0) < SIGMAS * a.std() / np.sqrt(effective_sample_size(a))
+    with pytest.raises(ValueError, match="init_params"):
+        MCMC(ScoreSDE(potential_fn=two_modes), num_warmup=5, num_samples=5, progress_bar=False).run(random.key(0))
+
+
+def pytree_potential(x):
+    return 0.5 * (x["a"] - 1.0) ** 2 + jnp.sum((x["b"][0] + 1.0) ** 2)
+
+
+def test_model_is_learned_for_each_data_set():
+    """One kernel, two data sets: the problem is read once, each posterior is right."""
+    kernel = ScoreSDE(location_scale, bank_size=32)
+    for number, y in enumerate((Y1, Y2)):
+        mcmc = MCMC(kernel, num_warmup=30, num_samples=400, num_chains=2, chain_method="vectorized", progress_bar=False)
+        mcmc.run(random.key(number), y)
+        draws = mcmc.get_samples(group_by_chain=True)
+        for name, (mean, _) in grid_moments(y).items():
+            values = np.asarray(draws[name], np.float64)
+            assert abs(values.mean() - mean) < SIGMAS * values.std() / np.sqrt(effective_sample_size(values))
+    assert len({id(fit.proposer.problem) for fit in kernel._fits}) == 1 < len(kernel._fits)
+
+
+# --- a block of Gibbs --------------------------------------------------------------------------------------------
+
+VALUES = np.array([-1.6, -0.7, 0.4, 1.2, 2.1], np.float32)
+CENTRES = np.array([-1.0, 1.0])
+
+
+def clusters(y=None):
+    """Two cluster centres and discrete assignments."""
+    with numpyro.plate("cluster", 2):
+        mu = numpyro.sample("mu", dist.Normal(jnp.array(CENTRES, jnp.float32), 0.7))
+    with numpyro.plate("n", 5):
+        c = numpyro.sample("c", dist.Categorical(probs=jnp.array([0.3, 0.7])))
+        numpyro.sample("y", dist.Normal(mu[c], 1.0), obs=y)
+
+
+def exact_mean_of_first_centre():
+    """By enumeration of the 32 assignments, each Gaussian in the centres."""
+    total, first = 0.0, 0.0
+    for code in range(32):
+        c = (code >> np.arange(5)) & 1
+        weight = np.prod(np.where(c == 1, 0.7, 0.3))
+        for k in range(2):
+            y = VALUES[c == k] - CENTRES[k]
+            covariance = np.eye(len(y)) + 0.49
+            weight *= np.exp(-0.5 * y @ np.linalg.solve(covariance, y)) / np.sqrt(np.linalg.det(2 * np.pi * covariance))
+        y = VALUES[c == 0] - CENTRES[0]
+        total += weight
+        first += weight * (CENTRES[0] + y.sum() / (len(y) + 1 / 0.49))
+    return first / total
+
+
+def test_block_of_gibbs():
+    """Discrete assignments by DiscreteGibbs, centres by ScoreSDE: the answer of enumeration."""
+    gibbs = pytest.importorskip("numpyro.infer.gibbs")
+    kernel = gibbs.Gibbs(
+        [(gibbs.DiscreteGibbs(clusters), ["c"]), (ScoreSDE(clusters, bank_size=1, key=random.key(1)), ["mu"])]
+    )
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=600, num_chains=2, chain_method="sequential", progress_bar=False)
+    mcmc.run(random.key(0), y=VALUES)
+    first = np.asarray(mcmc.get_samples(group_by_chain=True)["mu"], np.float64)[..., 0]
+    error = first.std() / np.sqrt(effective_sample_size(first))
+    assert error < 0.1
+    assert abs(first.mean() - exact_mean_of_first_centre()) < SIGMAS * error
+
+
+def test_only_a_model_can_be_a_block(mixture):
+    gibbs = pytest.importorskip("numpyro.infer.gibbs")
+    with pytest.raises(ValueError, match="potential function"):
+        gibbs.Gibbs([(NUTS(clusters), ["mu"]), (ScoreSDE(potential_fn=two_modes), ["c"])])
