@@ -4,9 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from scoreinfer._errors import TrainingWarning, UnsupportedModel
 from scoreinfer.certificate import Certificate
+from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
-from scoreinfer.kernels import MALA, ULA, ScoreSDE, UnderdampedLangevin
+from scoreinfer.kernels import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
 from scoreinfer.posterior import Posterior, fit
@@ -22,6 +23,8 @@ __all__ = [
     "MALA",
     "ULA",
     "Certificate",
+    "ChainCertificate",
+    "Comparison",
     "DeepSet",
     "Draws",
     "Posterior",
@@ -33,7 +36,9 @@ __all__ = [
     "TrainingWarning",
     "UnderdampedLangevin",
     "UnsupportedModel",
+    "certify",
     "check",
+    "compare",
     "fit",
     "from_numpyro",
     "to_arviz",

@@ -21,11 +21,14 @@ class ForwardCheck(NamedTuple):
     Args:
         log_excess: log(w(z*) / mean proposal weight) of truths z* whose simulated data lie near the observation; NaN
             where a simulation says nothing.
-        distance_rank: share of the simulations that lie further from their neighbours than the observation does.
+        distance_rank: share of the simulations that lie further from their neighbours than the observation does; NaN
+            where it means nothing.
+        source: what the evidence is made of, in words.
     """
 
     log_excess: Float[Array, " neighbours"]
     distance_rank: Float[Array, ""]
+    source: str = "simulated truths near the observation"
 
 
 class Certificate(NamedTuple):
@@ -110,8 +113,9 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, check: Forward
         if not told.any():
             faults.append("weights are poor at every simulation, so none tells whether the proposal misses anything")
         if missed > MAX_MISSED:
-            faults.append(f"{missed:.0%} of simulated truths near the observation are where the proposal never draws")
+            faults.append(f"{missed:.0%} of {check.source} are where the proposal never draws")
         if rank <= 0.0:
             faults.append("the observation is further from the simulations than any of them from the others")
-    reason = "; ".join(faults) or "weights well behaved, simulated truths near the observation covered"
+    covered = "" if check is None else f", {check.source} covered"
+    reason = "; ".join(faults) or f"weights well behaved{covered}"
     return Certificate(not faults, reason, num, ess, k_hat, evidence, error, missed, rank)

@@ -93,8 +93,7 @@ def learn(
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
     for_explorer, for_net, *for_rounds = jax.random.split(key, 2 + ROUNDS)
-    scale = jnp.full(problem.dim, start_scale, jnp.result_type(float))
-    reference = Overdispersed(scale) if problem.simulate is None else Prior(problem)
+    reference = start(problem, start_scale)
     target = jax.tree_util.Partial(problem.log_joint, y=y)
     particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     places, affine = particles.values, _whitening(particles.values)
@@ -125,6 +124,12 @@ def learn(
     assert best is not None
     num_gradients = num_passes * (effort.num_moves + 1) * effort.num_particles
     return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
+
+
+def start(problem: Problem, scale: float) -> AbstractReference:
+    """Choose where particles start: the prior, or where none can be drawn from a Gaussian of this scale around zero."""
+    ones = jnp.ones(problem.dim, jnp.result_type(float))
+    return Overdispersed(0 * ones, scale * ones) if problem.simulate is None else Prior(problem)
 
 
 def explore(

@@ -52,17 +52,18 @@ class Prior(AbstractReference):
 
 
 class Overdispersed(AbstractReference):
-    """A wide Gaussian around zero, where there is no prior to draw from."""
+    """A wide Gaussian, where there is no prior to draw from or another start is wanted."""
 
+    centre: Float[Array, " dim"]
     scale: Float[Array, " dim"]
 
     def sample(self, key):
         """Draw from the Gaussian."""
-        return self.scale * jax.random.normal(key, self.scale.shape, self.scale.dtype)
+        return self.centre + self.scale * jax.random.normal(key, self.scale.shape, self.scale.dtype)
 
     def log_density(self, z):
         """Compute its log density."""
-        return jax.scipy.stats.norm.logpdf(z, 0.0, self.scale).sum()
+        return jax.scipy.stats.norm.logpdf(z, self.centre, self.scale).sum()
 
 
 class Particles(NamedTuple):

@@ -12,7 +12,7 @@ from numpyro.infer import MCMC, NUTS
 
 from doubles import Y1, Y2, grid_moments, location_scale
 from scoreinfer.drawing import weighted_draws
-from scoreinfer.kernels import ScoreSDE
+from scoreinfer.kernels import ScoreSDE, certify
 from scoreinfer.learning import Effort, explore, learn
 from scoreinfer.problem import from_potential
 from scoreinfer.tempering import Overdispersed, next_power, resample
@@ -40,7 +40,7 @@ def mixture():
 def test_explorer_finds_modes_and_evidence():
     """Several runs: their spread is the standard error of their mean."""
     target = jax.tree_util.Partial(from_potential(two_modes, jnp.zeros(2)).log_joint, y={})
-    reference = Overdispersed(jnp.full(2, 5.0))
+    reference = Overdispersed(jnp.zeros(2), jnp.full(2, 5.0))
     runs = [explore(random.key(i), reference, target, SMALL, progress_bar=False)[0] for i in range(12)]
     evidence = np.exp([float(run.log_evidence) - 2.0 for run in runs])
     share = np.array([float((run.values[:, 0] > 0).mean()) for run in runs])
@@ -85,15 +85,48 @@ def test_learned_weights_are_exact(mixture):
     assert abs(float((evidence.places[:, 0] > 0).mean()) - 0.7) < 0.15
 
 
-def test_chain_visits_both_modes(mixture):
-    """From the same key, a chain of any kernel without global moves would stay in its mode."""
-    kernel = ScoreSDE(potential_fn=two_modes, bank_size=32, key=random.key(0))
-    mcmc = MCMC(kernel, num_warmup=40, num_samples=300, num_chains=4, chain_method="vectorized", progress_bar=False)
-    mcmc.run(random.key(2), init_params=jnp.zeros((4, 2)))
-    draws = np.asarray(mcmc.get_samples(group_by_chain=True), np.float64)
+def run_bare(potential, dim, **options):
+    kernel = ScoreSDE(potential_fn=potential, bank_size=32, key=random.key(0), **options)
+    mcmc = MCMC(kernel, num_warmup=100, num_samples=200, num_chains=4, chain_method="vectorized", progress_bar=False)
+    mcmc.run(random.key(2), init_params=jnp.zeros((4, dim)), extra_fields=("accept_prob",))
+    return mcmc
+
+
+@pytest.fixture(scope="module")
+def both_modes():
+    return run_bare(two_modes, 2)
+
+
+def test_chain_visits_both_modes(both_modes):
+    """A chain without global moves would stay in its mode."""
+    draws = np.asarray(both_modes.get_samples(group_by_chain=True), np.float64)
     right = (draws[..., 0] > 0).astype(float)
     assert abs(right.mean() - 0.7) < SIGMAS * right.std() / np.sqrt(effective_sample_size(right))
     assert np.all(np.abs(right.mean(1) - 0.7) < 0.25)
+
+
+def test_certificate_of_chains(both_modes):
+    found = certify(both_modes, num=1024)
+    assert found.certified and "certified: " in str(found), found
+    assert abs(found.weights.log_evidence - 2.0) < SIGMAS * found.weights.log_evidence_se < 0.2
+    assert len(found.explorer_log_evidence) == 2
+    assert max(found.r_hat, found.nested_r_hat) < 1.05 and 0.3 < found.accept_prob < 1
+
+
+def test_far_mode_is_refused():
+    """Twenty sd away from where the first explorer starts: its weights look perfect, the second explorer knows."""
+    far = lambda x: -jax.nn.logsumexp(-0.5 * jnp.sum((x - jnp.array([[0.0, 0.0], [20.0, 0.0]])) ** 2, axis=1))  # noqa: E731
+    found = certify(run_bare(far, 2, start_scale=1.0), num=1024)
+    assert found.weights.k_hat < 0.7 and found.weights.ess > 500
+    assert not found.certified and "explorer" in found.reason
+
+
+def test_certificate_is_for_score_sde():
+    mcmc = MCMC(NUTS(location_scale), num_warmup=5, num_samples=5, progress_bar=False)
+    with pytest.raises(ValueError, match="NUTS"):
+        certify(mcmc)
+    with pytest.raises(ValueError, match="not been run"):
+        certify(MCMC(ScoreSDE(location_scale), num_warmup=5, num_samples=5, progress_bar=False))
 
 
 def test_pytree_potential_and_pickling():

@@ -3,5 +3,15 @@
 from scoreinfer.kernels.langevin import MALA, ULA, LangevinState, UnderdampedLangevin
 from scoreinfer.kernels.score_sde import ScoreSDE
 from scoreinfer.kernels.transition import ScoreSDEState
+from scoreinfer.kernels.verdict import ChainCertificate, certify
 
-__all__ = ["MALA", "ULA", "LangevinState", "ScoreSDE", "ScoreSDEState", "UnderdampedLangevin"]
+__all__ = [
+    "MALA",
+    "ULA",
+    "ChainCertificate",
+    "LangevinState",
+    "ScoreSDE",
+    "ScoreSDEState",
+    "UnderdampedLangevin",
+    "certify",
+]

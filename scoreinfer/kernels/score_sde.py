@@ -311,6 +311,11 @@ class ScoreSDE(MCMCKernel):
         kernel._latest, kernel._is_block = 0, True
         return kernel
 
+    def fit_of(self, state: ScoreSDEState) -> Fit:
+        """Return the sampler that a state was moved by."""
+        self._proposer(state.weights.fit, (), {})
+        return self._fits[state.weights.fit]
+
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
         """Make the function from unconstrained values to constrained latent and deterministic sites."""
         if self.potential_fn is not None:

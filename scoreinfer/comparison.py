@@ -1,0 +1,256 @@
+"""The same model under several kernels: what each costs, and what its draws are worth."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpyro.infer import HMC, MCMC
+from numpyro.infer.mcmc import MCMCKernel
+
+from scoreinfer._typing import Key
+from scoreinfer.kernels import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
+
+Arrays = Mapping[str, Any]
+"""Site names to arrays."""
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Result(NamedTuple):
+    """What one kernel did.
+
+    Args:
+        compile_seconds: seconds in the compiler, in both phases.
+        warmup_seconds: wall seconds of warm-up (learning included), without compilation.
+        sampling_seconds: wall seconds of sampling, without compilation.
+        cpu_seconds: CPU seconds of this process, compilation included.
+        num_evaluations: evaluations of the density, with or without its gradient, in warm-up and sampling; NaN where
+            the kernel does not tell.
+        bulk_ess: smallest bulk effective sample size of any component.
+        tail_ess: smallest tail effective sample size.
+        r_hat: largest rank-normalised split R-hat.
+        num_divergences: divergent iterations; NaN where the kernel does not tell.
+        log_evidence: log evidence (`ScoreSDE` alone knows it, else NaN).
+        mean_error: largest distance of a mean from the reference's, in its standard deviations; NaN without one.
+        sd_error: largest relative error of a standard deviation; NaN without a reference.
+        modes: share of the draws in each mode; empty without a ``modes`` function.
+    """
+
+    compile_seconds: float
+    warmup_seconds: float
+    sampling_seconds: float
+    cpu_seconds: float
+    num_evaluations: float
+    bulk_ess: float
+    tail_ess: float
+    r_hat: float
+    num_divergences: float
+    log_evidence: float
+    mean_error: float
+    sd_error: float
+    modes: dict[int, float]
+
+    @property
+    def ess_per_second(self) -> float:
+        """Bulk effective sample size per second of warm-up and sampling, without compilation."""
+        return self.bulk_ess / (self.warmup_seconds + self.sampling_seconds)
+
+    @property
+    def ess_per_evaluation(self) -> float:
+        """Bulk effective sample size per evaluation of the density, those of warm-up included."""
+        return self.bulk_ess / self.num_evaluations
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns: one `Result` per kernel, its `MCMC` object, and the verdicts on `ScoreSDE` kernels."""
+
+    results: dict[str, Result]
+    mcmc: dict[str, MCMC] = field(repr=False)
+    certificates: dict[str, ChainCertificate]
+    settings: str
+
+    def to_dataframe(self) -> Any:
+        """Make a pandas table, one row a kernel."""
+        import pandas as pd
+
+        rows = {}
+        for name, result in self.results.items():
+            row = result._asdict()
+            shares = row.pop("modes")
+            row |= {"ess_per_second": result.ess_per_second, "ess_per_evaluation": result.ess_per_evaluation}
+            row |= {f"mode {mode}": share for mode, share in shares.items()}
+            rows[name] = row
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def to_arviz(self) -> dict[str, Any]:
+        """Make ArviZ data of every kernel's draws."""
+        import arviz as az
+
+        return {name: az.from_numpyro(mcmc, log_likelihood=False) for name, mcmc in self.mcmc.items()}
+
+    def plot(self, **options: Any) -> Any:
+        """Plot the posteriors of all kernels side by side: ArviZ's forest plot, with its own ``options``."""
+        import arviz as az
+
+        data = self.to_arviz()
+        if hasattr(az, "psislw"):  # ArviZ before 1.0
+            return az.plot_forest(list(data.values()), model_names=list(data), **{"combined": True} | options)
+        return az.plot_forest(data, **{"combined": True} | options)
+
+    def __str__(self) -> str:
+        table = self.to_dataframe().dropna(axis="columns", how="all").T
+        lines = [self.settings, table.to_string(float_format=lambda value: f"{value:.4g}")]
+        lines += [f"{name}: {certificate}" for name, certificate in self.certificates.items()]
+        return "\n".join(lines)
+
+
+def compare(
+    key: Key,
+    model: Callable,
+    kernels: Mapping[str, MCMCKernel],
+    *args: Any,
+    num_warmup: int = 500,
+    num_samples: int = 1000,
+    num_chains: int = 4,
+    chain_method: str = "vectorized",
+    reference: Arrays | None = None,
+    modes: Callable[[Arrays], np.ndarray] | None = None,
+    progress_bar: bool = False,
+    **kwargs: Any,
+) -> Comparison:
+    """Run several kernels on one model and data, with the same keys and iterations, and set them side by side.
+
+    Iterations differ in cost from kernel to kernel: compare effective sample sizes per second and per evaluation, both
+    of which count warm-up (and so what `ScoreSDE` learns), and only where R-hat is near one: that of chains which
+    each sit in a mode of their own means nothing.
+
+    Args:
+        key: random key, the same for every kernel.
+        model: the NumPyro model; its latent sites are what is compared.
+        kernels: name to kernel.
+        *args: the model's own arguments, with the data.
+        num_warmup: iterations of warm-up.
+        num_samples: iterations kept of each chain.
+        num_chains: number of chains.
+        chain_method: as in NumPyro's `MCMC`.
+        reference: draws known to be right, site to array with the draw axis first.
+        modes: from draws (site to array with the draw axis first) to the number of the mode of each.
+        progress_bar: show NumPyro's progress bars.
+        **kwargs: the model's own keyword arguments.
+
+    Returns:
+        A `Comparison`; print it.
+
+    Raises:
+        ValueError: where a kernel was made for another model.
+
+    Exactness: a table of estimates; effective sample sizes and R-hat see only modes that some chain has visited.
+
+    References: Vehtari et al. 2021, Bayesian Analysis 16(2) (effective sample sizes and R-hat).
+    """
+    results, runs, certificates = {}, {}, {}
+    for name, kernel in kernels.items():
+        if getattr(kernel, "model", None) not in (None, model):
+            raise ValueError(f"Expected kernels of the model {model.__name__!r}, got another model in {name!r}.")
+        mcmc = MCMC(
+            kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=num_chains, chain_method=chain_method,
+            progress_bar=progress_bar,
+        )  # fmt: skip
+        fields = _extra_fields(kernel)
+        with _Clock() as warming:
+            mcmc.warmup(key, *args, extra_fields=fields, collect_warmup=True, **kwargs)
+            jax.block_until_ready(mcmc.post_warmup_state)
+        before = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
+        with _Clock() as sampling:
+            mcmc.run(jax.random.fold_in(key, 1), *args, extra_fields=fields, **kwargs)
+            jax.block_until_ready(mcmc.last_state)
+        after = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
+        log_evidence = np.nan
+        if isinstance(kernel, ScoreSDE):
+            certificates[name] = certify(mcmc)
+            log_evidence = certificates[name].weights.log_evidence
+        samples = {site: np.asarray(value, np.float64) for site, value in mcmc.get_samples().items()}
+        errors = _errors(samples, reference) if reference is not None else (np.nan, np.nan)
+        labels, counts = np.unique(modes(samples) if modes is not None else [], return_counts=True)
+        results[name] = Result(
+            warming.compile + sampling.compile,
+            warming.wall - warming.compile,
+            sampling.wall - sampling.compile,
+            warming.cpu + sampling.cpu,
+            _evaluations(kernel, mcmc, before, after, num_warmup, num_samples),
+            *_worth(mcmc.get_samples(group_by_chain=True)),
+            float(after["diverging"].sum()) if "diverging" in after else np.nan,
+            log_evidence,
+            *errors,
+            {int(label): float(count) / counts.sum() for label, count in zip(labels, counts, strict=True)},
+        )
+        runs[name] = mcmc
+    settings = f"{num_chains} chains ({chain_method}), {num_warmup} + {num_samples} iterations each, same key and data"
+    return Comparison(results, runs, certificates, settings)
+
+
+class _Clock:
+    """Wall, CPU and compilation seconds of a block."""
+
+    compile: float
+    wall: float
+    cpu: float
+
+    def __enter__(self):
+        self.compile = 0.0
+        self._start = time.perf_counter(), time.process_time()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        self.wall, self.cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.compile += duration_secs if event == _COMPILE_EVENT else 0.0
+
+
+def _extra_fields(kernel: MCMCKernel) -> tuple[str, ...]:
+    if isinstance(kernel, HMC):
+        return "num_steps", "diverging", "accept_prob"
+    if isinstance(kernel, ULA | MALA | UnderdampedLangevin):
+        return "diverging", "accept_prob"
+    return ("accept_prob",) if isinstance(kernel, ScoreSDE) else ()
+
+
+def _evaluations(kernel: MCMCKernel, mcmc: MCMC, before: dict, after: dict, num_warmup: int, num_samples: int) -> float:
+    """Count evaluations of the density by all chains, from what each kernel does in one iteration."""
+    total = mcmc.num_chains * (num_warmup + num_samples)
+    if "num_steps" in after:
+        return float(before["num_steps"].sum() + after["num_steps"].sum())
+    if isinstance(kernel, ULA | MALA | UnderdampedLangevin):
+        return float(total)
+    if isinstance(kernel, ScoreSDE):
+        evidence = kernel.fit_of(mcmc.last_state).evidence
+        local = kernel.num_local_steps + 2 if kernel.num_local_steps else 0
+        return float(total * (kernel.num_proposals + local) + (0 if evidence is None else evidence.num_gradients))
+    return np.nan
+
+
+def _worth(samples: Arrays) -> tuple[float, float, float]:
+    """Compute the smallest bulk and tail effective sample size and the largest R-hat of any component, by ArviZ."""
+    import arviz as az
+
+    columns = [np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
+    parts = [column[..., i] for column in columns for i in range(column.shape[-1])]
+    bulk = min(float(az.ess(part, method="bulk")) for part in parts)
+    tail = min(float(az.ess(part, method="tail", prob=(0.05, 0.95))) for part in parts)
+    return bulk, tail, max(float(az.rhat(part)) for part in parts)
+
+
+def _errors(samples: Arrays, reference: Arrays) -> tuple[float, float]:
+    """Compute the largest errors of means, in the reference's standard deviations, and of standard deviations."""
+    means, sds = [], []
+    for name, truth in reference.items():
+        draws, exact = (np.asarray(part, np.float64).reshape(len(part), -1) for part in (samples[name], truth))
+        means.append(np.abs(draws.mean(0) - exact.mean(0)) / exact.std(0))
+        sds.append(np.abs(draws.std(0) / exact.std(0) - 1))
+    return float(np.max(np.concatenate(means))), float(np.max(np.concatenate(sds)))

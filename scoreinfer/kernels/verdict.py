@@ -1,0 +1,166 @@
+"""The verdict on chains of `ScoreSDE`: what their proposals' weights, independent explorers and R-hat say together."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from jaxtyping import Float, PyTree
+from numpyro.diagnostics import split_gelman_rubin
+from numpyro.infer import MCMC
+from numpyro.util import is_prng_key
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
+from scoreinfer.correct import log_evidence
+from scoreinfer.drawing import weigh_rows, weighted_draws
+from scoreinfer.focus import FocusedProposal
+from scoreinfer.kernels.contract import observe
+from scoreinfer.kernels.score_sde import Fit, ScoreSDE
+from scoreinfer.learning import Effort, explore, start
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.tempering import Overdispersed, begin
+
+MAX_R_HAT = 1.05
+MAX_EVIDENCE_GAP = 0.5
+"""Largest difference between the log evidences of the learned sampler and of an explorer."""
+CROSS_CHECK = Effort(num_particles=1024)
+NUM_PLACES = 1024
+"""Particles of both explorers that are held against the proposals."""
+WIDER = 10.0
+"""How many times wider than what the first explorer has seen the second one starts."""
+
+
+class ChainCertificate(NamedTuple):
+    """Whether chains of `ScoreSDE` can be trusted, and why.
+
+    Args:
+        certified: the verdict.
+        reason: the verdict in words.
+        weights: the certificate of a fresh batch of global proposals: effective sample size, k-hat, log evidence, and
+            the share of the explorers' particles that the proposals miss.
+        accept_prob: mean acceptance probability of the global moves; NaN where ``accept_prob`` was not collected.
+        local_accept_prob: that of the last local moves; NaN without any.
+        r_hat: largest split R-hat of any component (infinite for a single component that never moved).
+        nested_r_hat: largest nested R-hat, chains taken in pairs; NaN for fewer than four chains.
+        explorer_log_evidence: log evidences of the explorers (none for an amortised posterior).
+
+    Exactness: evidence, not proof: a mode that neither the explorers nor the proposals find goes unseen.
+    """
+
+    certified: bool
+    reason: str
+    weights: Certificate
+    accept_prob: float
+    local_accept_prob: float
+    r_hat: float
+    nested_r_hat: float
+    explorer_log_evidence: tuple[float, ...]
+
+    def __str__(self) -> str:
+        head = "certified" if self.certified else "not certified"
+        w = self.weights
+        explorers = ", ".join(f"{value:.3f}" for value in self.explorer_log_evidence) or "none"
+        return (
+            f"{head}: {self.reason}\n  global weights: ESS {w.ess:.0f} of {w.num}, k-hat {w.k_hat:.2f}, log evidence "
+            f"{w.log_evidence:.3f} +- {w.log_evidence_se:.3f} (explorers: {explorers}), missed share {w.missed:.3f}\n"
+            f"  acceptance: global {self.accept_prob:.2f}, local {self.local_accept_prob:.2f}; "
+            f"R-hat {self.r_hat:.3f}, nested {self.nested_r_hat:.3f}"
+        )
+
+
+def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
+    """Judge the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
+
+    A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer
+    starts from a Gaussian ten times wider than the first one's particles and their start, and proposals and
+    explorers must agree both ways: no explorer's particles where the proposals never draw, and the same log evidence.
+    Where it was given an amortised posterior, simulations near the observation take the explorers' place.
+
+    Args:
+        mcmc: after ``run``.
+        num: global proposals to weigh.
+
+    Returns:
+        A certificate. It refuses for any reason for which a batch is refused (`Certificate`), for a split or nested
+        R-hat above 1.05, and where log evidences differ by more than 0.5.
+
+    Raises:
+        ValueError: where the kernel is another, or has not been run.
+
+    Exactness: see `ChainCertificate`.
+
+    References: Margossian et al. 2024, Bayesian Analysis (nested R-hat); Vehtari et al. 2024 (k-hat).
+    """
+    kernel, state = mcmc.sampler, mcmc.last_state
+    if not isinstance(kernel, ScoreSDE):
+        raise ValueError(f"Expected an MCMC object with a ScoreSDE kernel, got {type(kernel).__name__}.")
+    if state is None:
+        raise ValueError("Expected an MCMC object after `run`, this one has not been run.")
+    key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
+    for_draws, for_explorer, for_places = random.split(random.fold_in(key, 0), 3)
+    fit = kernel.fit_of(state)
+    y = observe(fit.proposer.problem, mcmc._args, mcmc._kwargs)
+    drawn = weighted_draws(for_draws, fit.proposer, y, 1024, 0.0, 0, num)
+    check, evidences = _independent(for_explorer, for_places, kernel, fit, y, drawn)
+    weights = certify_weights(drawn.log_weight, check)
+    samples = mcmc.get_samples(group_by_chain=True)
+    latent = {site.name for site in fit.proposer.problem.latents}
+    if latent:
+        samples = {name: values for name, values in samples.items() if name in latent}
+    r_hat, nested = _largest(split_gelman_rubin, samples), np.nan
+    if mcmc.num_chains >= 4:
+        nested = _largest(nested_r_hat, samples)
+    accept = mcmc.get_extra_fields().get("accept_prob", np.nan)
+    local = float(np.mean(state.adapt_state.accept_prob)) if kernel.num_local_steps else np.nan
+    faults = [] if weights.certified else [weights.reason]
+    faults += [f"{name} {value:.3f} > {MAX_R_HAT}" for name, value in (("R-hat", r_hat), ("nested R-hat", nested))
+               if not (value <= MAX_R_HAT or np.isnan(value))]  # fmt: skip
+    gap = max((abs(value - weights.log_evidence) for value in evidences), default=0.0)
+    if not gap <= MAX_EVIDENCE_GAP:
+        faults.append(f"an explorer's log evidence is {gap:.2f} away from the proposals'")
+    reason = "; ".join(faults) or weights.reason
+    return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences)
+
+
+def _independent(
+    for_explorer: Key, for_places: Key, kernel: ScoreSDE, fit: Fit, y: Sites, drawn: Weighted
+) -> tuple[ForwardCheck | None, tuple[float, ...]]:
+    """Collect evidence that does not come from the proposals, and the explorers' log evidences."""
+    if fit.evidence is None:
+        if fit.bank is None or not isinstance(fit.proposer, Proposal | FocusedProposal):
+            return None, ()
+        return fit.bank.check(flatten(fit.proposer.features(y))), ()
+    first = fit.evidence.places
+    began = begin(for_explorer, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    seen = jnp.concatenate([first, began])
+    reference = Overdispersed(seen.mean(0), WIDER * seen.std(0))
+    target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
+    second, _ = explore(for_explorer, reference, target, CROSS_CHECK, progress_bar=False)
+    places = jnp.concatenate([first[: NUM_PLACES // 2], second.values[: NUM_PLACES // 2]])
+    weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
+    excess = jnp.asarray(weighed.log_weight - log_evidence(drawn.log_weight)[0])
+    check = ForwardCheck(excess, jnp.asarray(jnp.nan), "the explorers' particles")
+    return check, (fit.evidence.log_evidence, float(second.log_evidence))
+
+
+def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:
+    """Compute nested R-hat of one component, neighbouring chains taken in pairs.
+
+    >>> bool(nested_r_hat(np.random.default_rng(0).normal(size=(4, 1000))) < 1.01)
+    True
+    """
+    pairs = draws[: 2 * (len(draws) // 2)].reshape(len(draws) // 2, 2, -1)
+    within = pairs.var(axis=2, ddof=1).mean(axis=1) + pairs.mean(axis=2).var(axis=1, ddof=1)
+    between = pairs.mean(axis=(1, 2)).var(ddof=1)
+    return float(np.sqrt(1.0 + between / within.mean()))
+
+
+def _largest(statistic: Callable[[np.ndarray], Any], samples: PyTree) -> float:
+    """Compute a statistic of every component of every site, and take the largest."""
+    columns = [np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
+    values = [float(statistic(column[..., i])) for column in columns for i in range(column.shape[-1])]
+    return float(np.max(np.where(np.isnan(values), np.inf, values)))

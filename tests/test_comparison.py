@@ -1,0 +1,59 @@
+"""The same model under several kernels."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+from numpyro.infer import NUTS
+
+from doubles import Y1, fake_posterior, grid_moments, location_scale
+from scoreinfer.comparison import compare
+from scoreinfer.kernels import MALA, ScoreSDE
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    kernels = {
+        "nuts": NUTS(location_scale),
+        "mala": MALA(location_scale),
+        "score": ScoreSDE(location_scale, posterior=fake_posterior(), num_local_steps=1),
+    }
+    mean, sd = grid_moments(Y1)["mu"]
+    reference = {"mu": mean + sd * np.random.default_rng(0).normal(size=20_000)}
+    return compare(
+        random.key(0), location_scale, kernels, Y1, num_warmup=200, num_samples=400, num_chains=2, reference=reference,
+        modes=lambda sites: (sites["mu"] > 0).astype(int),
+    )  # fmt: skip
+
+
+def test_every_kernel_is_measured(comparison):
+    assert list(comparison.results) == ["nuts", "mala", "score"]
+    for name, result in comparison.results.items():
+        assert result.mean_error < 0.4 and result.sd_error < 0.4, name
+        assert 20 < result.bulk_ess < 2000 and result.tail_ess > 20 and 0.99 < result.r_hat < 1.1
+        assert result.compile_seconds > 0 and result.sampling_seconds > 0 and result.cpu_seconds > 0
+        assert sum(result.modes.values()) == pytest.approx(1.0)
+        assert result.ess_per_evaluation == pytest.approx(result.bulk_ess / result.num_evaluations)
+
+
+def test_evaluations_are_counted(comparison):
+    found = {name: result.num_evaluations for name, result in comparison.results.items()}
+    assert found["mala"] == 2 * 600
+    assert found["score"] == 2 * 600 * (1 + 3)
+    assert found["nuts"] > 2 * 600  # at least one leapfrog step an iteration, in warm-up too
+    assert np.isfinite(comparison.results["nuts"].num_divergences)
+    assert np.isnan(comparison.results["mala"].log_evidence)
+
+
+def test_table_plot_and_arviz(comparison):
+    text = str(comparison)
+    assert all(word in text for word in ("nuts", "bulk_ess", "200 + 400 iterations", "score: "))
+    frame = comparison.to_dataframe()
+    assert frame.shape[0] == 3 and "ess_per_second" in frame and "mode 1" in frame
+    assert all("mu" in data["posterior"] for data in comparison.to_arviz().values())
+    comparison.plot(var_names=["mu"])
+
+
+def test_other_model_is_refused():
+    with pytest.raises(ValueError, match="another model"):
+        compare(random.key(0), location_scale, {"nuts": NUTS(lambda: jnp.zeros(()))}, Y1)
