@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --suite oracles
     python benchmarks/accuracy.py --suite sbibm --tasks two_moons slcp --observations 1
+    python benchmarks/accuracy.py --suite multimodal
     python benchmarks/accuracy.py --suite honesty
     python benchmarks/accuracy.py --suite lynx_hare
 
@@ -97,6 +98,49 @@ def run_sbibm(args) -> Iterator[Row]:
             )
 
 
+def run_multimodal(args) -> Iterator[Row]:
+    """Learn single posteriors with many modes in warm-up, beside NUTS and MALA with the same iterations."""
+    from c2st import c2st
+    from numpyro.infer import MCMC, NUTS
+
+    import oracles
+
+    for i, target in enumerate(oracles.densities()):
+        if not _chosen(target.name, args.tasks):
+            continue
+        jax.clear_caches()
+        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        kernels = {
+            "score": si.ScoreSDE(potential_fn=target.potential, start_scale=target.start_scale, num_proposals=4),
+            "nuts": NUTS(potential_fn=target.potential),
+            "mala": si.MALA(potential_fn=target.potential),
+        }
+        figures: dict[str, float] = {}
+        for name, kernel in kernels.items():
+            mcmc = MCMC(
+                kernel, num_warmup=(args.num_steps or 10_000) // 10, num_samples=NUM_DRAWS // 4, num_chains=4,
+                chain_method="vectorized", progress_bar=False,
+            )  # fmt: skip
+            first = 2.0 * jax.random.normal(key, (4, target.dim))
+            with Clock() as running:
+                mcmc.run(key, init_params=first, extra_fields=("accept_prob",))
+                draws = np.asarray(mcmc.get_samples(), np.float64)
+            shares = np.bincount(target.mode_of(draws), minlength=len(target.modes)) / len(draws)
+            figures[f"{name}_mode_error"] = 0.5 * np.abs(shares - target.modes).sum()
+            figures[f"{name}_s"] = running.times.wall
+            if name != "score":
+                continue
+            found = si.certify(mcmc, num=NUM_DRAWS)
+            figures["log_evidence_error"] = abs(found.weights.log_evidence - target.log_evidence)
+            figures |= {"ess_share": found.weights.ess / NUM_DRAWS, "k_hat": found.weights.k_hat, "r_hat": found.r_hat}
+            figures["certified"] = float(found.certified)
+            figures["accept_prob"] = found.accept_prob
+            print(f"  {found}", flush=True)
+            if not args.no_classifier:
+                figures["c2st"] = c2st(target.sample(np.random.default_rng(0), NUM_DRAWS), draws)
+        yield target.name, figures
+
+
 def run_honesty(args) -> Iterator[Row]:
     """Count false certificates among sabotaged posteriors, and certificates among healthy ones."""
     import honesty
@@ -155,7 +199,8 @@ def run_lynx_hare(args) -> Iterator[Row]:
 
 
 SUITES: dict[str, Callable] = {
-    "oracles": run_oracles, "sbibm": run_sbibm, "honesty": run_honesty, "lynx_hare": run_lynx_hare,
+    "oracles": run_oracles, "sbibm": run_sbibm, "multimodal": run_multimodal, "honesty": run_honesty,
+    "lynx_hare": run_lynx_hare,
 }  # fmt: skip
 
 

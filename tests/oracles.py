@@ -364,3 +364,89 @@ def prior_draws(oracle: Oracle, key, num: int) -> tuple[np.ndarray, list[Data]]:
     """Draw ``num`` parameters and observations (a loop: for tens, not thousands)."""
     pairs = [oracle.simulate(k) for k in jax.random.split(key, num)]
     return np.stack([theta for theta, _ in pairs]), [data for _, data in pairs]
+
+
+# --- bare densities with many modes: minus log density, and everything known about it ---------------------------------
+
+
+class Density(NamedTuple):
+    """A bare density and its answers.
+
+    Args:
+        name: name in tables.
+        potential: minus the log density of one point.
+        dim: number of dimensions.
+        start_scale: a standard deviation around zero that covers it.
+        log_evidence: log of its integral.
+        sample: exact draws, ``sample(rng, num) -> (num, dim)``.
+        mode_of: the number of the mode that each of many points belongs to.
+        modes: probability of each mode.
+    """
+
+    name: str
+    potential: Callable
+    dim: int
+    start_scale: float
+    log_evidence: float
+    sample: Callable[[np.random.Generator, int], np.ndarray]
+    mode_of: Callable[[np.ndarray], np.ndarray]
+    modes: np.ndarray
+
+
+def gaussian_mixture_density(name: str, means: np.ndarray, variance: float, start_scale: float) -> Density:
+    """Make an equal mixture of Gaussians of one variance."""
+    centres, dim = jnp.asarray(means, jnp.float32), means.shape[1]
+    constant = np.log(len(means)) + 0.5 * dim * np.log(2 * np.pi * variance)
+
+    def potential(x):
+        return constant - jax.scipy.special.logsumexp(-0.5 * ((x - centres) ** 2).sum(1) / variance)
+
+    def sample(rng, num):
+        return means[rng.integers(len(means), size=num)] + np.sqrt(variance) * rng.normal(size=(num, dim))
+
+    def mode_of(x):
+        return np.argmin(((x[:, None] - means) ** 2).sum(-1), axis=1)
+
+    return Density(name, potential, dim, start_scale, 0.0, sample, mode_of, np.full(len(means), 1 / len(means)))
+
+
+def many_well(dim: int = 5) -> Density:
+    """Make a product of double wells (x^2 - 4)^2, two to the ``dim`` modes; answers by quadrature of one well."""
+    grid = np.linspace(-4.0, 4.0, 200_001)
+    cumulative = np.cumsum(np.exp(-((grid**2 - 4) ** 2))) * (grid[1] - grid[0])
+
+    def sample(rng, num):
+        return np.interp(rng.uniform(size=(num, dim)) * cumulative[-1], cumulative, grid)
+
+    return Density(
+        f"many_well_{dim}", lambda x: ((x**2 - 4) ** 2).sum(), dim, 5.0, dim * float(np.log(cumulative[-1])), sample,
+        lambda x: (x > 0) @ (1 << np.arange(dim)), np.full(1 << dim, 0.5**dim),
+    )  # fmt: skip
+
+
+def funnel(dim: int = 10) -> Density:
+    """Make Neal's funnel: v ~ N(0, 9), the others N(0, exp v); the "modes" are neck and mouth, v < 0 and v > 0."""
+
+    def potential(x):
+        constant = 0.5 * np.log(2 * np.pi * 9) + 0.5 * (dim - 1) * np.log(2 * np.pi)
+        return x[0] ** 2 / 18 + 0.5 * (dim - 1) * x[0] + 0.5 * jnp.exp(-x[0]) * (x[1:] ** 2).sum() + constant
+
+    def sample(rng, num):
+        v = 3 * rng.normal(size=(num, 1))
+        return np.concatenate([v, np.exp(v / 2) * rng.normal(size=(num, dim - 1))], axis=1)
+
+    return Density(
+        f"funnel_{dim}", potential, dim, 5.0, 0.0, sample, lambda x: (x[:, 0] > 0).astype(int), np.full(2, 0.5)
+    )
+
+
+def densities() -> list[Density]:
+    """Make all of them."""
+    grid = np.stack(np.meshgrid([-5.0, 0.0, 5.0], [-5.0, 0.0, 5.0]), axis=-1).reshape(9, 2)
+    forty = [np.random.default_rng(0).uniform(-40, 40, size=(40, dim)) for dim in (2, 10)]
+    return [
+        gaussian_mixture_density("mixture_9", grid, 0.3, 5.0),
+        *(gaussian_mixture_density(f"mixture_40_in_{m.shape[1]}", m, 1.0, 40.0) for m in forty),
+        many_well(),
+        funnel(),
+    ]

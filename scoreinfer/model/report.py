@@ -100,7 +100,7 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
     messages = [f"{problem.dim} unconstrained dimensions"]
     messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
     fault = _data_fault(problem, facts, args, kwargs)
-    messages += [f"✗ data: {fault}"] if fault else []
+    messages += [f"✗ data: {fault}"] if fault else _say_use(problem)
     verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem)
     return Report(not fault, problem, (*messages, verdict))
 
@@ -146,6 +146,13 @@ def _say_simulable(problem: Problem, facts: Facts) -> list[str]:
         finite &= np.isfinite(value).reshape(NUM_PROBES, -1).all(1)
     mark = "✓" if finite.all() else "!"
     return [f"{mark} simulation ({finite.sum()} of {NUM_PROBES} draws finite)"]
+
+
+def _say_use(problem: Problem) -> list[str]:
+    one, many = "`MCMC(ScoreSDE(model), ...)` learns this posterior", "`fit` learns those of all data of this design"
+    if problem.not_simulable or not problem.has_density:
+        return [f"✓ {one if problem.has_density else many}"]
+    return [f"✓ {many} at once, from simulations; {one} alone, from its density"]
 
 
 def _data_fault(problem: Problem, facts: Facts, args: tuple, kwargs: dict[str, Any]) -> str:
