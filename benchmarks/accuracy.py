@@ -239,7 +239,7 @@ def _seconds(training: Clock, drawing: Clock) -> dict[str, float]:
 def bounds(suite: str, row: str) -> dict[str, dict[str, float]]:
     """Collect the expected figures of a row: patterns in the order of the file, later ones win."""
     merged: dict[str, dict[str, float]] = {}
-    for pattern, figures in json.loads(EXPECTED.read_text())[suite].items():
+    for pattern, figures in json.loads(EXPECTED.read_text()).get(suite, {}).items():
         if fnmatch.fnmatch(row, pattern):
             for name, bound in figures.items():
                 merged[name] = merged.get(name, {}) | bound
@@ -285,9 +285,10 @@ def main() -> int:
     args = parser.parse_args()
     misses, record = 0, {}
     for suite in args.suite or SUITES:
+        label = suite if args.num_simulations is None else f"{suite}_{args.num_simulations}"
         for row, figures in SUITES[suite](args):
-            misses += report(suite, row, figures)
-            record.setdefault(suite, {})[row] = {name: float(value) for name, value in figures.items()}
+            misses += report(label, row, figures)
+            record.setdefault(label, {})[row] = {name: float(value) for name, value in figures.items()}
             if args.output:
                 args.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{misses} figures outside what is expected")
