@@ -99,7 +99,7 @@ def learn(
     places, affine = particles.values, _whitening(particles.values)
     steps = max(effort.num_steps // ROUNDS, 1)
     budget = Budget(steps, min(256, effort.num_particles), min(EPOCH_STEPS, steps), learning_rate=4e-3)
-    module = score_module(for_net, problem.dim, Concatenate(), _NOTHING)
+    module = score_module(for_net, problem.dim, Concatenate(), _nothing(1))
     precision = best = None
     best_ess = -1.0
     for number, for_round in enumerate(for_rounds):
@@ -162,10 +162,6 @@ def explore(
     )
 
 
-_NOTHING = {"nothing": jnp.zeros((1, 0), jnp.float32)}
-"""What an unconditional score is told of the observation."""
-
-
 class _Pools(eqx.Module):
     """Training pools: particles moved afresh for every epoch, so that none is learned by heart."""
 
@@ -183,7 +179,12 @@ class _Pools(eqx.Module):
 def _whiten(affine: Affine, particles: Particles) -> ScoreBatch:
     u = jax.vmap(affine.inverse)(particles.values.astype(jnp.float32))
     gradient = (particles.gradient @ affine.factor).astype(jnp.float32)
-    return ScoreBatch(u, jax.tree.map(lambda leaf: leaf[jnp.zeros(u.shape[0], int)], _NOTHING), gradient)
+    return ScoreBatch(u, _nothing(u.shape[0]), gradient)
+
+
+def _nothing(num: int) -> Sites:
+    """Make what an unconditional score is told of the observation, ``num`` times."""
+    return {"nothing": jnp.zeros((num, 0), jnp.float32)}
 
 
 @eqx.filter_jit

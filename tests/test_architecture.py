@@ -122,6 +122,13 @@ def test_allowed_imports_pass(room, source):
     assert not list(violations(room, ast.parse(source)))
 
 
+def test_import_leaves_jax_asleep():
+    """The number of host devices can still be set after the import, as NumPyro's users do."""
+    code = f"import {PACKAGE}, numpyro, jax; numpyro.set_host_device_count(3); print(jax.local_device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
+
+
 def test_import_is_light():
     """Importing the package imports neither arviz (seconds) nor matplotlib."""
     code = f"import sys, {PACKAGE}; print(*sorted({LAZY!r} & set(sys.modules)))"

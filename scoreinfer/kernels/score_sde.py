@@ -31,7 +31,7 @@ from scoreinfer.kernels.contract import layout, observe
 from scoreinfer.kernels.transition import ScoreSDEState, Weights, refresh, start, transition
 from scoreinfer.learning import Effort, Evidence, learn
 from scoreinfer.model import from_numpyro
-from scoreinfer.posterior import Posterior, fit
+from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem, from_potential
 from scoreinfer.proposal import Proposer
 
@@ -143,8 +143,8 @@ class ScoreSDE(MCMCKernel):
         self._is_block = False
         self._sample_fn: Callable[..., ScoreSDEState] | None = None
 
-    def fit(self, key: Key, *args: Any, **kwargs: Any) -> Posterior:
-        """Fit the amortised posterior for these model arguments now; later runs with the same covariates use it."""
+    def fit(self, key: Key, *args: Any, **kwargs: Any) -> Any:
+        """Fit the amortised `Posterior` for these model arguments now; later runs with the same covariates use it."""
         if self.model is None:
             raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
         with jax.ensure_compile_time_eval():
