@@ -261,6 +261,19 @@ def test_run_inside_jit_and_vmap(kernel):
     np.testing.assert_allclose(both[1], alone, atol=1e-4)
 
 
+def test_refresh_weighs_for_the_new_data(kernel, posterior):
+    """What `Gibbs` asks when other blocks have moved: the same z, its weight under the new data, no old proposals."""
+    state = run(kernel, Y1, num_chains=1).last_state
+    new = kernel.refresh(state, (Y2,), {})
+    z, problem = jnp.stack([state.z["mu"], state.z["sigma"]]), posterior.problem
+    y = problem.read((Y2,), {})
+    log_joint = problem.log_joint(z, y)
+    np.testing.assert_allclose(-new.potential_energy, log_joint, rtol=1e-5)
+    np.testing.assert_allclose(new.log_weight, log_joint - posterior.log_q(None, posterior.context(y), z), rtol=1e-4)
+    assert new.bank.used == 32 and not np.allclose(new.log_weight, state.log_weight)
+    np.testing.assert_array_equal(new.z["mu"], state.z["mu"])
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 
