@@ -186,7 +186,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    num_steps, num_draws, num_warmup, num_nuts = (250, 1024, 20, 20) if args.smoke else (8_000, 4000, 400, 300)
+    num_steps, num_draws, num_warmup, num_nuts = (150, 1024, 10, 10) if args.smoke else (8_000, 4000, 400, 300)
+    network = {"width": 32, "depth": 1} if args.smoke else {}
     names = ("train", "draw", "kernel", "nuts", "second", "plot")
     keys = dict(zip(names, jax.random.split(jax.random.key(args.seed), len(names)), strict=True))
     second = simulate_pelts(keys["second"])
@@ -199,7 +200,7 @@ def main():
     print("\n=== Train a score SDE on the model's own simulations, once for all data of this design\n")
     start = time.perf_counter()
     # Prior draws reach populations so wild that gradients of the density are of no use in training.
-    posterior = si.fit(keys["train"], model, num_steps=num_steps, target_score=False, sampler=sampler)
+    posterior = si.fit(keys["train"], model, num_steps=num_steps, target_score=False, sampler=sampler, **network)
     training = time.perf_counter() - start
     print(f"{training:.1f} s, {posterior.history.num_simulations:,} simulations")
 
@@ -222,8 +223,8 @@ def main():
 
     print("\n=== NUTS on the same model\n")
     nuts = MCMC(
-        NUTS(model, init_strategy=init_to_median), num_warmup=num_warmup, num_samples=num_nuts, num_chains=4,
-        chain_method="sequential", progress_bar=False, jit_model_args=True,
+        NUTS(model, init_strategy=init_to_median), num_warmup=num_warmup, num_samples=num_nuts,
+        num_chains=1 if args.smoke else 4, chain_method="sequential", progress_bar=False, jit_model_args=True,
     )  # fmt: skip
     first = run_and_time(keys["nuts"], nuts, PELTS)
     nuts.print_summary()

@@ -197,11 +197,11 @@ def test_block_of_gibbs():
     kernel = gibbs.Gibbs(
         [(gibbs.DiscreteGibbs(clusters), ["c"]), (ScoreSDE(clusters, bank_size=1, key=random.key(1)), ["mu"])]
     )
-    mcmc = MCMC(kernel, num_warmup=50, num_samples=600, num_chains=2, chain_method="sequential", progress_bar=False)
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=300, num_chains=2, chain_method="sequential", progress_bar=False)
     mcmc.run(random.key(0), y=VALUES)
     first = np.asarray(mcmc.get_samples(group_by_chain=True)["mu"], np.float64)[..., 0]
     error = first.std() / np.sqrt(effective_sample_size(first))
-    assert error < 0.1
+    assert error < 0.15
     assert abs(first.mean() - exact_mean_of_first_centre()) < SIGMAS * error
 
 
