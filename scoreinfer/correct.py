@@ -173,6 +173,12 @@ def metropolis_langevin_step(
     return metropolis(for_accept, new, point, log_ratio)
 
 
+def spread(values: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
+    """Compute the Cholesky factor of the covariance of draws, its diagonal raised a little, to scale moves with."""
+    covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
+    return jnp.linalg.cholesky(covariance + jnp.diag(1e-4 * covariance.diagonal() + 1e-12))
+
+
 class Moves(NamedTuple):
     """Mean acceptance probability and the step size of a batch of Langevin moves."""
 

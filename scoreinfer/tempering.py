@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step
+from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
 from scoreinfer.problem import Problem
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
@@ -132,7 +132,7 @@ def advance(
     log_weight = jnp.where(power > particles.power, (power - particles.power) * log_ratio, jnp.zeros(num))
     rows = resample(for_rows, log_weight)
     states = (particles.values[rows], *mix(power, jax.tree.map(lambda leaf: leaf[rows], ends)))
-    factor = _factor(states[0])
+    factor = spread(states[0])
     step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, 0))
 
     def move(carry, key):
@@ -173,9 +173,3 @@ def resample(key: Key, log_weight: Float[Array, " num"]) -> Int[Array, " num"]:
     cumulative = jnp.cumsum(jax.nn.softmax(log_weight))
     points = (jnp.arange(num) + jax.random.uniform(key, dtype=cumulative.dtype)) / num * cumulative[-1]
     return jnp.minimum(jnp.searchsorted(cumulative, points), num - 1)
-
-
-def _factor(values: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
-    covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
-    scale = covariance.diagonal()
-    return jnp.linalg.cholesky(covariance + jnp.diag(1e-4 * scale + 1e-12))

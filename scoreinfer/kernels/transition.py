@@ -33,7 +33,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step
+from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
 from scoreinfer.kernels.contract import any_chain, flatten, layout, same_bits
 from scoreinfer.proposal import Proposer
 
@@ -267,6 +267,4 @@ def start(
 def preconditioner(key: Key, proposer: Proposer, y: Sites) -> Float[Array, "dim dim"]:
     """Compute the Cholesky factor of the covariance of proposals that the chain never sees."""
     dim = proposer.problem.dim
-    z = draw_proposals(key, proposer, y, 64 + 8 * dim).z
-    covariance = jnp.atleast_2d(jnp.cov(z, rowvar=False))
-    return jnp.linalg.cholesky(covariance + 1e-4 * jnp.diag(covariance.diagonal()))
+    return spread(draw_proposals(key, proposer, y, 64 + 8 * dim).z)
