@@ -135,7 +135,8 @@ def _independent(
             return None, ()
         return fit.bank.check(flatten(fit.proposer.features(y))), ()
     first = fit.evidence.places
-    began = begin(for_explorer, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    for_start, for_explorer = random.split(for_explorer)
+    began = begin(for_start, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
     seen = jnp.concatenate([first, began])
     reference = Overdispersed(seen.mean(0), WIDER * seen.std(0))
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
