@@ -77,21 +77,20 @@ def run_sbibm(args) -> Iterator[Row]:
             with Clock() as drawing:
                 draws = posterior.sample(own, NUM_DRAWS, y=y)
             with Clock() as correcting:
-                corrected = posterior.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
-                focused = not corrected.certificate.certified
-                if focused:
-                    focus = posterior.focus(own, y=y)
-                    corrected = focus.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
+                focused = not draws.certificate.certified
+                source = posterior.focus(own, y=y) if focused else posterior
+                corrected = source.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:
                 reference = task.reference(number)
                 if not args.only_after:
-                    raw = _plain(posterior).sample(own, NUM_DRAWS, y=y)
+                    raw = plain(posterior).sample(own, NUM_DRAWS, y=y)
                     figures["before"] = c2st(reference, np.asarray(raw.sites["theta"], np.float64))
                 figures["after"] = c2st(reference, np.asarray(values, np.float64))
             figures |= _verdict(draws)
             figures |= {"certified_after": float(corrected.certificate.certified), "focused": float(focused)}
+            figures |= {"num_proposals": corrected.info["num_proposals"], "ess_after": float(corrected.certificate.ess)}
             yield (
                 f"{task.name}/{number}",
                 figures | _seconds(training, drawing) | {"correct_s": correcting.times.wall},
@@ -213,7 +212,7 @@ def _options(args) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _plain(posterior):
+def plain(posterior):
     """Draw as one would without weights: the flow without its wider start."""
     sampler = dataclasses.replace(posterior.proposal.sampler, inflation=0.0)
     return dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, sampler=sampler))

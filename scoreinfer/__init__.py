@@ -7,7 +7,7 @@ from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
-from scoreinfer.kernels import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
+from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
 from scoreinfer.posterior import Posterior, fit
@@ -22,6 +22,7 @@ except PackageNotFoundError:  # running from a source tree that is not installed
 __all__ = [
     "MALA",
     "ULA",
+    "AnnealedLangevin",
     "Certificate",
     "ChainCertificate",
     "Comparison",

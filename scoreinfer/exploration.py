@@ -17,10 +17,13 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.correct import move_all
 from scoreinfer.drawing import batch_shape, draw_rows, weigh_rows
-from scoreinfer.focus import NUM_DRAWS, FocusedProposal
 from scoreinfer.forward import ForwardBank
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.proposal import Weighted
+from scoreinfer.refinement import AmortisedProposal
+
+NUM_DRAWS = 1024
+"""The proposal's own draws, that those where chains end are compared with."""
 
 
 class ExploredBank(NamedTuple):
@@ -45,7 +48,7 @@ class ExploredBank(NamedTuple):
 
 def explore(
     key: Key,
-    proposal: Proposal | FocusedProposal,
+    proposal: AmortisedProposal,
     bank: ForwardBank | ExploredBank,
     y: Sites,
     *,
@@ -69,7 +72,7 @@ def explore(
 
 
 @eqx.filter_jit
-def _starts(proposal: Proposal | FocusedProposal, bank: ForwardBank, y: Sites):
+def _starts(proposal: AmortisedProposal, bank: ForwardBank, y: Sites):
     x, context = flatten(proposal.features(y)), cast(Any, proposal.context(y))
     affine, factor = proposal.carry(context)
     near, _ = bank.nearest(x)

@@ -27,7 +27,7 @@ from scoreinfer.whitening import Affine
 SHARE = 0.75
 """Share of the draws that come from the adapted component."""
 NUM_DRAWS = 1024
-"""Draws per round of adaptation, and in exploration those that the chains' ends are compared with."""
+"""Draws per round of adaptation."""
 
 
 class FocusedContext(NamedTuple):
@@ -97,21 +97,20 @@ def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, (centred * weight[:, None]).T @ centred
 
 
-def focus(key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_rounds: int = 12) -> FocusedProposal:
-    """Adapt ``proposal`` to the observation ``y``.
+def focus(key: Key, original: Proposal, y: Sites, *, max_rounds: int = 12) -> tuple[FocusedProposal, float]:
+    """Adapt a proposal to the observation ``y``.
 
     Args:
         key: random key.
-        proposal: the amortised proposal; an adapted one is adapted anew.
+        original: the amortised proposal.
         y: the observation.
         max_rounds: rounds of drawing and matching at the most.
 
     Returns:
-        The mixture of the best round's adapted proposal and the original.
+        The mixture of the best round's adapted proposal and the original, and the adapted one's effective share.
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
     """
-    original = proposal.original if isinstance(proposal, FocusedProposal) else proposal
     dim, num = original.problem.dim, NUM_DRAWS
     stretch, shift = np.eye(dim), np.zeros(dim)
     best, best_ess = original, -1.0
@@ -134,4 +133,4 @@ def focus(key: Key, proposal: Proposal | FocusedProposal, y: Sites, *, max_round
         covariance = trust * covariance + (1.0 - trust) * old + 1e-10 * np.diag(np.diag(old))
         move = np.linalg.cholesky(covariance) @ np.linalg.inv(np.linalg.cholesky(old + 1e-10 * np.diag(np.diag(old))))
         stretch, shift = move @ stretch, mean + move @ (shift - old_mean)
-    return FocusedProposal(original, best)
+    return FocusedProposal(original, best), max(best_ess, 0.0) / num

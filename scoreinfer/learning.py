@@ -1,6 +1,8 @@
 """Learning one posterior from its density: tempered particles explore it and train the score of its sampler."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,14 +14,15 @@ from tqdm.auto import tqdm
 from scoreinfer._typing import Key, Sites
 from scoreinfer.correct import effective_sample_size, resample_indices, tempering_power
 from scoreinfer.drawing import weighted_draws
-from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision
+from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, score_module, target_precision
 from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
-from scoreinfer.proposal import SingleProposal, Weighted, default_sampler
+from scoreinfer.proposal import Proposer, SingleProposal, Weighted, default_sampler
 from scoreinfer.tempering import AbstractReference, LogDensity, Overdispersed, Particles, Prior, advance, begin
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
 
+P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 500
 EPOCH_STEPS = 250
 ROUNDS = 4
@@ -92,19 +95,82 @@ def learn(
     References: Del Moral, Doucet and Jasra 2006 (the explorer); De Bortoli et al. 2024, arXiv 2402.08667 (training
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
-    for_explorer, for_net, *for_rounds = jax.random.split(key, 2 + ROUNDS)
+    for_explorer, for_net, for_rounds = jax.random.split(key, 3)
     reference = start(problem, start_scale)
     target = jax.tree_util.Partial(problem.log_joint, y=y)
     particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     places, affine = particles.values, _whitening(particles.values)
-    steps = max(effort.num_steps // ROUNDS, 1)
-    budget = Budget(steps, min(256, effort.num_particles), min(EPOCH_STEPS, steps), learning_rate=4e-3)
-    module = score_module(for_net, problem.dim, Concatenate(), _nothing(1))
+    nothing = {"nothing": jnp.zeros(0, jnp.float32)}
+    module = score_module(for_net, problem.dim, Concatenate(), jax.tree.map(lambda leaf: leaf[None], nothing))
+    pools = Pools(reference, target, particles, affine, nothing, effort.num_moves)
+
+    def make(module: ConditionalScore) -> SingleProposal:
+        return SingleProposal(affine, module.score, default_sampler(problem), problem)
+
+    best, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
+    num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
+    return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
+
+
+class Pools(eqx.Module):
+    """Training pools: particles moved afresh for every epoch, so that none is learned by heart.
+
+    Args:
+        reference: see `scoreinfer.tempering.advance`.
+        target: log density of the posterior.
+        particles: draws from about the posterior.
+        affine: the whitening map.
+        x: the standardised observation, as the score is told of it.
+        num_moves: Langevin steps of each particle before every epoch.
+    """
+
+    reference: AbstractReference
+    target: LogDensity
+    particles: Particles
+    affine: Affine
+    x: Sites
+    num_moves: int = eqx.field(static=True)
+
+    @eqx.filter_jit
+    def __call__(self, key: Key) -> ScoreBatch:
+        """Move the particles and bring them to the whitened space."""
+        moved = advance(key, self.reference, self.target, self.particles, self.num_moves)
+        u = jax.vmap(self.affine.inverse)(moved.values.astype(jnp.float32))
+        x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
+        return ScoreBatch(u, x, (moved.gradient @ self.affine.factor).astype(jnp.float32))
+
+
+def teach(
+    key: Key,
+    module: ConditionalScore,
+    make: Callable[[ConditionalScore], P],
+    pools: Pools,
+    y: Sites,
+    num_steps: int,
+    *,
+    progress_bar: bool = True,
+) -> tuple[P, int]:
+    """Train a score on particles near the posterior, put the sampler's own weighted draws in their place, and again.
+
+    Args:
+        key: random key.
+        module: the score to start from.
+        make: makes the sampler of a score.
+        pools: the first particles.
+        y: the observation.
+        num_steps: optimiser steps, all rounds together.
+        progress_bar: show progress bars on a terminal.
+
+    Returns:
+        The sampler of the round with the largest effective sample size, and how often the particles were moved.
+    """
+    num, num_passes = pools.particles.values.shape[0], 0
+    steps = max(num_steps // ROUNDS, 1)
+    budget = Budget(steps, min(256, num), min(EPOCH_STEPS, steps), learning_rate=4e-3)
     precision = best = None
     best_ess = -1.0
-    for number, for_round in enumerate(for_rounds):
+    for number, for_round in enumerate(jax.random.split(key, ROUNDS)):
         for_pool, for_training, for_draws, for_rows = jax.random.split(for_round, 4)
-        pools = _Pools(reference, target, particles, affine, effort.num_moves)
         validation = pools(for_pool)
         precision = target_precision(validation) if number == 0 else precision
         loss = jax.tree_util.Partial(denoising_loss, precision=precision)
@@ -112,18 +178,17 @@ def learn(
         module, history = train(
             for_training, module, loss, pools, validation, budget, progress_bar=progress_bar, title=title
         )
-        proposal = SingleProposal(affine, module.score, default_sampler(problem), problem)
-        drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, effort.num_particles)
+        proposal = make(module)
+        drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, num)
         ess = effective_sample_size(drawn.log_weight)
         if ess > best_ess:
             best, best_ess = proposal, ess
-        particles = _replace(for_rows, particles, drawn)
+        pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn))
         num_passes += len(history.loss) + 1
         if history.stopped == "interrupted":
             break
     assert best is not None
-    num_gradients = num_passes * (effort.num_moves + 1) * effort.num_particles
-    return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
+    return best, num_passes
 
 
 def start(problem: Problem, scale: float) -> AbstractReference:
@@ -162,31 +227,6 @@ def explore(
     )
 
 
-class _Pools(eqx.Module):
-    """Training pools: particles moved afresh for every epoch, so that none is learned by heart."""
-
-    reference: AbstractReference
-    target: LogDensity
-    particles: Particles
-    affine: Affine
-    num_moves: int = eqx.field(static=True)
-
-    def __call__(self, key: Key) -> ScoreBatch:
-        return _whiten(self.affine, advance(key, self.reference, self.target, self.particles, self.num_moves))
-
-
-@eqx.filter_jit
-def _whiten(affine: Affine, particles: Particles) -> ScoreBatch:
-    u = jax.vmap(affine.inverse)(particles.values.astype(jnp.float32))
-    gradient = (particles.gradient @ affine.factor).astype(jnp.float32)
-    return ScoreBatch(u, _nothing(u.shape[0]), gradient)
-
-
-def _nothing(num: int) -> Sites:
-    """Make what an unconditional score is told of the observation, ``num`` times."""
-    return {"nothing": jnp.zeros((num, 0), jnp.float32)}
-
-
 @eqx.filter_jit
 def _whitening(values: Float[Array, "num dim"]) -> Affine:
     covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
@@ -194,7 +234,8 @@ def _whitening(values: Float[Array, "num dim"]) -> Affine:
     return Affine(values.mean(0).astype(jnp.float32), factor.astype(jnp.float32))
 
 
-def _replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:
+def replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:
+    """Put draws, resampled by weight (tempered where few would be left), in the particles' place."""
     log_weight = np.asarray(drawn.log_weight, np.float64)
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):

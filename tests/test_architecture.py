@@ -21,9 +21,10 @@ draws model simulation score whitening tempering
 losses sampling
 checkpoint train certificate proposal
 drawing forward
-focus
+focus learning
+refinement
 exploration
-posterior learning filters
+posterior filters
 kernels calibration export
 comparison
 __init__

@@ -11,9 +11,12 @@ import numpyro.distributions as dist
 import pytest
 
 import scoreinfer as si
+import scoreinfer.posterior
 from oracles import disagreement, gaussian_mixture, linear_gaussian
+from scoreinfer import refinement
 from scoreinfer.correct import effective_sample_size, log_evidence
 from scoreinfer.drawing import weighted_draws
+from scoreinfer.focus import focus
 from scoreinfer.forward import forward_bank
 from scoreinfer.losses import target_mix, whitening_loss
 from scoreinfer.nets import Concatenate
@@ -68,15 +71,20 @@ def test_mixture_is_certified_and_right(mixture):
     assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
 
 
+def _disturb(proposal, scale):
+    """Add noise to every weight of the score."""
+    leaves, tree = jax.tree.flatten(proposal.score)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    noisy = [leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return dataclasses.replace(proposal, score=jax.tree.unflatten(tree, noisy))
+
+
 @pytest.mark.parametrize("sampler", [si.ProbabilityFlow(num_steps=8), si.ReverseSDE(num_steps=32)], ids=["flow", "sde"])
 @pytest.mark.parametrize("focused", [False, True], ids=["amortised", "focused"])
 def test_any_sampler_on_any_weights_is_exact(mixture, sampler, focused):
     """Another sampler, weights disturbed at random, a focus: the answer does not move, only the efficiency does."""
     oracle, posterior = mixture
-    leaves, tree = jax.tree.flatten(posterior.proposal.score)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    noisy = [leaf + 0.02 * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    proposal = dataclasses.replace(posterior.proposal, sampler=sampler, score=jax.tree.unflatten(tree, noisy))
+    proposal = _disturb(dataclasses.replace(posterior.proposal, sampler=sampler), 0.02)
     posterior = dataclasses.replace(posterior, proposal=proposal)
     if focused:
         posterior = posterior.focus(jax.random.key(5), **oracle.data)
@@ -138,6 +146,30 @@ def test_focusing_and_moving_for_a_second_observation_cost_no_compilation(mixtur
     assert compilations.count == 0  # of the second round
 
 
+def test_refined_score_is_exact_and_stays_with_its_observation(mixture, monkeypatch):
+    """A badly learned score, trained further on one observation: exact there, and the original's elsewhere."""
+    oracle, posterior = mixture
+    monkeypatch.setattr(refinement, "NUM_PARTICLES", 1024)
+    monkeypatch.setattr(refinement, "NUM_STEPS", 600)
+    monkeypatch.setattr(refinement, "NUM_MOVES", 5)
+    monkeypatch.setattr(scoreinfer.posterior, "ENOUGH", 1.0)
+    bad = dataclasses.replace(posterior, proposal=_disturb(posterior.proposal, 0.15))
+    y = posterior.problem.read((), oracle.data)
+    _, share = focus(jax.random.key(1), bad.proposal, y)
+    refined = bad.focus(jax.random.key(1), **oracle.data)
+    draws = refined.sample(jax.random.key(2), 4000, **oracle.data)
+    assert draws.certificate.ess > 1.5 * share * 4000
+    truth = oracle.truth(oracle.data)
+    assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
+    assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
+    z = draws.values[0]
+    again = refined.log_q(jax.random.key(3), refined.context(y), z)  # by inverting the flow
+    assert abs(again - draws.log_q[0]) < 1e-3
+    other = {name: value + 0.3 for name, value in oracle.data.items()}
+    ours, theirs = (p.sample(jax.random.key(2), 512, **other) for p in (refined, bad))
+    assert np.allclose(ours.values, theirs.values, atol=1e-4)
+
+
 def test_resampled_sites_keep_their_rows_together(mixture):
     oracle, posterior = mixture
     draws = posterior.sample(jax.random.key(1), 2000, **oracle.data)
@@ -162,6 +194,8 @@ def test_missed_mode_is_refused(mixture):
     draws = broken.sample(jax.random.key(1), 4000, **oracle.data)
     assert not draws.certificate.certified
     assert draws.certificate.missed > 0.05, draws.certificate
+    focused = broken.focus(jax.random.key(3), **oracle.data).sample(jax.random.key(1), 4000, **oracle.data)
+    assert not focused.certificate.certified
 
 
 def test_false_alarm_of_the_neighbours_is_heard_out(mixture):

@@ -16,12 +16,12 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
 from scoreinfer.correct import log_evidence
 from scoreinfer.drawing import weigh_rows, weighted_draws
-from scoreinfer.focus import FocusedProposal
 from scoreinfer.kernels.contract import observe
 from scoreinfer.kernels.score_sde import Fit, ScoreSDE
 from scoreinfer.learning import Effort, explore, start
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.proposal import Weighted
+from scoreinfer.refinement import AmortisedProposal
 from scoreinfer.tempering import Overdispersed, begin
 
 MAX_R_HAT = 1.05
@@ -131,7 +131,7 @@ def _independent(
 ) -> tuple[ForwardCheck | None, tuple[float, ...]]:
     """Collect evidence that does not come from the proposals, and the explorers' log evidences."""
     if fit.evidence is None:
-        if fit.bank is None or not isinstance(fit.proposer, Proposal | FocusedProposal):
+        if fit.bank is None or not isinstance(fit.proposer, AmortisedProposal):
             return None, ()
         return fit.bank.check(flatten(fit.proposer.features(y))), ()
     first = fit.evidence.places

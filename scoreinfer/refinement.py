@@ -1,0 +1,127 @@
+"""Refinement: train the score itself further on one observation, where an affine change of its draws is not enough."""
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.drawing import weighted_draws
+from scoreinfer.focus import FocusedProposal
+from scoreinfer.learning import Pools, replace, start, teach
+from scoreinfer.losses import ConditionalScore
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.problem import Problem
+from scoreinfer.proposal import Context, Proposal
+from scoreinfer.sampling import AbstractSampler
+from scoreinfer.tempering import advance, begin
+from scoreinfer.whitening import Affine
+
+NUM_PARTICLES = 4096
+NUM_MOVES = 20
+NUM_STEPS = 4000
+WARM_UP = 5
+"""Passes of moves before training: they part the duplicates and settle the step size."""
+
+
+class RefinedContext(NamedTuple):
+    """One observation, and whether it is the one the score was trained on."""
+
+    here: Bool[Array, ""]
+    context: Context
+
+
+class RefinedProposal(eqx.Module):
+    """A proposal whose score was trained further on one observation; at any other, the proposal it came from.
+
+    Args:
+        original: the amortised proposal.
+        refined: what became of it.
+        x: features of the observation.
+
+    Exactness: as for `Proposal`.
+    """
+
+    original: Proposal
+    refined: Proposal
+    x: Float[Array, " features"]
+
+    @property
+    def problem(self) -> Problem:
+        """The problem the proposal is for."""
+        return self.original.problem
+
+    @property
+    def sampler(self) -> AbstractSampler:
+        """The sampler."""
+        return self.original.sampler
+
+    def features(self, y: Sites) -> Sites:
+        """Compute the standardised observation."""
+        return self.original.features(y)
+
+    def context(self, y: Sites) -> RefinedContext:
+        """Embed one observation."""
+        here = jnp.array_equal(flatten(self.features(y)), self.x)
+        return RefinedContext(here, self._at(here).context(y))
+
+    def carry(self, context: RefinedContext) -> tuple[Affine, Float[Array, "dim dim"]]:
+        """Return the map that carries whitened truths to this observation, and the scale of moves there."""
+        return self._at(context.here).carry(context.context)
+
+    def propose(self, key: Key, context: RefinedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw one z and compute its ``log_q``."""
+        return self._at(context.here).propose(key, context.context)
+
+    def log_q(self, key: Key, context: RefinedContext, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the ``log_q`` of a given z."""
+        return self._at(context.here).log_q(key, context.context, z)
+
+    def _at(self, here: Bool[Array, ""]) -> Proposal:
+        def choose(refined, original):
+            return jnp.where(here, refined, original) if eqx.is_array(refined) else refined
+
+        return jax.tree.map(choose, self.refined, self.original)
+
+
+def refine(key: Key, proposal: FocusedProposal, y: Sites, *, progress_bar: bool = False) -> RefinedProposal:
+    """Train the adapted component of a focused proposal further, on weighted and moved draws of its own.
+
+    Args:
+        key: random key.
+        proposal: the proposal, focused on ``y``.
+        y: the observation.
+        progress_bar: show progress bars on a terminal.
+
+    Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
+        What the focused proposal never draws the refined one will not learn: see `scoreinfer.exploration`.
+    """
+    for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
+    adapted, problem = proposal.adapted, proposal.problem
+    drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, NUM_PARTICLES)
+    reference, target = start(problem, 1.0), jax.tree_util.Partial(problem.log_joint, y=y)
+    particles = begin(for_particles, reference, NUM_PARTICLES)
+    particles = replace(for_rows, particles._replace(power=jnp.ones_like(particles.power)), drawn)
+    for for_pass in jax.random.split(for_moves, WARM_UP):
+        particles = advance(for_pass, reference, target, particles, NUM_MOVES)
+    affine, x = _context(adapted, y)
+    pools = Pools(reference, target, particles, affine, x, NUM_MOVES)
+
+    def make(module: ConditionalScore) -> Proposal:
+        return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
+
+    module = ConditionalScore(adapted.embedding, adapted.score)
+    refined, _ = teach(for_rounds, module, make, pools, y, NUM_STEPS, progress_bar=progress_bar)
+    return RefinedProposal(proposal.original, refined, flatten(x))
+
+
+AmortisedProposal = Proposal | FocusedProposal | RefinedProposal
+"""What the certificate of an amortised posterior can hold simulations against."""
+
+
+@eqx.filter_jit
+def _context(proposal: Proposal, y: Sites) -> tuple[Affine, Sites]:
+    return proposal.context(y).affine, proposal.features(y)
