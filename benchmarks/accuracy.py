@@ -1,6 +1,7 @@
 """Accuracy against known answers: one table a suite, figures beside the expected ones, exit code 1 if any is outside.
 
     python benchmarks/accuracy.py --suite oracles
+    python benchmarks/accuracy.py --suite untrained
     python benchmarks/accuracy.py --suite sbibm --tasks two_moons slcp --observations 1
     python benchmarks/accuracy.py --suite multimodal
     python benchmarks/accuracy.py --suite honesty
@@ -59,6 +60,43 @@ def run_oracles(args) -> Iterator[Row]:
                 **_seconds(training, drawing),
             },
         )
+
+
+def run_untrained(args) -> Iterator[Row]:
+    """Weigh draws of random networks that saw no training: the mean weight is the evidence all the same."""
+    import oracles
+    from scoreinfer.correct import log_evidence
+
+    oracle, num_networks = oracles.gaussian_mixture(), 20
+    posterior = si.fit(jax.random.key(args.seed), oracle.model, num_steps=1, progress_bar=False)
+    truth = oracle.truth(oracle.data).log_evidence
+    for name, sampler in (("flow", si.ProbabilityFlow(num_steps=8)), ("sde", si.ReverseSDE(num_steps=24))):
+        errors, shares = [], []
+        for key in jax.random.split(jax.random.key(args.seed + 1), num_networks):
+            proposal = dataclasses.replace(
+                posterior.proposal, sampler=sampler, score=_disturb(key, posterior.proposal.score)
+            )
+            draws = dataclasses.replace(posterior, proposal=proposal).sample(key, NUM_DRAWS, **oracle.data)
+            value, error = log_evidence(draws.log_weight)
+            errors.append((np.exp(value - truth) - 1.0) / (error * np.exp(value - truth)))
+            shares.append(draws.certificate.ess / NUM_DRAWS)
+        yield (
+            name,
+            {
+                "mean_error": abs(np.mean(errors)) * num_networks**0.5,
+                "rms_error": np.sqrt(np.mean(np.square(errors))),
+                "worst_error": np.abs(errors).max(),
+                "median_ess_share": np.median(shares),
+            },
+        )
+
+
+def _disturb(key, score, scale: float = 0.02):
+    """Add noise to every weight."""
+    leaves, tree = jax.tree.flatten(score)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [x + scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
 
 
 def run_sbibm(args) -> Iterator[Row]:
@@ -198,8 +236,8 @@ def run_lynx_hare(args) -> Iterator[Row]:
 
 
 SUITES: dict[str, Callable] = {
-    "oracles": run_oracles, "sbibm": run_sbibm, "multimodal": run_multimodal, "honesty": run_honesty,
-    "lynx_hare": run_lynx_hare,
+    "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
+    "honesty": run_honesty, "lynx_hare": run_lynx_hare,
 }  # fmt: skip
 
 

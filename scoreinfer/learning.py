@@ -18,16 +18,27 @@ from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, scor
 from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, SingleProposal, Weighted, default_sampler
-from scoreinfer.tempering import AbstractReference, LogDensity, Overdispersed, Particles, Prior, advance, begin
+from scoreinfer.tempering import (
+    KEPT_SHARE,
+    AbstractReference,
+    LogDensity,
+    Overdispersed,
+    Particles,
+    Prior,
+    advance,
+    begin,
+)
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
 
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 500
 EPOCH_STEPS = 250
+MAX_OCTAVES, MAX_WAVES = 5, 25
+"""Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
 ROUNDS = 4
 """Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
-KEPT_SHARE = 0.3
+REPLACED_SHARE = 0.3
 """Share of the effective sample size that the weights between rounds keep, tempered where they must be."""
 
 
@@ -38,11 +49,13 @@ class Effort(NamedTuple):
         num_particles: particles of the explorer.
         num_moves: Langevin steps of each at every temperature, and before every epoch of training.
         num_steps: optimiser steps, all rounds together.
+        kept_share: share of the effective sample size that each change of temperature keeps.
     """
 
     num_particles: int = 4096
     num_moves: int = 20
     num_steps: int = 10_000
+    kept_share: float = KEPT_SHARE
 
 
 class Evidence(NamedTuple):
@@ -101,7 +114,9 @@ def learn(
     particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     places, affine = particles.values, _whitening(particles.values)
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
-    module = score_module(for_net, problem.dim, Concatenate(), jax.tree.map(lambda leaf: leaf[None], nothing))
+    example = jax.tree.map(lambda leaf: leaf[None], nothing)
+    octaves = min(MAX_OCTAVES, MAX_WAVES // problem.dim)
+    module = score_module(for_net, problem.dim, Concatenate(), example, num_octaves=octaves)
     pools = Pools(reference, target, particles, affine, nothing, effort.num_moves)
 
     def make(module: ConditionalScore) -> SingleProposal:
@@ -212,7 +227,8 @@ def explore(
     with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
         for passes in range(1, MAX_TEMPERATURES + 1):
             key, for_pass = jax.random.split(key)
-            before, particles = particles.power, advance(for_pass, reference, target, particles, effort.num_moves)
+            before = particles.power
+            particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
             bar.update(float(particles.power - before))
             if not jnp.isfinite(particles.log_evidence):
                 raise FloatingPointError(
@@ -240,5 +256,5 @@ def replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):
         return particles
-    power = tempering_power(log_weight, KEPT_SHARE * drawn.num)
+    power = tempering_power(log_weight, REPLACED_SHARE * drawn.num)
     return particles._replace(values=drawn.values[resample_indices(key, power * log_weight, drawn.num)])

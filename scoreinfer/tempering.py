@@ -18,8 +18,7 @@ from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spr
 from scoreinfer.problem import Problem
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
-SHARE = 0.7
-"""Share of the effective sample size that each change of temperature keeps."""
+KEPT_SHARE = 0.7
 JITTER = 10.0
 """Step sizes vary between particles by up to this factor, for densities narrower in some places than in others."""
 
@@ -97,7 +96,12 @@ def begin(key: Key, reference: AbstractReference, num: int) -> Particles:
 
 @eqx.filter_jit
 def advance(
-    key: Key, reference: AbstractReference, target: LogDensity, particles: Particles, num_moves: int
+    key: Key,
+    reference: AbstractReference,
+    target: LogDensity,
+    particles: Particles,
+    num_moves: int,
+    kept_share: float = KEPT_SHARE,
 ) -> Particles:
     """Go to the next temperature, resample, and move; at the last temperature move only.
 
@@ -108,6 +112,7 @@ def advance(
             all data.
         particles: the population.
         num_moves: Langevin steps of each particle.
+        kept_share: share of the effective sample size that the change of temperature keeps.
 
     Exactness: averages and evidence are consistent as the population grows (with fixed temperatures and step sizes
         the evidence itself would be unbiased).
@@ -128,7 +133,7 @@ def advance(
     ends = jax.vmap(both)(particles.values)
     log_ratio = ends[1][0] - ends[0][0]
     log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
-    power = next_power(particles.power, log_ratio)
+    power = next_power(particles.power, log_ratio, kept_share)
     log_weight = jnp.where(power > particles.power, (power - particles.power) * log_ratio, jnp.zeros(num))
     rows = resample(for_rows, log_weight)
     states = (particles.values[rows], *mix(power, jax.tree.map(lambda leaf: leaf[rows], ends)))
@@ -149,13 +154,13 @@ def advance(
     return Particles(values, gradient, power, log_step, particles.log_evidence + increment, accept.mean())
 
 
-def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"]) -> Float[Array, ""]:
-    """Find the largest next power, at most 1, that keeps `SHARE` of the effective sample size (by bisection)."""
+def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"], kept_share: float) -> Float[Array, ""]:
+    """Find the largest next power, at most 1, that keeps a share of the effective sample size (by bisection)."""
     num = log_ratio.size
 
     def enough(new):
         log_weight = (new - power) * log_ratio
-        return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) >= jnp.log(SHARE * num)
+        return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) >= jnp.log(kept_share * num)
 
     def halve(_, bounds):
         low, high = bounds

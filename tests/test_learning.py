@@ -52,10 +52,10 @@ def test_explorer_finds_modes_and_evidence():
 
 def test_temperatures_keep_their_share():
     log_ratio = jnp.linspace(0.0, -40.0, 1000)
-    power = next_power(jnp.float32(0.0), log_ratio)
+    power = next_power(jnp.float32(0.0), log_ratio, 0.7)
     weight = np.exp(np.asarray(power * log_ratio, np.float64))
     assert weight.sum() ** 2 / (weight**2).sum() == pytest.approx(700, rel=0.01)
-    assert next_power(jnp.float32(0.5), jnp.zeros(10)) == 1.0
+    assert next_power(jnp.float32(0.5), jnp.zeros(10), 0.7) == 1.0
 
 
 def test_resampling_is_unbiased_and_keeps_equal_weights():

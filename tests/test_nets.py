@@ -37,6 +37,18 @@ def test_networks_start_at_zero_and_in_float32():
         assert not hasattr(leaf, "dtype") or leaf.dtype == jnp.float32
 
 
+def test_waves_fade_by_what_noise_leaves_of_them():
+    """The mean of cos(w c_in s e) over noise e is the factor by which the wave is faded."""
+    net = ConditionalMLP(jax.random.key(0), 1, 0, 1, width=8, depth=1, num_octaves=3)
+    level = 0.4
+    noise = level / np.sqrt(1 + level**2) * np.random.default_rng(0).normal(size=100_000)
+    waves = net._faded_waves(jnp.zeros(1), jnp.log(jnp.float32(level)))
+    assert np.allclose(waves[:3], 0.0)
+    for octave, wave in zip((2.0, 4.0, 8.0), waves[3:], strict=True):
+        assert abs(wave - np.cos(octave * noise).mean()) < 4 / np.sqrt(noise.size)
+    assert np.all(net(jnp.ones(1), jnp.log(jnp.float32(level)), jnp.zeros(0)) == 0.0)
+
+
 def test_concatenate_goes_by_name():
     assert np.allclose(Concatenate()({"b": jnp.ones(2), "a": jnp.zeros((1, 1))}), [0.0, 1.0, 1.0])
 

@@ -25,9 +25,11 @@ from scoreinfer.refinement import AmortisedProposal
 from scoreinfer.tempering import Overdispersed, begin
 
 MAX_R_HAT = 1.05
-MAX_EVIDENCE_GAP = 0.5
-"""Largest difference between the log evidences of the learned sampler and of an explorer."""
-CROSS_CHECK = Effort(num_particles=1024)
+MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
+"""How far an explorer's log evidence may lie above that of the proposals, which then miss mass, and how far below: an
+explorer that finds less than the proposals says nothing against them, but one that loses most is no witness."""
+CROSS_CHECK = Effort(kept_share=0.95)
+"""The second explorer's: where it starts is so wide that large steps of temperature would make its evidence noisy."""
 NUM_PLACES = 1024
 """Particles of both explorers that are held against the proposals."""
 WIDER = 10.0
@@ -86,7 +88,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
 
     Returns:
         A certificate. It refuses for any reason for which a batch is refused (`Certificate`), for a split or nested
-        R-hat above 1.05, and where log evidences differ by more than 0.5.
+        R-hat above 1.05, and where an explorer's log evidence is more than 0.5 above the proposals' or 1 below.
 
     Raises:
         ValueError: where the kernel is another, or has not been run.
@@ -119,9 +121,9 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     faults = [] if weights.certified else [weights.reason]
     faults += [f"{name} {value:.3f} > {MAX_R_HAT}" for name, value in (("R-hat", r_hat), ("nested R-hat", nested))
                if not (value <= MAX_R_HAT or np.isnan(value))]  # fmt: skip
-    gap = max((abs(value - weights.log_evidence) for value in evidences), default=0.0)
-    if not gap <= MAX_EVIDENCE_GAP:
-        faults.append(f"an explorer's log evidence is {gap:.2f} away from the proposals'")
+    gaps = [value - weights.log_evidence for value in evidences]
+    faults += [f"an explorer's log evidence is {abs(gap):.2f} {'above' if gap > 0 else 'below'} the proposals'"
+               for gap in gaps if not -MAX_DEFICIT <= gap <= MAX_EXCESS]  # fmt: skip
     reason = "; ".join(faults) or weights.reason
     return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences)
 

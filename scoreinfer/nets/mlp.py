@@ -49,26 +49,45 @@ class ConditionalMLP(eqx.Module):
     The modulation depends on level and context alone, so drawing many samples for one observation computes it
     once, not once per draw.
 
-    References: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaptive layer norm, zero initialised).
+    With ``num_octaves`` the network also sees sines and cosines of w x, w = 2, 4, 8, ..., for densities with details
+    far narrower than their whole. Each is faded by what is left of it under the noise: E cos(w e) for noise e of
+    variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
+
+    References: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaptive layer norm, zero initialised); Barron et
+    al. 2021, arXiv 2103.13415, equation 14 (faded features).
     """
 
     frequencies: Float[Array, " half"]
     condition: eqx.nn.Linear
     mix: eqx.nn.Linear
     first: eqx.nn.Linear
+    waves: eqx.nn.Linear | None
     modulations: eqx.nn.Linear
     blocks: tuple[tuple[eqx.nn.Linear, eqx.nn.Linear], ...]
     last: eqx.nn.Linear
     width: int = eqx.field(static=True)
+    num_octaves: int = eqx.field(static=True)
 
-    def __init__(self, key: Key, num_in: int, num_context: int, num_out: int, *, width: int = 128, depth: int = 4):
+    def __init__(
+        self,
+        key: Key,
+        num_in: int,
+        num_context: int,
+        num_out: int,
+        *,
+        width: int = 128,
+        depth: int = 4,
+        num_octaves: int = 0,
+    ):
         keys = jax.random.split(key, 2 * depth + 5)
         half = 16
         self.width = width
         self.frequencies = jnp.exp(jnp.linspace(-1.5, 1.5, half)).astype(jnp.float32)
         self.condition = linear(keys[0], 2 * half + num_context, width)
         self.mix = linear(keys[1], width, width, 1.4)
+        self.num_octaves = num_octaves
         self.first = linear(keys[2], num_in, width)
+        self.waves = linear(jax.random.fold_in(key, 1), 2 * num_octaves * num_in, width, 0.3) if num_octaves else None
         self.modulations = linear(keys[3], width, 2 * depth * width, 0.1)
         self.blocks = tuple(
             (linear(keys[2 * i + 4], width, width, 1.4), linear(keys[2 * i + 5], width, width, 0.5))
@@ -85,6 +104,15 @@ class ConditionalMLP(eqx.Module):
         condition = self.mix(jax.nn.silu(self.condition(features)))
         modulations = self.modulations(jax.nn.silu(condition)).reshape(len(self.blocks), 2, self.width)
         h = self.first(x) + condition
+        if self.waves is not None:
+            h = h + self.waves(self._faded_waves(x, log_level))
         for (up, down), (shift, scale) in zip(self.blocks, modulations, strict=True):
             h = h + down(jax.nn.silu(up(_normalise(h) * (1 + scale) + shift)))
         return self.last(_normalise(h))
+
+    def _faded_waves(self, x: Float[Array, " num_in"], log_level: Float[Array, ""]) -> Float[Array, " waves"]:
+        """Compute sines and cosines of ``x``, faded as the noise level says."""
+        octaves = 2.0 ** jnp.arange(1, self.num_octaves + 1, dtype=jnp.float32)
+        fade = jnp.repeat(jnp.exp(-0.5 * octaves**2 * jax.nn.sigmoid(2 * log_level)), x.size)
+        phase = (octaves[:, None] * x).ravel()
+        return jnp.concatenate([fade * jnp.sin(phase), fade * jnp.cos(phase)])
