@@ -4,6 +4,8 @@
     python benchmarks/accuracy.py --suite untrained
     python benchmarks/accuracy.py --suite sbibm --tasks two_moons slcp --observations 1
     python benchmarks/accuracy.py --suite multimodal
+    python benchmarks/accuracy.py --suite unimodal
+    python benchmarks/accuracy.py --suite deceived
     python benchmarks/accuracy.py --suite honesty
     python benchmarks/accuracy.py --suite lynx_hare
 
@@ -178,6 +180,67 @@ def run_multimodal(args) -> Iterator[Row]:
         yield target.name, figures
 
 
+def run_deceived(args) -> Iterator[Row]:
+    """Count false certificates among chains whose sampler was learned under sabotage."""
+    import deceived
+
+    key = jax.random.key(args.seed)
+    for number, kind in enumerate(deceived.KINDS):
+        if not _chosen(kind.__name__, args.tasks):
+            continue
+        verdicts = []
+        for i, case in enumerate(kind()):
+            jax.clear_caches()
+            v = deceived.judge(jax.random.fold_in(jax.random.fold_in(key, number), i), case)
+            verdicts.append(v)
+            print(f"  {case.kind:15s} {case.target.name:28s} {'certified' if v.found.certified else 'refused  '} "
+                  f"evidence off {v.evidence_error:6.3f}, modes off {v.mode_error:.3f}  {v.found.reason}",
+                  flush=True)  # fmt: skip
+        yield (
+            kind.__name__,
+            {
+                "num": len(verdicts),
+                "certified": sum(v.found.certified for v in verdicts),
+                "wrong": sum(v.wrong for v in verdicts),
+                "false_certificates": sum(v.found.certified and v.wrong for v in verdicts),
+            },
+        )
+
+
+def run_unimodal(args) -> Iterator[Row]:
+    """Learn posteriors with one mode in warm-up, beside NUTS and held against long NUTS."""
+    from numpyro.infer import MCMC, NUTS
+    from unimodal import models
+
+    for i, task in enumerate(models()):
+        if not _chosen(task.name, args.tasks):
+            continue
+        jax.clear_caches()
+        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        long = MCMC(
+            NUTS(task.reference_model, target_accept_prob=0.9), num_warmup=2000, num_samples=5000, num_chains=4,
+            chain_method="sequential", progress_bar=False,
+        )  # fmt: skip
+        long.run(jax.random.fold_in(key, 1), **task.data)
+        reference = {name: np.asarray(value) for name, value in long.get_samples().items()}
+        kernels = {"score": si.ScoreSDE(task.model), "nuts": NUTS(task.model)}
+        # Everything that both models have: the reference's may be the same posterior in other coordinates.
+        latent = [site.name for site in si.from_numpyro(task.model, **task.data).latents]
+        compared = si.compare(
+            key, task.model, kernels, num_warmup=(args.num_steps or 10_000) // 10, num_samples=1000,
+            reference={name: reference[name] for name in latent}, **task.data,
+        )  # fmt: skip
+        figures: dict[str, float] = {}
+        for name, result in compared.results.items():
+            figures |= {f"{name}_mean_error": result.mean_error, f"{name}_sd_error": result.sd_error}
+            figures |= {f"{name}_r_hat": result.r_hat, f"{name}_bulk_ess": result.bulk_ess}
+            figures |= {f"{name}_ess_per_second": result.ess_per_second}
+        found = compared.certificates["score"]
+        print(f"  {found}", flush=True)
+        figures |= {"certified": float(found.certified), "ess_share": found.weights.ess / found.weights.num}
+        yield task.name, figures
+
+
 def run_honesty(args) -> Iterator[Row]:
     """Count false certificates among sabotaged posteriors, and certificates among healthy ones."""
     import honesty
@@ -237,7 +300,7 @@ def run_lynx_hare(args) -> Iterator[Row]:
 
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
-    "honesty": run_honesty, "lynx_hare": run_lynx_hare,
+    "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "lynx_hare": run_lynx_hare,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,8 @@ class Result(NamedTuple):
         bulk_ess: smallest bulk effective sample size of any component.
         tail_ess: smallest tail effective sample size.
         r_hat: largest rank-normalised split R-hat.
-        num_divergences: divergent iterations; NaN where the kernel does not tell.
+        num_divergences: divergent iterations (scaled up from those kept where thinned); NaN where the kernel does not
+            tell.
         log_evidence: log evidence (`ScoreSDE` alone knows it, else NaN).
         mean_error: largest distance of a mean from the reference's, in its standard deviations; NaN without one.
         sd_error: largest relative error of a standard deviation; NaN without a reference.
@@ -116,16 +118,17 @@ def compare(
     num_samples: int = 1000,
     num_chains: int = 4,
     chain_method: str = "vectorized",
+    seconds: float | None = None,
     reference: Arrays | None = None,
     modes: Callable[[Arrays], np.ndarray] | None = None,
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> Comparison:
-    """Run several kernels on one model and data, with the same keys and iterations, and set them side by side.
+    """Run several kernels on one model and data, with the same keys and iterations or time, and set them side by side.
 
-    Iterations differ in cost from kernel to kernel: compare effective sample sizes per second and per evaluation, both
-    of which count warm-up (and so what `ScoreSDE` learns), and only where R-hat is near one: that of chains which
-    each sit in a mode of their own means nothing.
+    Iterations differ in cost from kernel to kernel: give all the same ``seconds``, or compare effective sample sizes
+    per second and per evaluation. Both count warm-up (and so what `ScoreSDE` learns), and mean something only where
+    R-hat is near one: chains may each sit in a mode of their own.
 
     Args:
         key: random key, the same for every kernel.
@@ -136,6 +139,9 @@ def compare(
         num_samples: iterations kept of each chain.
         num_chains: number of chains.
         chain_method: as in NumPyro's `MCMC`.
+        seconds: where given, every kernel's chains are thinned so that warm-up and sampling, without compilation, take
+            about this long, a first run of ``num_samples`` unthinned being their measure; those slower than that take
+            longer.
         reference: draws known to be right, site to array with the draw axis first.
         modes: from draws (site to array with the draw axis first) to the number of the mode of each.
         progress_bar: show NumPyro's progress bars.
@@ -155,15 +161,28 @@ def compare(
     for name, kernel in kernels.items():
         if getattr(kernel, "model", None) not in (None, model):
             raise ValueError(f"Expected kernels of the model {model.__name__!r}, got another model in {name!r}.")
-        mcmc = MCMC(
-            kernel, num_warmup=num_warmup, num_samples=num_samples, num_chains=num_chains, chain_method=chain_method,
+        fields = _extra_fields(kernel)
+        make = partial(
+            MCMC, kernel, num_warmup=num_warmup, num_chains=num_chains, chain_method=chain_method,
             progress_bar=progress_bar,
         )  # fmt: skip
-        fields = _extra_fields(kernel)
+        mcmc = make(num_samples=num_samples)
         with _Clock() as warming:
             mcmc.warmup(key, *args, extra_fields=fields, collect_warmup=True, **kwargs)
             jax.block_until_ready(mcmc.post_warmup_state)
         before = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
+        if seconds is not None:
+            left = seconds - (warming.wall - warming.compile)
+            for _ in range(2):  # a short run is measured again, without tracing
+                with _Clock() as measuring:
+                    mcmc.run(jax.random.fold_in(key, 2), *args, extra_fields=fields, **kwargs)
+                    jax.block_until_ready(mcmc.last_state)
+                thinning = max(1, int(left / (measuring.wall - measuring.compile)))
+                if thinning < 4:
+                    break
+            state = mcmc.last_state
+            mcmc = make(num_samples=num_samples * thinning, thinning=thinning)
+            mcmc.post_warmup_state = state
         with _Clock() as sampling:
             mcmc.run(jax.random.fold_in(key, 1), *args, extra_fields=fields, **kwargs)
             jax.block_until_ready(mcmc.last_state)
@@ -180,15 +199,18 @@ def compare(
             warming.wall - warming.compile,
             sampling.wall - sampling.compile,
             warming.cpu + sampling.cpu,
-            _evaluations(kernel, mcmc, before, after, num_warmup, num_samples),
+            _evaluations(kernel, mcmc, before, after),
             *_worth(mcmc.get_samples(group_by_chain=True)),
-            float(after["diverging"].sum()) if "diverging" in after else np.nan,
+            float(mcmc.thinning * after["diverging"].sum()) if "diverging" in after else np.nan,
             log_evidence,
             *errors,
             {int(label): float(count) / counts.sum() for label, count in zip(labels, counts, strict=True)},
         )
         runs[name] = mcmc
-    settings = f"{num_chains} chains ({chain_method}), {num_warmup} + {num_samples} iterations each, same key and data"
+    iterations = f"{num_warmup} + {num_samples} iterations each"
+    if seconds is not None:
+        iterations = f"{num_warmup} iterations of warm-up and {num_samples} kept, thinned to {seconds:g} s each"
+    settings = f"{num_chains} chains ({chain_method}), {iterations}, same key and data"
     return Comparison(results, runs, certificates, settings)
 
 
@@ -221,11 +243,11 @@ def _extra_fields(kernel: MCMCKernel) -> tuple[str, ...]:
     return ("accept_prob",) if isinstance(kernel, ScoreSDE) else ()
 
 
-def _evaluations(kernel: MCMCKernel, mcmc: MCMC, before: dict, after: dict, num_warmup: int, num_samples: int) -> float:
+def _evaluations(kernel: MCMCKernel, mcmc: MCMC, before: dict, after: dict) -> float:
     """Count evaluations of the density by all chains, from what each kernel does in one iteration."""
-    total = mcmc.num_chains * (num_warmup + num_samples)
+    total = mcmc.num_chains * (mcmc.num_warmup + mcmc.num_samples)
     if "num_steps" in after:
-        return float(before["num_steps"].sum() + after["num_steps"].sum())
+        return float(before["num_steps"].sum() + mcmc.thinning * after["num_steps"].sum())
     if isinstance(kernel, ULA | MALA | UnderdampedLangevin):
         return float(total)
     if isinstance(kernel, ScoreSDE):

@@ -45,6 +45,19 @@ def test_evaluations_are_counted(comparison):
     assert np.isnan(comparison.results["mala"].log_evidence)
 
 
+def test_same_seconds_for_all():
+    """A kernel that is done early goes on, thinned to as many draws."""
+    compared = compare(
+        random.key(0), location_scale, {"mala": MALA(location_scale)}, Y1, num_warmup=50, num_samples=50, num_chains=2,
+        seconds=4.0,
+    )  # fmt: skip
+    result, mcmc = compared.results["mala"], compared.mcmc["mala"]
+    assert mcmc.thinning > 4 and mcmc.get_samples()["mu"].shape == (100,)
+    assert result.num_evaluations == 2 * (50 + 50 * mcmc.thinning)
+    assert 0.2 < result.warmup_seconds + result.sampling_seconds < 20
+    assert "4 s each" in str(compared)
+
+
 def test_table_plot_and_arviz(comparison):
     text = str(comparison)
     assert all(word in text for word in ("nuts", "bulk_ess", "200 + 400 iterations", "score: "))
