@@ -82,7 +82,7 @@ def draw_and_time(key, posterior, num, pelts):
     draws = posterior.sample(key, num, pelts=pelts)
     print(f"amortised: {draws.certificate}")
     if not draws.certificate.certified:
-        posterior = posterior.focus(key, pelts=pelts)
+        posterior = posterior.focus(key, num_steps=0, pelts=pelts)  # place and scale alone: seconds
         draws = posterior.sample(key, num, pelts=pelts)
         print(f"focused on these data: {draws.certificate}")
     seconds = time.perf_counter() - start

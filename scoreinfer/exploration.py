@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
@@ -68,7 +68,8 @@ def explore(
     ends, *_ = move_all(for_moves, density, starts.astype(drawn.values.dtype), factor, num_moves)
     num = ends.shape[0]
     ended = in_batches(lambda i: weigh_rows(for_weights, proposal, y, i, ends[i]), num, batch_shape(num, NUM_DRAWS))
-    return ExploredBank(bank, x, _excess(drawn, ended))
+    log_excess, high = hold_against(drawn, ended)
+    return ExploredBank(bank, x, jnp.where(high, log_excess, -jnp.inf))
 
 
 @eqx.filter_jit
@@ -80,11 +81,15 @@ def _starts(proposal: AmortisedProposal, bank: ForwardBank, y: Sites):
 
 
 @eqx.filter_jit
-def _excess(drawn: Weighted, ended: Weighted) -> Float[Array, " neighbours"]:
-    """Compare weights where chains ended with the proposal's, above the lowest 1 % of its log densities."""
+def hold_against(drawn: Weighted, places: Weighted) -> tuple[Float[Array, " places"], Bool[Array, " places"]]:
+    """Compare weights at some places with the mean weight of a proposal's own draws.
+
+    Returns:
+        The log ratios, and whether each place's log density is within the range of 99 % of the draws' weight.
+    """
     log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
     order = jnp.argsort(drawn.log_joint)
     below = jnp.cumsum(jax.nn.softmax(log_weight)[order])
     floor = drawn.log_joint[order][jnp.searchsorted(below, 0.01)]
     log_mean = jax.nn.logsumexp(log_weight) - jnp.log(drawn.num)
-    return jnp.where(ended.log_joint >= floor, ended.log_weight - log_mean, -jnp.inf)
+    return places.log_weight - log_mean, places.log_joint >= floor

@@ -34,7 +34,7 @@ from scoreinfer.whitening import Affine
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 500
 EPOCH_STEPS = 250
-MAX_OCTAVES, MAX_WAVES = 5, 25
+MAX_OCTAVES, MAX_WAVES = 5, 40
 """Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
 ROUNDS = 4
 """Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""

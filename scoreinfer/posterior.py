@@ -83,7 +83,9 @@ class Posterior(eqx.Module):
         """Compute the ``log_q`` of a given z (see `Proposal.log_q`)."""
         return self.proposal.log_q(key, context, z)
 
-    def focus(self, key: Key, *args: Any, **kwargs: Any) -> "Posterior":
+    def focus(
+        self, key: Key, *args: Any, num_steps: int = 4000, progress_bar: bool = False, **kwargs: Any
+    ) -> "Posterior":
         """Adapt the proposal to one observation: its place and scale first, then where need be the score.
 
         For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width, and for
@@ -92,6 +94,13 @@ class Posterior(eqx.Module):
         a score trained on the posterior's own gradient (see `scoreinfer.refinement`). The result still answers for
         other observations.
 
+        Args:
+            key: random key.
+            *args: the model's own arguments, with the data.
+            num_steps: optimiser steps of the score, where it is trained further; 0: it is not.
+            progress_bar: show progress bars over its training.
+            **kwargs: the model's own keyword arguments.
+
         Exactness: exact weights as before: the result is another proposal with a known density.
         """
         y = self.problem.read(args, kwargs)
@@ -99,7 +108,8 @@ class Posterior(eqx.Module):
         for_affine, for_score = jax.random.split(streams.focus)
         original = self.proposal if isinstance(self.proposal, Proposal) else self.proposal.original
         focused, share = focus(for_affine, original, y)
-        proposal = refine(for_score, focused, y) if 0.0 < share < ENOUGH else focused
+        enough = share == 0.0 or share >= ENOUGH or num_steps == 0
+        proposal = focused if enough else refine(for_score, focused, y, num_steps, progress_bar=progress_bar)
         bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
 

@@ -22,7 +22,6 @@ from scoreinfer.whitening import Affine
 
 NUM_PARTICLES = 4096
 NUM_MOVES = 20
-NUM_STEPS = 4000
 WARM_UP = 5
 """Passes of moves before training: they part the duplicates and settle the step size."""
 
@@ -87,13 +86,16 @@ class RefinedProposal(eqx.Module):
         return jax.tree.map(choose, self.refined, self.original)
 
 
-def refine(key: Key, proposal: FocusedProposal, y: Sites, *, progress_bar: bool = False) -> RefinedProposal:
+def refine(
+    key: Key, proposal: FocusedProposal, y: Sites, num_steps: int, *, progress_bar: bool = False
+) -> RefinedProposal:
     """Train the adapted component of a focused proposal further, on weighted and moved draws of its own.
 
     Args:
         key: random key.
         proposal: the proposal, focused on ``y``.
         y: the observation.
+        num_steps: optimiser steps.
         progress_bar: show progress bars on a terminal.
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
@@ -114,7 +116,7 @@ def refine(key: Key, proposal: FocusedProposal, y: Sites, *, progress_bar: bool 
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
 
     module = ConditionalScore(adapted.embedding, adapted.score)
-    refined, _ = teach(for_rounds, module, make, pools, y, NUM_STEPS, progress_bar=progress_bar)
+    refined, _ = teach(for_rounds, module, make, pools, y, num_steps, progress_bar=progress_bar)
     return RefinedProposal(proposal.original, refined, flatten(x))
 
 

@@ -150,13 +150,12 @@ def test_refined_score_is_exact_and_stays_with_its_observation(mixture, monkeypa
     """A badly learned score, trained further on one observation: exact there, and the original's elsewhere."""
     oracle, posterior = mixture
     monkeypatch.setattr(refinement, "NUM_PARTICLES", 1024)
-    monkeypatch.setattr(refinement, "NUM_STEPS", 600)
     monkeypatch.setattr(refinement, "NUM_MOVES", 5)
     monkeypatch.setattr(scoreinfer.posterior, "ENOUGH", 1.0)
     bad = dataclasses.replace(posterior, proposal=_disturb(posterior.proposal, 0.15))
     y = posterior.problem.read((), oracle.data)
     _, share = focus(jax.random.key(1), bad.proposal, y)
-    refined = bad.focus(jax.random.key(1), **oracle.data)
+    refined = bad.focus(jax.random.key(1), num_steps=600, **oracle.data)
     draws = refined.sample(jax.random.key(2), 4000, **oracle.data)
     assert draws.certificate.ess > 1.5 * share * 4000
     truth = oracle.truth(oracle.data)

@@ -1,5 +1,6 @@
 """The verdict on chains of `ScoreSDE`: what their proposals' weights, independent explorers and R-hat say together."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,15 +15,15 @@ from numpyro.util import is_prng_key
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
-from scoreinfer.correct import log_evidence
 from scoreinfer.drawing import weigh_rows, weighted_draws
+from scoreinfer.exploration import hold_against
 from scoreinfer.kernels.contract import observe
 from scoreinfer.kernels.score_sde import Fit, ScoreSDE
 from scoreinfer.learning import Effort, explore, start
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Weighted
 from scoreinfer.refinement import AmortisedProposal
-from scoreinfer.tempering import Overdispersed, begin
+from scoreinfer.tempering import Overdispersed, Particles, begin
 
 MAX_R_HAT = 1.05
 MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
@@ -30,10 +31,10 @@ MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
 explorer that finds less than the proposals says nothing against them, but one that loses most is no witness."""
 CROSS_CHECK = Effort(kept_share=0.95)
 """The second explorer's: where it starts is so wide that large steps of temperature would make its evidence noisy."""
-NUM_PLACES = 1024
-"""Particles of both explorers that are held against the proposals."""
-WIDER = 10.0
-"""How many times wider than what the first explorer has seen the second one starts."""
+NUM_PLACES = 512
+"""Particles of each explorer that are held against the proposals."""
+WIDER, WIDEST = 10.0, 100.0
+"""How many times wider than what the first explorer has seen the second and the third one start."""
 
 
 class ChainCertificate(NamedTuple):
@@ -80,6 +81,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer
     starts from a Gaussian ten times wider than the first one's particles and their start, and proposals and
     explorers must agree both ways: no explorer's particles where the proposals never draw, and the same log evidence.
+    A third one starts a hundred times wider, and where it finds densities as high, the proposals must draw too.
     Where it was given an amortised posterior, simulations near the observation take the explorers' place.
 
     Args:
@@ -137,16 +139,25 @@ def _independent(
             return None, ()
         return fit.bank.check(flatten(fit.proposer.features(y))), ()
     first = fit.evidence.places
-    for_start, for_explorer = random.split(for_explorer)
+    for_start, for_second, for_third = random.split(for_explorer, 3)
     began = begin(for_start, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
     seen = jnp.concatenate([first, began])
-    reference = Overdispersed(seen.mean(0), WIDER * seen.std(0))
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
-    second, _ = explore(for_explorer, reference, target, CROSS_CHECK, progress_bar=False)
-    places = jnp.concatenate([first[: NUM_PLACES // 2], second.values[: NUM_PLACES // 2]])
+
+    def explore_from(key: Key, times: float) -> Particles:
+        reference = Overdispersed(seen.mean(0), times * seen.std(0))
+        return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
+
+    second = explore_from(for_second, WIDER)
+    parts = [first, second.values]
+    with contextlib.suppress(FloatingPointError):  # so far away a density may overflow: nothing is found then
+        parts.append(explore_from(for_third, WIDEST).values)
+    places = jnp.concatenate([part[:NUM_PLACES] for part in parts])
     weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
-    excess = jnp.asarray(weighed.log_weight - log_evidence(drawn.log_weight)[0])
-    check = ForwardCheck(excess, jnp.asarray(jnp.nan), "the explorers' particles")
+    log_excess, high = hold_against(drawn, weighed)
+    # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
+    counts = high | (jnp.arange(places.shape[0]) < 2 * NUM_PLACES)
+    check = ForwardCheck(jnp.where(counts, log_excess, jnp.nan), jnp.asarray(jnp.nan), "the explorers' particles")
     return check, (fit.evidence.log_evidence, float(second.log_evidence))
 
 
