@@ -12,7 +12,7 @@ from numpyro.infer import MCMC, NUTS
 
 from doubles import Y1, Y2, grid_moments, location_scale
 from scoreinfer.drawing import weighted_draws
-from scoreinfer.kernels import ScoreSDE, certify
+from scoreinfer.kernels import ScoreSDE, certify, verdict
 from scoreinfer.learning import Effort, explore, learn
 from scoreinfer.problem import from_potential
 from scoreinfer.tempering import Overdispersed, next_power, resample
@@ -113,12 +113,17 @@ def test_certificate_of_chains(both_modes):
     assert max(found.r_hat, found.nested_r_hat) < 1.05 and 0.3 < found.accept_prob < 1
 
 
-def test_far_mode_is_refused():
-    """Twenty sd away from where the first explorer starts: its weights look perfect, the second explorer knows."""
+def test_far_mode_is_refused(monkeypatch):
+    """Twenty sd away from where the first explorer starts: its weights look perfect, the wider explorers know."""
     far = lambda x: -jax.nn.logsumexp(-0.5 * jnp.sum((x - jnp.array([[0.0, 0.0], [20.0, 0.0]])) ** 2, axis=1))  # noqa: E731
-    found = certify(run_bare(far, 2, start_scale=1.0), num=1024)
+    mcmc = run_bare(far, 2, start_scale=1.0)
+    found = certify(mcmc, num=1024)
     assert found.weights.k_hat < 0.7 and found.weights.ess > 500
-    assert not found.certified and "explorer" in found.reason
+    assert not found.certified and "above the proposals'" in found.reason
+    monkeypatch.setattr(verdict, "WIDER", 1.0)  # the second one misses it too: the third is left
+    found = certify(mcmc, num=1024)
+    assert max(found.explorer_log_evidence) < found.weights.log_evidence + 0.3
+    assert not found.certified and "never draws" in found.reason
 
 
 def test_certificate_is_for_score_sde():
