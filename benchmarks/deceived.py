@@ -98,7 +98,9 @@ def judge(key, case: Case) -> Verdict:
         kernel, num_warmup=case.num_warmup, num_samples=500, num_chains=4, chain_method="vectorized",
         progress_bar=False,
     )  # fmt: skip
-    mcmc.run(key, init_params=jax.random.normal(key, (4, target.dim)), extra_fields=("accept_prob",))
+    for_start, for_run = jax.random.split(key)
+    first = jax.random.normal(for_start, (4, target.dim))
+    mcmc.run(for_run, init_params=first, extra_fields=("accept_prob",))
     found = si.certify(mcmc)
     draws = np.asarray(mcmc.get_samples(), np.float64)
     shares = np.bincount(target.mode_of(draws), minlength=len(target.modes)) / len(draws)

@@ -6,7 +6,8 @@
 
 Keck/HIRES velocities of the star K2-24 (Petigura et al. 2016, ApJ 818, 36), which transits tell to have planets with
 periods of 20.9 and 42.4 days. The velocities alone, on circular orbits, leave many periods possible, separated by
-gaps that no local move crosses. Amplitudes and offset are linear, so a grid of periods gives the exact posterior.
+gaps that no local move crosses. Amplitudes and offset are linear, so a grid of periods (and of jitters between 0.3 and
+30 m/s, where all of the posterior is) gives the exact answer.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def model(time, error, velocity=None, num_planets=1):
 
 
 def read():
-    """Read time (days from the middle of the data), velocity and its error (m/s)."""
+    """Read time (days from the mean of the times), velocity and its error (m/s)."""
     time, velocity, error = np.loadtxt(DATA, delimiter=",", skiprows=4, unpack=True)
     return time - time.mean(), velocity, error
 

@@ -140,8 +140,8 @@ def compare(
         num_chains: number of chains.
         chain_method: as in NumPyro's `MCMC`.
         seconds: where given, every kernel's chains are thinned so that warm-up and sampling, without compilation, take
-            about this long, a first run of ``num_samples`` unthinned being their measure; those slower than that take
-            longer.
+            about this long; those slower than that take longer. An unthinned run of ``num_samples``, not counted and
+            thrown away, is their measure.
         reference: draws known to be right, site to array with the draw axis first.
         modes: from draws (site to array with the draw axis first) to the number of the mode of each.
         progress_bar: show NumPyro's progress bars.
@@ -158,6 +158,7 @@ def compare(
     References: Vehtari et al. 2021, Bayesian Analysis 16(2) (effective sample sizes and R-hat).
     """
     results, runs, certificates = {}, {}, {}
+    for_warmup, for_measuring, for_sampling = jax.random.split(key, 3)
     for name, kernel in kernels.items():
         if getattr(kernel, "model", None) not in (None, model):
             raise ValueError(f"Expected kernels of the model {model.__name__!r}, got another model in {name!r}.")
@@ -168,23 +169,22 @@ def compare(
         )  # fmt: skip
         mcmc = make(num_samples=num_samples)
         with _Clock() as warming:
-            mcmc.warmup(key, *args, extra_fields=fields, collect_warmup=True, **kwargs)
+            mcmc.warmup(for_warmup, *args, extra_fields=fields, collect_warmup=True, **kwargs)
             jax.block_until_ready(mcmc.post_warmup_state)
         before = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
         if seconds is not None:
-            left = seconds - (warming.wall - warming.compile)
+            state, left = mcmc.post_warmup_state, seconds - (warming.wall - warming.compile)
             for _ in range(2):  # a short run is measured again, without tracing
                 with _Clock() as measuring:
-                    mcmc.run(jax.random.fold_in(key, 2), *args, extra_fields=fields, **kwargs)
+                    mcmc.run(for_measuring, *args, extra_fields=fields, **kwargs)
                     jax.block_until_ready(mcmc.last_state)
                 thinning = max(1, int(left / (measuring.wall - measuring.compile)))
                 if thinning < 4:
                     break
-            state = mcmc.last_state
             mcmc = make(num_samples=num_samples * thinning, thinning=thinning)
             mcmc.post_warmup_state = state
         with _Clock() as sampling:
-            mcmc.run(jax.random.fold_in(key, 1), *args, extra_fields=fields, **kwargs)
+            mcmc.run(for_sampling, *args, extra_fields=fields, **kwargs)
             jax.block_until_ready(mcmc.last_state)
         after = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
         log_evidence = np.nan

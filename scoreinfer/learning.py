@@ -32,7 +32,7 @@ from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
 
 P = TypeVar("P", bound=Proposer)
-MAX_TEMPERATURES = 500
+MAX_TEMPERATURES = 1000
 EPOCH_STEPS = 250
 MAX_OCTAVES, MAX_WAVES = 5, 40
 """Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
@@ -122,7 +122,7 @@ def learn(
     def make(module: ConditionalScore) -> SingleProposal:
         return SingleProposal(affine, module.score, default_sampler(problem), problem)
 
-    best, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
+    best, _, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
     num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
     return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
 
@@ -164,7 +164,7 @@ def teach(
     num_steps: int,
     *,
     progress_bar: bool = True,
-) -> tuple[P, int]:
+) -> tuple[P, float, int]:
     """Train a score on particles near the posterior, put the sampler's own weighted draws in their place, and again.
 
     Args:
@@ -177,7 +177,8 @@ def teach(
         progress_bar: show progress bars on a terminal.
 
     Returns:
-        The sampler of the round with the largest effective sample size, and how often the particles were moved.
+        The sampler of the round with the largest effective sample size, the effective share of its draws, and how
+        often the particles were moved.
     """
     num, num_passes = pools.particles.values.shape[0], 0
     steps = max(num_steps // ROUNDS, 1)
@@ -203,7 +204,7 @@ def teach(
         if history.stopped == "interrupted":
             break
     assert best is not None
-    return best, num_passes
+    return best, best_ess / num, num_passes
 
 
 def start(problem: Problem, scale: float) -> AbstractReference:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import UnsupportedModel
+from scoreinfer._errors import TrainingWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
@@ -108,8 +109,13 @@ class Posterior(eqx.Module):
         for_affine, for_score = jax.random.split(streams.focus)
         original = self.proposal if isinstance(self.proposal, Proposal) else self.proposal.original
         focused, share = focus(for_affine, original, y)
-        enough = share == 0.0 or share >= ENOUGH or num_steps == 0
-        proposal = focused if enough else refine(for_score, focused, y, num_steps, progress_bar=progress_bar)
+        proposal: AmortisedProposal = focused
+        if 0.0 < share < ENOUGH and num_steps > 0:
+            try:
+                refined, new_share = refine(for_score, focused, y, num_steps, progress_bar=progress_bar)
+                proposal = refined if new_share > share else focused
+            except FloatingPointError as error:
+                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
         bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
 

@@ -27,10 +27,11 @@ WARM_UP = 5
 
 
 class RefinedContext(NamedTuple):
-    """One observation, and whether it is the one the score was trained on."""
+    """One observation, whether it is the one the score was trained on, and the map that whitens simulated truths."""
 
     here: Bool[Array, ""]
     context: Context
+    affine: Affine
 
 
 class RefinedProposal(eqx.Module):
@@ -64,12 +65,13 @@ class RefinedProposal(eqx.Module):
 
     def context(self, y: Sites) -> RefinedContext:
         """Embed one observation."""
-        here = jnp.array_equal(flatten(self.features(y)), self.x)
-        return RefinedContext(here, self._at(here).context(y))
+        # Not to the last bit: the same features may be rounded differently in another compiled program.
+        here = jnp.allclose(flatten(self.features(y)), self.x, rtol=1e-5, atol=1e-5)
+        return RefinedContext(here, self._at(here).context(y), self.original.context(y).affine)
 
     def carry(self, context: RefinedContext) -> tuple[Affine, Float[Array, "dim dim"]]:
         """Return the map that carries whitened truths to this observation, and the scale of moves there."""
-        return self._at(context.here).carry(context.context)
+        return context.affine, context.context.affine.factor
 
     def propose(self, key: Key, context: RefinedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
@@ -88,7 +90,7 @@ class RefinedProposal(eqx.Module):
 
 def refine(
     key: Key, proposal: FocusedProposal, y: Sites, num_steps: int, *, progress_bar: bool = False
-) -> RefinedProposal:
+) -> tuple[RefinedProposal, float]:
     """Train the adapted component of a focused proposal further, on weighted and moved draws of its own.
 
     Args:
@@ -97,6 +99,12 @@ def refine(
         y: the observation.
         num_steps: optimiser steps.
         progress_bar: show progress bars on a terminal.
+
+    Returns:
+        The proposal with the score of the best round, and the effective share of its draws.
+
+    Raises:
+        FloatingPointError: where training fails from the start.
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
         What the focused proposal never draws the refined one will not learn: see `scoreinfer.exploration`.
@@ -116,8 +124,8 @@ def refine(
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
 
     module = ConditionalScore(adapted.embedding, adapted.score)
-    refined, _ = teach(for_rounds, module, make, pools, y, num_steps, progress_bar=progress_bar)
-    return RefinedProposal(proposal.original, refined, flatten(x))
+    refined, share, _ = teach(for_rounds, module, make, pools, y, num_steps, progress_bar=progress_bar)
+    return RefinedProposal(proposal.original, refined, flatten(x)), share
 
 
 AmortisedProposal = Proposal | FocusedProposal | RefinedProposal

@@ -176,7 +176,7 @@ def test_resampled_sites_keep_their_rows_together(mixture):
     assert disagreement(oracle.truth(oracle.data), oracle.flat(resampled), ess=500) < 5
 
 
-def test_missed_mode_is_refused(mixture):
+def test_missed_mode_is_refused(mixture, monkeypatch):
     """A proposal trained on half the simulator: perfect weights on its half, and no certificate."""
     oracle, posterior = mixture
     problem = posterior.problem
@@ -193,8 +193,13 @@ def test_missed_mode_is_refused(mixture):
     draws = broken.sample(jax.random.key(1), 4000, **oracle.data)
     assert not draws.certificate.certified
     assert draws.certificate.missed > 0.05, draws.certificate
-    focused = broken.focus(jax.random.key(3), **oracle.data).sample(jax.random.key(1), 4000, **oracle.data)
-    assert not focused.certificate.certified
+    monkeypatch.setattr(refinement, "NUM_PARTICLES", 1024)
+    monkeypatch.setattr(refinement, "NUM_MOVES", 5)
+    for enough in (0.0, 2.0):  # the affine map alone, and the score trained further whatever the share
+        monkeypatch.setattr(scoreinfer.posterior, "ENOUGH", enough)
+        focused = broken.focus(jax.random.key(3), num_steps=400, **oracle.data)
+        draws = focused.sample(jax.random.key(1), 4000, **oracle.data)
+        assert not draws.certificate.certified
 
 
 def test_false_alarm_of_the_neighbours_is_heard_out(mixture):

@@ -30,7 +30,7 @@ MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
 """How far an explorer's log evidence may lie above that of the proposals, which then miss mass, and how far below: an
 explorer that finds less than the proposals says nothing against them, but one that loses most is no witness."""
 CROSS_CHECK = Effort(kept_share=0.95)
-"""The second explorer's: where it starts is so wide that large steps of temperature would make its evidence noisy."""
+"""The wider explorers': where they start large steps of temperature would make evidence noisy."""
 NUM_PLACES = 512
 """Particles of each explorer that are held against the proposals."""
 WIDER, WIDEST = 10.0, 100.0
@@ -80,8 +80,9 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
 
     A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer
     starts from a Gaussian ten times wider than the first one's particles and their start, and proposals and
-    explorers must agree both ways: no explorer's particles where the proposals never draw, and the same log evidence.
-    A third one starts a hundred times wider, and where it finds densities as high, the proposals must draw too.
+    explorers must agree both ways: hardly any explorer's particles where the proposals never draw, and about the same
+    log evidence. A third one starts a hundred times wider, and where it finds densities as high, the proposals must
+    draw too; modes beyond that reach, or too narrow for all three, go unseen.
     Where it was given an amortised posterior, simulations near the observation take the explorers' place.
 
     Args:
@@ -90,7 +91,8 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
 
     Returns:
         A certificate. It refuses for any reason for which a batch is refused (`Certificate`), for a split or nested
-        R-hat above 1.05, and where an explorer's log evidence is more than 0.5 above the proposals' or 1 below.
+        R-hat above 1.05, and where an explorer's log evidence is more than 0.5 above the proposals' or 1 below
+        (infinitely far below where the second explorer does not reach the posterior).
 
     Raises:
         ValueError: where the kernel is another, or has not been run.
@@ -148,17 +150,23 @@ def _independent(
         reference = Overdispersed(seen.mean(0), times * seen.std(0))
         return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
 
-    second = explore_from(for_second, WIDER)
-    parts = [first, second.values]
-    with contextlib.suppress(FloatingPointError):  # so far away a density may overflow: nothing is found then
-        parts.append(explore_from(for_third, WIDEST).values)
-    places = jnp.concatenate([part[:NUM_PLACES] for part in parts])
+    parts, evidences = [first[:NUM_PLACES]], [fit.evidence.log_evidence]
+    try:
+        second = explore_from(for_second, WIDER)
+        parts.append(second.values[:NUM_PLACES])
+        evidences.append(float(second.log_evidence))
+    except FloatingPointError:  # no witness
+        evidences.append(-np.inf)
+    num_trusted = sum(len(part) for part in parts)
+    with contextlib.suppress(FloatingPointError):  # so far away a density may overflow or be too far to walk to
+        parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
+    places = jnp.concatenate(parts)
     weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
     log_excess, high = hold_against(drawn, weighed)
     # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
-    counts = high | (jnp.arange(places.shape[0]) < 2 * NUM_PLACES)
+    counts = high | (jnp.arange(places.shape[0]) < num_trusted)
     check = ForwardCheck(jnp.where(counts, log_excess, jnp.nan), jnp.asarray(jnp.nan), "the explorers' particles")
-    return check, (fit.evidence.log_evidence, float(second.log_evidence))
+    return check, tuple(evidences)
 
 
 def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:

@@ -79,7 +79,7 @@ class ConditionalMLP(eqx.Module):
         depth: int = 4,
         num_octaves: int = 0,
     ):
-        keys = jax.random.split(key, 2 * depth + 5)
+        *keys, for_waves = jax.random.split(key, 2 * depth + 6)
         half = 16
         self.width = width
         self.frequencies = jnp.exp(jnp.linspace(-1.5, 1.5, half)).astype(jnp.float32)
@@ -87,7 +87,7 @@ class ConditionalMLP(eqx.Module):
         self.mix = linear(keys[1], width, width, 1.4)
         self.num_octaves = num_octaves
         self.first = linear(keys[2], num_in, width)
-        self.waves = linear(jax.random.fold_in(key, 1), 2 * num_octaves * num_in, width, 0.3) if num_octaves else None
+        self.waves = linear(for_waves, 2 * num_octaves * num_in, width, 0.3) if num_octaves else None
         self.modulations = linear(keys[3], width, 2 * depth * width, 0.1)
         self.blocks = tuple(
             (linear(keys[2 * i + 4], width, width, 1.4), linear(keys[2 * i + 5], width, width, 0.5))
