@@ -1,6 +1,4 @@
-"""Annealed Langevin dynamics: its own closed form on a Gaussian, modes' weights, a learned posterior, the contract."""
-
-import pickle
+"""Annealed Langevin dynamics: its own closed form on a Gaussian, modes' weights, the contract."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,6 @@ import pytest
 from numpyro.infer import MCMC
 
 import scoreinfer as si
-from oracles import linear_gaussian
 from scoreinfer.score import GaussianScore, MixtureScore
 
 KEY = jax.random.key(0)
@@ -45,29 +42,6 @@ def test_modes_get_their_weights():
     assert abs((draws[:, 0] < 0).mean() - 0.3) < 4 * np.sqrt(0.21 / len(draws)) + 0.01  # and some bias
     assert abs(np.abs(draws[:, 0]).mean() - 4.0) < 0.05
     assert abs(draws[:, 1].std() - 0.3) < 0.03
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    oracle = linear_gaussian(2)
-    return oracle, si.fit(KEY, oracle.model, num_steps=200, width=32, depth=2, progress_bar=False)
-
-
-def test_learned_posterior(fitted):
-    oracle, posterior = fitted
-    mcmc = run(si.AnnealedLangevin(posterior), 200, **oracle.data)
-    truth = oracle.truth(oracle.data)
-    flat = oracle.flat(mcmc.get_samples())
-    sd = np.sqrt(np.diag(truth.covariance))
-    assert (np.abs(flat.mean(0) - truth.mean) < 0.2 * sd).all()  # bias and all
-    assert (np.abs(flat.std(0) / sd - 1) < 0.2).all()
-    again = pickle.loads(pickle.dumps(mcmc))
-    assert all(np.array_equal(again.get_samples()[name], value) for name, value in mcmc.get_samples().items())
-    with pytest.raises(RuntimeError, match="Pickling left"):
-        again.run(KEY, **oracle.data)
-    focused = posterior.focus(KEY, **oracle.data)
-    with pytest.raises(ValueError, match="focused"):
-        si.AnnealedLangevin(focused)
 
 
 def test_chain_methods_agree():
