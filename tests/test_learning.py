@@ -134,6 +134,7 @@ def test_certificate_is_for_score_sde():
         certify(MCMC(ScoreSDE(location_scale), num_warmup=5, num_samples=5, progress_bar=False))
 
 
+@pytest.mark.slow
 def test_pytree_potential_and_pickling():
     import pickle
 
@@ -196,6 +197,7 @@ def exact_mean_of_first_centre():
     return first / total
 
 
+@pytest.mark.slow
 def test_block_of_gibbs():
     """Discrete assignments by DiscreteGibbs, centres by ScoreSDE: the answer of enumeration."""
     gibbs = pytest.importorskip("numpyro.infer.gibbs")

@@ -53,6 +53,7 @@ def test_concatenate_goes_by_name():
     assert np.allclose(Concatenate()({"b": jnp.ones(2), "a": jnp.zeros((1, 1))}), [0.0, 1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_posterior_with_an_embedding_of_sets():
     """Unknown mean and scale of exchangeable data, seen through the permutation-invariant embedding."""
 

@@ -284,6 +284,7 @@ def test_fixed_budget_holds_out_and_stops():
     assert disagreement(oracle.truth(oracle.data), oracle.flat(draws.sites), draws.log_weight) < 5
 
 
+@pytest.mark.slow
 def test_model_without_data_is_its_prior():
     def model():
         numpyro.sample("a", dist.Normal(1.0, 2.0))
