@@ -37,15 +37,10 @@ class FocusedContext(NamedTuple):
     adapted: Context
 
 
-class FocusedProposal(eqx.Module):
-    """A mixture of a proposal and of the same proposal with another ``adjustment``.
+class AbstractAdapted(eqx.Module):
+    """What proposals adapted to one observation have of the one they come from."""
 
-    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. For the flow it rests on
-        finding each step's inverse numerically; where none is found, that component counts as density zero.
-    """
-
-    original: Proposal
-    adapted: Proposal
+    original: eqx.AbstractVar[Proposal]
 
     @property
     def problem(self) -> Problem:
@@ -54,12 +49,23 @@ class FocusedProposal(eqx.Module):
 
     @property
     def sampler(self) -> AbstractSampler:
-        """The sampler of both components."""
+        """The sampler."""
         return self.original.sampler
 
     def features(self, y: Sites) -> Sites:
         """Compute the standardised observation."""
         return self.original.features(y)
+
+
+class FocusedProposal(AbstractAdapted):
+    """A mixture of a proposal and of the same proposal with another ``adjustment``.
+
+    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. For the flow it rests on
+        finding each step's inverse numerically; where none is found, that component counts as density zero.
+    """
+
+    original: Proposal
+    adapted: Proposal
 
     def context(self, y: Sites) -> FocusedContext:
         """Embed one observation for both components."""

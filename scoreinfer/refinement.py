@@ -10,13 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.drawing import weighted_draws
-from scoreinfer.focus import FocusedProposal
+from scoreinfer.focus import AbstractAdapted, FocusedProposal
 from scoreinfer.learning import Pools, replace, start, teach
 from scoreinfer.losses import ConditionalScore
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.problem import Problem
 from scoreinfer.proposal import Context, Proposal
-from scoreinfer.sampling import AbstractSampler
 from scoreinfer.tempering import advance, begin
 from scoreinfer.whitening import Affine
 
@@ -34,7 +32,7 @@ class RefinedContext(NamedTuple):
     affine: Affine
 
 
-class RefinedProposal(eqx.Module):
+class RefinedProposal(AbstractAdapted):
     """A proposal whose score was trained further on one observation; at any other, the proposal it came from.
 
     Args:
@@ -48,20 +46,6 @@ class RefinedProposal(eqx.Module):
     original: Proposal
     refined: Proposal
     x: Float[Array, " features"]
-
-    @property
-    def problem(self) -> Problem:
-        """The problem the proposal is for."""
-        return self.original.problem
-
-    @property
-    def sampler(self) -> AbstractSampler:
-        """The sampler."""
-        return self.original.sampler
-
-    def features(self, y: Sites) -> Sites:
-        """Compute the standardised observation."""
-        return self.original.features(y)
 
     def context(self, y: Sites) -> RefinedContext:
         """Embed one observation."""
