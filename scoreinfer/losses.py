@@ -70,7 +70,7 @@ def whitening_loss(module: Whitening, batch: Simulations, key: Key) -> Float[Arr
     u = jax.vmap(lambda affine, z: affine.inverse(z))(maps, batch.z)
     # Heavy tails: beyond six standard deviations the penalty grows linearly.
     squares = jnp.where(jnp.abs(u) < 6.0, 0.5 * u**2, 6.0 * jnp.abs(u) - 18.0)
-    return (squares.sum(1) + jax.vmap(lambda affine: affine.log_det())(maps)).mean()
+    return (squares.sum(1) + jax.vmap(lambda affine, u: affine.log_det(u))(maps, u)).mean()
 
 
 def target_mix(level: Float[Array, "..."], precision: Float[Array, " dim"]) -> Float[Array, "... dim"]:

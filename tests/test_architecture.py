@@ -17,7 +17,9 @@ RANKS = """
 _typing _errors
 _tree
 problem correct nets process
-draws model simulation score whitening tempering
+draws model simulation score whitening
+tails
+tempering
 losses sampling
 checkpoint train certificate proposal
 drawing forward
