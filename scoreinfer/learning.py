@@ -35,8 +35,10 @@ from scoreinfer.whitening import Affine
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 1000
 EPOCH_STEPS = 250
-MAX_OCTAVES, MAX_WAVES = 5, 40
+MAX_OCTAVES, MAX_WAVES = 6, 40
 """Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
+DETAIL = 50.0
+"""Fisher information of a whitened coordinate (1 for a normal one) from which it gets sine features at all."""
 ROUNDS = 4
 """Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
 REPLACED_SHARE = 0.3
@@ -116,9 +118,9 @@ def learn(
     places, whitening = particles.values, _whitening(particles)
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
-    octaves = min(MAX_OCTAVES, MAX_WAVES // problem.dim)
-    module = score_module(for_net, problem.dim, Concatenate(), example, num_octaves=octaves)
     pools = Pools(reference, target, particles, whitening, nothing, effort.num_moves)
+    octaves = choose_octaves(pools.batch(particles))
+    module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
         return SingleProposal(whitening, module.score, default_sampler(problem), problem)
@@ -149,10 +151,13 @@ class Pools(eqx.Module):
 
     @eqx.filter_jit
     def __call__(self, key: Key) -> ScoreBatch:
-        """Move the particles and bring them to the whitened space."""
-        moved = advance(key, self.reference, self.target, self.particles, self.num_moves)
-        u = jax.vmap(self.whitening.inverse)(moved.values.astype(jnp.float32))
-        gradient = jax.vmap(self.whitening.pull)(u, moved.gradient.astype(jnp.float32))
+        """Move the particles, and bring them to the whitened space."""
+        return self.batch(advance(key, self.reference, self.target, self.particles, self.num_moves))
+
+    def batch(self, particles: Particles) -> ScoreBatch:
+        """Bring particles to the whitened space."""
+        u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
+        gradient = jax.vmap(self.whitening.pull)(u, particles.gradient.astype(jnp.float32))
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
         return ScoreBatch(u, x, gradient)
 
@@ -244,6 +249,17 @@ def explore(
         f"The explorer got no further than power {float(particles.power):.2g} of the density in {MAX_TEMPERATURES} "
         "temperatures: it changes too fast for where the particles start. Give better priors or `start_scale`."
     )
+
+
+def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
+    """Choose how many octaves of sine features each input of the score gets: down to the width of its details.
+
+    Where the density's details are a share s of its whole, the mean square of its score is about 1 / s^2.
+    """
+    information = np.asarray((batch.gradient**2).mean(0), np.float64)
+    wanted = np.where(information > DETAIL, np.rint(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
+    most = next(most for most in range(MAX_OCTAVES, -1, -1) if np.minimum(wanted, most).sum() <= MAX_WAVES)
+    return tuple(np.minimum(wanted, most).tolist())
 
 
 @eqx.filter_jit

@@ -42,11 +42,18 @@ class ConditionalScore(NamedTuple):
 
 
 def score_module(
-    key: Key, dim: int, embedding: Embedding, x: Sites, *, width: int = 96, depth: int = 3, num_octaves: int = 0
+    key: Key,
+    dim: int,
+    embedding: Embedding,
+    x: Sites,
+    *,
+    width: int = 96,
+    depth: int = 3,
+    octaves: tuple[int, ...] = (),
 ) -> ConditionalScore:
     """Make an untrained score for contexts of these standardised observations (draw axis first)."""
     context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
-    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, num_octaves=num_octaves)
+    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, octaves=octaves)
     return ConditionalScore(embedding, NeuralScore(network))
 
 

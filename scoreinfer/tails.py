@@ -13,8 +13,9 @@ from scoreinfer.whitening import Affine
 
 WIDTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 """Widths that are tried, in units of half the interquartile range."""
-GAIN = 0.5
-"""A coordinate is bent only where that leaves at most this share of the Fisher information."""
+GAIN, ENOUGH = 0.5, 50.0
+"""A coordinate is bent only where that leaves at most this share of its Fisher information, and no more than enough:
+what is left of separate modes is more, and bending makes some of them narrower."""
 
 
 class Tails(eqx.Module):
@@ -99,4 +100,5 @@ def fit_tails(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]
     products = jnp.where(jnp.isfinite(products), products, jnp.inf)
     best = jnp.argmin(products, axis=0)
     chosen = jnp.take_along_axis(bends, best[None], axis=0)[0]
-    return Tails(centre, jnp.where(products.min(0) < GAIN * products[0], chosen, 0.0))
+    good = products.min(0) < jnp.minimum(GAIN * products[0], ENOUGH)
+    return Tails(centre, jnp.where(good, chosen, 0.0))
