@@ -51,8 +51,8 @@ class ConditionalMLP(eqx.Module):
     once, not once per draw.
 
     With ``octaves``, a number for every input, it also sees sines and cosines of w x_i, w = 2, 4, ..., 2^octaves_i, for
-    densities with details far narrower than their whole. Each is faded by what is left of it under the noise: E cos(w e)
-    for noise e of variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
+    densities with details far narrower than their whole. Each is faded by what is left of it under the noise:
+    E cos(w e) for noise e of variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
 
     References: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaptive layer norm, zero initialised); Barron et
     al. 2021, arXiv 2103.13415, equation 14 (faded features).
