@@ -159,6 +159,7 @@ def pytree_potential(x):
     return 0.5 * (x["a"] - 1.0) ** 2 + jnp.sum((x["b"][0] + 1.0) ** 2)
 
 
+@pytest.mark.slow
 def test_model_is_learned_for_each_data_set():
     """One kernel, two data sets: the problem is read once, each posterior is right."""
     kernel = ScoreSDE(location_scale, bank_size=32)
