@@ -204,7 +204,7 @@ def test_resampled_sites_keep_their_rows_together(mixture):
 @pytest.fixture(scope="module")
 def half_blind(mixture):
     """A proposal trained on half the simulator: perfect weights on its half."""
-    oracle, posterior = mixture
+    _, posterior = mixture
     problem = posterior.problem
 
     def half(key):
