@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -137,46 +138,96 @@ def run_sbibm(args) -> Iterator[Row]:
             )
 
 
-def run_multimodal(args) -> Iterator[Row]:
-    """Learn single posteriors with many modes in warm-up, beside NUTS and MALA with the same iterations."""
-    from c2st import c2st
-    from numpyro.infer import MCMC, NUTS
+class Target(NamedTuple):
+    """A single posterior with many modes.
+
+    Args:
+        name: its name.
+        kernels: what to run, by name.
+        arguments: keyword arguments of ``MCMC.run``.
+        mode_of: number of the mode of every draw.
+        modes: the modes' weights.
+        log_evidence: log of the normalising constant; None where it is not known.
+        reference: makes exact draws.
+    """
+
+    name: str
+    kernels: dict[str, Any]
+    arguments: dict[str, Any]
+    mode_of: Callable
+    modes: np.ndarray
+    log_evidence: float | None
+    reference: Callable
+
+
+def _targets(args) -> Iterator[Target]:
+    """Make the targets one by one: densities with known answers, then two tasks with reference draws."""
+    from numpyro.infer import NUTS
+    from tasks import TASKS
 
     import oracles
 
     for i, target in enumerate(oracles.densities()):
+        potential = target.potential
+        kernels = {
+            "score": si.ScoreSDE(potential_fn=potential, start_scale=target.start_scale, num_proposals=8),
+            "nuts": NUTS(potential_fn=potential),
+            "mala": si.MALA(potential_fn=potential),
+        }
+        first = 2.0 * jax.random.normal(jax.random.fold_in(jax.random.key(args.seed), i), (4, target.dim))
+        yield Target(
+            target.name, kernels, {"init_params": first}, target.mode_of, target.modes, target.log_evidence,
+            lambda target=target: target.sample(np.random.default_rng(0), NUM_DRAWS),
+        )  # fmt: skip
+    modes_of = {
+        "two_moons": lambda theta: (theta.sum(1) > 0).astype(int),
+        "slcp": lambda theta: 2 * (theta[:, 2] > 0) + (theta[:, 3] > 0),
+    }
+    for task in TASKS:
+        if task.name in modes_of and _chosen(task.name, args.tasks):
+            kernels = {"score": si.ScoreSDE(task.model, num_proposals=8), "nuts": NUTS(task.model)}
+            kernels["mala"] = si.MALA(task.model)
+            mode_of, reference = modes_of[task.name], task.reference(1)
+            modes = np.bincount(mode_of(reference), minlength=2) / len(reference)
+            yield Target(
+                task.name, kernels, {"y": task.observation(1)}, mode_of, modes, None, lambda draws=reference: draws
+            )
+
+
+def run_multimodal(args) -> Iterator[Row]:
+    """Learn single posteriors with many modes in warm-up, beside NUTS and MALA with the same iterations."""
+    from c2st import c2st
+    from numpyro.infer import MCMC
+
+    for i, target in enumerate(_targets(args)):
         if not _chosen(target.name, args.tasks):
             continue
         jax.clear_caches()
         key = jax.random.fold_in(jax.random.key(args.seed), i)
-        kernels = {
-            "score": si.ScoreSDE(potential_fn=target.potential, start_scale=target.start_scale, num_proposals=4),
-            "nuts": NUTS(potential_fn=target.potential),
-            "mala": si.MALA(potential_fn=target.potential),
-        }
         figures: dict[str, float] = {}
-        for name, kernel in kernels.items():
+        for name, kernel in target.kernels.items():
             mcmc = MCMC(
                 kernel, num_warmup=(args.num_steps or 10_000) // 10, num_samples=NUM_DRAWS // 4, num_chains=4,
                 chain_method="vectorized", progress_bar=False,
             )  # fmt: skip
-            first = 2.0 * jax.random.normal(key, (4, target.dim))
             with Clock() as running:
-                mcmc.run(key, init_params=first, extra_fields=("accept_prob",))
-                draws = np.asarray(mcmc.get_samples(), np.float64)
+                mcmc.run(key, **target.arguments, extra_fields=("accept_prob",))
+                draws = mcmc.get_samples()
+                draws = np.asarray(draws["theta"] if isinstance(draws, dict) else draws, np.float64)
             shares = np.bincount(target.mode_of(draws), minlength=len(target.modes)) / len(draws)
             figures[f"{name}_mode_error"] = 0.5 * np.abs(shares - target.modes).sum()
             figures[f"{name}_s"] = running.times.wall
             if name != "score":
                 continue
             found = si.certify(mcmc, num=NUM_DRAWS)
-            figures["log_evidence_error"] = abs(found.weights.log_evidence - target.log_evidence)
+            if target.log_evidence is not None:
+                figures["log_evidence_error"] = abs(found.weights.log_evidence - target.log_evidence)
             figures |= {"ess_share": found.weights.ess / NUM_DRAWS, "k_hat": found.weights.k_hat, "r_hat": found.r_hat}
             figures["certified"] = float(found.certified)
             figures["accept_prob"] = found.accept_prob
             print(f"  {found}", flush=True)
             if not args.no_classifier:
-                figures["c2st"] = c2st(target.sample(np.random.default_rng(0), NUM_DRAWS), draws)
+                figures["c2st"] = c2st(target.reference(), draws)
         yield target.name, figures
 
 
