@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer._errors import TrainingWarning, UnsupportedModel
+from scoreinfer._errors import TrainingWarning, UnreadableFile, UnsupportedModel
 from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
@@ -10,7 +10,7 @@ from scoreinfer.export import to_arviz
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
-from scoreinfer.posterior import Posterior, fit
+from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
 
@@ -36,11 +36,13 @@ __all__ = [
     "Series",
     "TrainingWarning",
     "UnderdampedLangevin",
+    "UnreadableFile",
     "UnsupportedModel",
     "certify",
     "check",
     "compare",
     "fit",
     "from_numpyro",
+    "load",
     "to_arviz",
 ]

@@ -1,10 +1,12 @@
 """The amortised posterior: ``fit`` a score SDE on a model's own simulations, then draw, weigh and certify."""
 
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +20,7 @@ from scoreinfer._errors import TrainingWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
+from scoreinfer.checkpoint import Parts, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
 from scoreinfer.drawing import constrain, weighted_draws
 from scoreinfer.draws import Draws
@@ -33,25 +36,13 @@ from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
-from scoreinfer.train import Budget, History, train
+from scoreinfer.train import Budget, TrainingHistory, train
 from scoreinfer.whitening import Whitening, identity, linear_whitening
 
 NUM_PILOT = 8192
 POOL = 32_768
 ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
-
-
-class TrainingHistory(NamedTuple):
-    """The two training runs behind a posterior: the whitening map, then the score."""
-
-    whitening: History
-    score: History
-
-    @property
-    def num_simulations(self) -> int:
-        """Number of simulations that trained the score."""
-        return self.score.num_simulations
 
 
 class Posterior(eqx.Module):
@@ -118,6 +109,21 @@ class Posterior(eqx.Module):
                 warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
         bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
+
+        A saved posterior that is already there is replaced; each file is written whole or not at all. What was
+        adapted to one observation (`focus`) is saved as it is. The model is not saved: it is code.
+
+        Args:
+            path: a new folder, or one that holds a saved posterior.
+
+        Raises:
+            ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
+                be described by plain data.
+        """
+        write_posterior(Path(path), Parts(self.proposal, self.bank, self.history))
 
     def sample(
         self,
@@ -200,6 +206,39 @@ class Posterior(eqx.Module):
         if not alarmed or isinstance(self.bank, ExploredBank):
             return certificate
         return certify(drawn.log_weight, explore(key, self.proposal, self.bank, y).check(x))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Callable | Problem,
+    *args: Any,
+    embedding: Embedding | None = None,
+    observed: tuple[str, ...] | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """Load a saved posterior for the model it was fitted to.
+
+    Nothing in the files is executed and nothing is trained or compiled for a template: the networks' shapes follow
+    from the model and from ``config.json``. What was saved on one kind of device loads on any other.
+
+    Args:
+        path: the folder that `Posterior.save` wrote.
+        model: the model, or the `Problem`, that the posterior was fitted to.
+        *args: the model's own arguments, as for `fit`; data may be left out.
+        embedding: where `fit` was given an embedding module of the user's own: one like it, trained or not.
+        observed: as for `fit`.
+        **kwargs: the model's own keyword arguments.
+
+    Raises:
+        UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
+        ValueError: where sites or densities of the model differ from those of the model that was learned (the
+            message says which), or a module of the user's own is needed.
+
+    Exactness: the loaded posterior draws the same as the saved one, to the last bit on the same machine. Whatever
+        the files hold, weights are computed from the model at hand.
+    """
+    problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
+    return Posterior(*read_posterior(Path(path), problem, embedding))
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
@@ -324,7 +363,7 @@ def fit(
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     bank = forward_bank(keys["bank"], proposal) if problem.has_density else None
-    return Posterior(proposal, bank, TrainingHistory(white_history, score_history))
+    return Posterior(proposal, bank, TrainingHistory(white_history, score_history, budget))
 
 
 def _rows(tree, where):

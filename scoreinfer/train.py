@@ -59,6 +59,25 @@ class Budget(NamedTuple):
     patience: int | None = None
 
 
+class TrainingHistory(NamedTuple):
+    """The two training runs behind a posterior: the whitening map, then the score.
+
+    Args:
+        whitening: what happened to the whitening map.
+        score: what happened to the score.
+        budget: how the score was to be trained.
+    """
+
+    whitening: History
+    score: History
+    budget: Budget | None = None
+
+    @property
+    def num_simulations(self) -> int:
+        """Number of simulations that trained the score."""
+        return self.score.num_simulations
+
+
 class _State(NamedTuple):
     weights: PyTree
     average: PyTree

@@ -15,15 +15,16 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Who may import whom, low to high. Names on one line are independent of each other.
 RANKS = """
 _typing _errors
-_tree
+_tree storage
 problem correct nets process
 draws model simulation score whitening tempering
 losses sampling
-checkpoint train certificate proposal
+train certificate proposal
 drawing forward
 focus learning
 refinement
 exploration
+checkpoint
 posterior filters
 kernels calibration export
 comparison
