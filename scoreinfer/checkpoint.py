@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from scoreinfer._errors import UnreadableFile
+from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Sites
 from scoreinfer.exploration import ExploredBank
 from scoreinfer.focus import FocusedProposal
@@ -67,7 +68,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
     problem = parts.proposal.problem
     network = _describe(parts)
     _check_described(parts, _outline(problem, network, _first(parts.proposal).embedding))
-    arrays = _arrays((parts.proposal, parts.bank)) | _prefixed("probe", _probe(problem))
+    arrays = arrays_by_name((parts.proposal, parts.bank)) | _prefixed("probe", _probe(problem))
     record = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -83,7 +84,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
         "training": _training(parts),
     }
     path.mkdir(parents=True, exist_ok=True)
-    write_arrays(path / WEIGHTS, arrays)
+    write_arrays(path / WEIGHTS, {name: np.asarray(array) for name, array in arrays.items()})
     write_record(path / CONFIG, record | {"weights": seal(path / WEIGHTS)})
 
 
@@ -107,7 +108,7 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
         _check_embedding(path, network["embedding"], embedding)
         outline = _outline(problem, network, embedding)
         probe = jax.eval_shape(lambda: _probe(problem))
-        expected = _leaves(outline) | _prefixed("probe", probe)
+        expected = arrays_by_name(outline) | _prefixed("probe", probe)
         size = sum(math.prod(leaf.shape) * 8 for leaf in expected.values())
         arrays, _ = read_arrays(path / WEIGHTS, size)
         _check_arrays(path / WEIGHTS, arrays, expected)
@@ -115,7 +116,7 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
     _check_density(arrays, problem)
-    proposal, bank = _filled(outline, arrays)
+    proposal, bank = put_arrays(outline, arrays)
     return Parts(proposal, bank, history)
 
 
@@ -380,32 +381,13 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
 # --- the arrays
 
 
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Name the arrays of a pytree, or their shapes, by where they are."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    is_array = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-    return {_name(path): leaf for path, leaf in paths if isinstance(leaf, is_array)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _arrays(tree: PyTree) -> Arrays:
-    return {name: np.asarray(leaf) for name, leaf in _leaves(tree).items()}
-
-
 def _prefixed(prefix: str, tree: PyTree) -> dict[str, Any]:
-    shapes = (jax.ShapeDtypeStruct,)
-    return {
-        f"{prefix}.{name}": leaf if isinstance(leaf, shapes) else np.asarray(leaf)
-        for name, leaf in _leaves(tree).items()
-    }
+    return {f"{prefix}.{name}": leaf for name, leaf in arrays_by_name(tree).items()}
 
 
 def _check_described(parts: Parts, outline: tuple[PyTree, PyTree]) -> None:
     """Refuse, while writing, what could not be read back."""
-    own, theirs = _leaves((parts.proposal, parts.bank)), _leaves(outline)
+    own, theirs = arrays_by_name((parts.proposal, parts.bank)), arrays_by_name(outline)
     wrong = [name for name in own.keys() | theirs.keys()
              if name not in own or name not in theirs or own[name].shape != theirs[name].shape]  # fmt: skip
     if wrong:
@@ -426,13 +408,6 @@ def _check_arrays(path: Path, arrays: Arrays, expected: dict[str, Any]) -> None:
             raise UnreadableFile(
                 path, f"array {name!r} must have shape {own.shape}, got {array.dtype} of shape {array.shape}"
             )
-
-
-def _filled(outline: PyTree, arrays: Arrays) -> PyTree:
-    def fill(path, leaf):
-        return jnp.asarray(arrays[_name(path)]) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-
-    return jax.tree_util.tree_map_with_path(fill, outline)
 
 
 # --- the training

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import TrainingWarning, UnsupportedModel
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
 from scoreinfer.checkpoint import Parts, read_posterior, write_posterior
@@ -34,8 +34,10 @@ from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
+from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
+from scoreinfer.storage import digest
 from scoreinfer.train import Budget, TrainingHistory, train
 from scoreinfer.whitening import Whitening, identity, linear_whitening
 
@@ -277,6 +279,7 @@ def fit(
     sampler: AbstractSampler | None = None,
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Posterior:
@@ -301,6 +304,10 @@ def fit(
         sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
         target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
+        checkpoint: folder in which the training is kept every few seconds, and from which it goes on where it is
+            there. A run that was killed and started again with the same arguments ends with the weights, to the last
+            bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
+            goes on; without a folder an interrupted training keeps the best weights so far.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
@@ -309,13 +316,19 @@ def fit(
 
     Raises:
         UnsupportedModel: where the model cannot be read or simulated.
-        ValueError: where simulations are not finite.
+        ValueError: where simulations are not finite, or another training is kept in the folder ``checkpoint``.
+        UnreadableFile: where what is in that folder is damaged.
 
     Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
 
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
+    settings = {
+        "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,
+        "learning_rate": learning_rate, "width": width, "depth": depth, "sampler": str(sampler),
+        "target_score": target_score,
+    }  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     if problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
@@ -337,12 +350,24 @@ def fit(
         return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient)) if online else training
 
     embedding = Concatenate() if embedding is None else embedding
+    stages: list[Path | None] = [None, None]
+    if checkpoint is not None:
+        open_run(Path(checkpoint), key, settings | _fingerprint(problem, (pilot.z, pilot.x, scale, embedding)))
+        stages = [Path(checkpoint) / f"{stage}.safetensors" for stage in ("whitening", "score")]
     # On a fixed budget a large whitening map would learn its simulations by heart.
     size = {"width": 2 * width, "depth": 3} if online else {"width": width, "depth": 2}
     whitening = linear_whitening(keys["white"], training.z, training.x, embedding, **size)
     short = budget._replace(num_steps=num_steps if online else num_steps // 4)
     whitening, white_history = train(
-        keys["train"], whitening, whitening_loss, pools, validation, short, progress_bar=progress_bar, title="whitening"
+        keys["train"],
+        whitening,
+        whitening_loss,
+        pools,
+        validation,
+        short,
+        progress_bar=progress_bar,
+        title="whitening",
+        checkpoint=stages[0],
     )
 
     whitened = _whiten(whitening, training)
@@ -358,12 +383,20 @@ def fit(
         budget,
         progress_bar=progress_bar,
         title="score",
+        checkpoint=stages[1],
     )
     sampler = sampler or default_sampler(problem)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     bank = forward_bank(keys["bank"], proposal) if problem.has_density else None
     return Posterior(proposal, bank, TrainingHistory(white_history, score_history, budget))
+
+
+def _fingerprint(problem: Problem, start: tuple) -> dict[str, Any]:
+    """Describe what a training depends on besides its settings: the sites, the simulations, the embedding."""
+    arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
+    sites = [f"{site.name} {site.shape} {site.support}" for site in (*problem.latents, *problem.observed)]
+    return {"sites": sites, "embedding": type(start[-1]).__qualname__, "simulations": digest(arrays)}
 
 
 def _rows(tree, where):

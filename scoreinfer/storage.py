@@ -52,10 +52,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed writers of files of these names (patterns) have left."""
+    for name in names:
+        for path in folder.glob(f".{name}-*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def canonical(record: Any) -> bytes:

@@ -17,7 +17,7 @@ RANKS = """
 _typing _errors
 _tree storage
 problem correct nets process
-draws model simulation score whitening tempering
+draws model simulation score whitening tempering resuming
 losses sampling
 train certificate proposal
 drawing forward
