@@ -2,7 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer._errors import TrainingWarning, UnreadableFile, UnsupportedModel
+from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnreadableFile, UnsupportedModel
+from scoreinfer.calibration import SBC, CalibrationReport, calibrate, predictive_check, sbc
 from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
@@ -21,13 +22,16 @@ except PackageNotFoundError:  # running from a source tree that is not installed
 
 __all__ = [
     "MALA",
+    "SBC",
     "ULA",
     "AnnealedLangevin",
+    "CalibrationReport",
     "Certificate",
     "ChainCertificate",
     "Comparison",
     "DeepSet",
     "Draws",
+    "MisspecificationWarning",
     "Posterior",
     "ProbabilityFlow",
     "Problem",
@@ -38,11 +42,14 @@ __all__ = [
     "UnderdampedLangevin",
     "UnreadableFile",
     "UnsupportedModel",
+    "calibrate",
     "certify",
     "check",
     "compare",
     "fit",
     "from_numpyro",
     "load",
+    "predictive_check",
+    "sbc",
     "to_arviz",
 ]

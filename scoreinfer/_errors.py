@@ -38,6 +38,10 @@ class TrainingWarning(UserWarning):
     """Training ended early or on a budget that is likely too small."""
 
 
+class MisspecificationWarning(UserWarning):
+    """An observation unlike the model's simulations: the model may be wrong, and what was learned does not reach it."""
+
+
 class UnreadableFile(ValueError):
     """A file that is missing, damaged, changed, newer than this version, or not one of ours.
 

@@ -23,8 +23,8 @@ class ForwardBank(NamedTuple):
     Args:
         features: standardised, flattened observations.
         distance: distance of each to its nearest fellows.
-        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
-        log_share: log(effective sample size / number) of the proposals there.
+        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from; NaN without a density.
+        log_share: log(effective sample size / number) of the proposals there; minus infinity without a density.
         truth: the truth z* in the whitened space of its own observation.
     """
 
@@ -69,6 +69,9 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         for_pair, for_truth, for_draws = jax.random.split(key, 3)
         z, y = simulate(for_pair)
         context = proposal.context(y)
+        truth = context.affine.inverse(z.astype(jnp.float32))
+        if not proposal.problem.has_density:
+            return flatten(proposal.features(y)), jnp.nan, -jnp.inf, truth
         log_w = weigh(for_truth, proposal, context, y, z).log_weight
         keys = jax.random.split(for_draws, num_proposals)
         log_ws = jax.vmap(lambda key: draw(key, proposal, context, y))(keys).log_weight
@@ -77,7 +80,6 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         log_mean, log_share = (
             part - jnp.log(num_proposals) for part in (total, 2 * total - jax.nn.logsumexp(2 * log_ws))
         )
-        truth = context.affine.inverse(z.astype(jnp.float32))
         return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
 
     features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import TrainingWarning, UnsupportedModel
+from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
 from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
+from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, certify
 from scoreinfer.checkpoint import Parts, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
 from scoreinfer.drawing import constrain, weighted_draws
@@ -52,7 +52,7 @@ class Posterior(eqx.Module):
 
     Args:
         proposal: the learned sampler.
-        bank: simulations held against it (None where the model has no density).
+        bank: simulations held against it; None: certificates do without.
         history: how it was trained.
     """
 
@@ -109,7 +109,9 @@ class Posterior(eqx.Module):
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
                 warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
-        bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
+        bank = self.bank
+        if bank is not None and self.problem.has_density:
+            bank = explore(streams.exploration, proposal, bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,6 +163,10 @@ class Posterior(eqx.Module):
         Raises:
             ValueError: where the data are missing, not finite, of another shape or another design.
 
+        Warns:
+            MisspecificationWarning: where the observation lies further from the simulations than 99 % of them from
+                each other.
+
         Exactness: the weights are exact importance weights for any training; averages under them are consistent as
             ``num`` grows. Resampled and moved draws are consistent as the proposals grow; with ``max_proposals`` the
             weights decide when to stop, so that their mean, the evidence, is consistent but no longer unbiased.
@@ -182,6 +188,7 @@ class Posterior(eqx.Module):
             "num_simulations": None if self.history is None else self.history.num_simulations,
         }
         certificate = self._certify(streams.exploration, drawn, y)
+        _warn_of_outlier(certificate.distance_rank)
         moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
         if moved:
             density = jax.tree_util.Partial(problem.log_joint, y=y)
@@ -199,15 +206,17 @@ class Posterior(eqx.Module):
 
     def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
         """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
-        if not self.problem.has_density:
-            return certify(None)
-        assert self.bank is not None
-        x = _features(self.proposal, y)
-        certificate = certify(drawn.log_weight, self.bank.check(x))
+        log_weight = drawn.log_weight if self.problem.has_density else None
+        if self.bank is None:
+            return certify(log_weight)
+        certificate = certify(log_weight, self.bank.check(_features(self.proposal, y)))
+        if log_weight is None:
+            return certificate
         alarmed = certificate.missed > MAX_MISSED and certify(drawn.log_weight).certified
         if not alarmed or isinstance(self.bank, ExploredBank):
             return certificate
-        return certify(drawn.log_weight, explore(key, self.proposal, self.bank, y).check(x))
+        explored = explore(key, self.proposal, self.bank, y)
+        return certify(drawn.log_weight, explored.check(_features(self.proposal, y)))
 
 
 def load(
@@ -241,6 +250,16 @@ def load(
     """
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     return Posterior(*read_posterior(Path(path), problem, embedding))
+
+
+def _warn_of_outlier(distance_rank: float) -> None:
+    if distance_rank <= MAX_OUTLYING:
+        message = (
+            f"The observation lies further from the model's simulations than {1 - distance_rank:.1%} of them from each "
+            f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
+            "data). The model may be misspecified: compare the data with simulations before trusting any posterior."
+        )
+        warnings.warn(message, MisspecificationWarning, stacklevel=3)
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
@@ -388,7 +407,7 @@ def fit(
     sampler = sampler or default_sampler(problem)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
-    bank = forward_bank(keys["bank"], proposal) if problem.has_density else None
+    bank = forward_bank(keys["bank"], proposal)
     return Posterior(proposal, bank, TrainingHistory(white_history, score_history, budget))
 
 

@@ -26,8 +26,8 @@ refinement
 exploration
 checkpoint
 posterior filters
-kernels calibration export
-comparison
+kernels export
+comparison calibration
 __init__
 """
 RANK = {room: rank for rank, line in enumerate(RANKS.strip().splitlines()) for room in line.split()}
