@@ -8,12 +8,14 @@ from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
+from scoreinfer.foreign import simulate
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
 from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
+from scoreinfer.store import Store
 
 try:
     __version__ = version("scoreinfer")
@@ -38,6 +40,7 @@ __all__ = [
     "ReverseSDE",
     "ScoreSDE",
     "Series",
+    "Store",
     "TrainingWarning",
     "UnderdampedLangevin",
     "UnreadableFile",
@@ -51,5 +54,6 @@ __all__ = [
     "load",
     "predictive_check",
     "sbc",
+    "simulate",
     "to_arviz",
 ]

@@ -23,6 +23,7 @@ from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Sites
 from scoreinfer.exploration import ExploredBank
 from scoreinfer.focus import FocusedProposal
+from scoreinfer.foreign import FOREIGN
 from scoreinfer.forward import TRUSTED_SHARE, ForwardBank
 from scoreinfer.losses import score_module
 from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Series
@@ -35,6 +36,7 @@ from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.simulation import Standardiser, encode
 from scoreinfer.storage import Arrays, check_seal, read_arrays, read_record, seal, write_arrays, write_record
 from scoreinfer.train import Budget, History, TrainingHistory
+from scoreinfer.validity import Validity, validity_network
 from scoreinfer.whitening import Whitening, identity, whitening_network
 
 FORMAT, SCHEMA = "scoreinfer posterior", 1
@@ -51,6 +53,7 @@ class Parts(NamedTuple):
     proposal: AmortisedProposal
     bank: ForwardBank | ExploredBank | None
     history: TrainingHistory | None
+    validity: Validity | None = None
 
 
 def write_posterior(path: Path, parts: Parts) -> None:
@@ -68,7 +71,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
     problem = parts.proposal.problem
     network = _describe(parts)
     _check_described(parts, _outline(problem, network, _first(parts.proposal).embedding))
-    arrays = arrays_by_name((parts.proposal, parts.bank)) | _prefixed("probe", _probe(problem))
+    arrays = arrays_by_name((parts.proposal, parts.bank, parts.validity)) | _prefixed("probe", _probe(problem))
     record = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -79,6 +82,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
             "observed": [_site(site) for site in problem.observed],
             "dim": problem.dim,
             "has_density": problem.has_density,
+            "foreign": problem.not_simulable == FOREIGN,
         },
         "network": network,
         "training": _training(parts),
@@ -116,8 +120,8 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
     _check_density(arrays, problem)
-    proposal, bank = put_arrays(outline, arrays)
-    return Parts(proposal, bank, history)
+    proposal, bank, validity = put_arrays(outline, arrays)
+    return Parts(proposal, bank, history, validity)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -139,6 +143,19 @@ def read_description(path: Path) -> dict[str, Any]:
             path / CONFIG, f"it has schema {schema}, this version reads up to {SCHEMA}", "Install a newer scoreinfer"
         )
     return record
+
+
+def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """Name the outputs, with their shapes, that a posterior of a foreign simulator was learned for; else None."""
+    model = read_description(path).get("model")
+    if not isinstance(model, dict) or model.get("foreign") is not True:
+        return None
+    try:
+        return {
+            str(site["name"]): tuple(_size(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
+        }
+    except (KeyError, TypeError) as error:
+        raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
 
 
 def versions() -> dict[str, str]:
@@ -246,6 +263,7 @@ def _describe(parts: Parts) -> dict[str, Any]:
         "sampler": _describe_sampler(proposal.sampler),
         "bank": None if bank is None else bank.distance.size,
         "explored": parts.bank.log_excess.size if isinstance(parts.bank, ExploredBank) else None,
+        "validity": parts.validity is not None,
     }
 
 
@@ -329,7 +347,7 @@ def _size(value: Any, name: str, largest: int, smallest: int = 1) -> int:
     return value
 
 
-def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree]:
+def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree, PyTree]:
     """Rebuild proposal and bank with the shapes of their arrays in place of the arrays."""
     sampler, bend = _make_sampler(network["sampler"]), network["bend"]
     if not isinstance(bend, float) or not bend > 0:
@@ -345,11 +363,14 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
     kind = network["proposal"]
     if kind not in ("Proposal", "FocusedProposal", "RefinedProposal"):
         raise TypeError(f"unknown proposal {kind!r}")
+    has_validity = network.get("validity", False)  # absent in the first files of this schema
+    if not isinstance(has_validity, bool):
+        raise TypeError(f"expected true or false for 'validity', got {has_validity!r}")
     num, num_explored = network["bank"], network["explored"]
     num = None if num is None else _size(num, "bank", MAX_SIZE)
     num_explored = None if num_explored is None else _size(num_explored, "explored", MAX_SIZE)
 
-    def build() -> tuple[PyTree, PyTree]:
+    def build() -> tuple[PyTree, PyTree, PyTree]:
         dim, key = problem.dim, jax.random.key(0)
         x = encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
         standardiser = Standardiser(x, x, bend)
@@ -373,7 +394,8 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
             bank = ForwardBank(jnp.zeros((num, features.size)), row, row, row, jnp.zeros((num, dim)))
             if num_explored is not None:
                 bank = ExploredBank(bank, features, jnp.zeros(num_explored))
-        return proposal, bank
+        validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
+        return proposal, bank, validity
 
     return eqx.filter_eval_shape(build)
 
@@ -385,9 +407,9 @@ def _prefixed(prefix: str, tree: PyTree) -> dict[str, Any]:
     return {f"{prefix}.{name}": leaf for name, leaf in arrays_by_name(tree).items()}
 
 
-def _check_described(parts: Parts, outline: tuple[PyTree, PyTree]) -> None:
+def _check_described(parts: Parts, outline: tuple[PyTree, PyTree, PyTree]) -> None:
     """Refuse, while writing, what could not be read back."""
-    own, theirs = arrays_by_name((parts.proposal, parts.bank)), arrays_by_name(outline)
+    own, theirs = arrays_by_name((parts.proposal, parts.bank, parts.validity)), arrays_by_name(outline)
     wrong = [name for name in own.keys() | theirs.keys()
              if name not in own or name not in theirs or own[name].shape != theirs[name].shape]  # fmt: skip
     if wrong:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal, draw, weigh
@@ -83,8 +83,23 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
 
     features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
+    return ForwardBank(features, _loneliness(features), excess, share, truth)
+
+
+@eqx.filter_jit
+def outlier_bank(proposal: Proposal, z: Float[Array, "num dim"], x: Sites) -> ForwardBank:
+    """Keep given joint draws (z*, standardised x*), for outliers alone: nothing is weighed."""
+    features = jax.vmap(flatten)(x)
+    affine = jax.vmap(proposal.whitening)(x)
+    truth = jax.vmap(lambda affine, z: affine.inverse(z))(affine, z.astype(jnp.float32))
+    nothing = jnp.full(features.shape[0], jnp.nan)
+    return ForwardBank(features, _loneliness(features), nothing, jnp.full_like(nothing, -jnp.inf), truth)
+
+
+def _loneliness(features: Float[Array, "num features"]) -> Float[Array, " num"]:
+    """Compute the distance of each simulation to its nearest fellows."""
 
     def lonely(i):
         return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
 
-    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess, share, truth)
+    return jax.lax.map(lonely, jnp.arange(features.shape[0]), batch_size=64)

@@ -20,13 +20,14 @@ from scoreinfer._errors import MisspecificationWarning, TrainingWarning, Unsuppo
 from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, certify
-from scoreinfer.checkpoint import Parts, read_posterior, write_posterior
+from scoreinfer.checkpoint import Parts, foreign_outputs, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
 from scoreinfer.drawing import constrain, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.exploration import ExploredBank, explore
 from scoreinfer.focus import focus
-from scoreinfer.forward import ForwardBank, forward_bank
+from scoreinfer.foreign import StoredSimulations, stored_simulations, with_outputs
+from scoreinfer.forward import ForwardBank, forward_bank, outlier_bank
 from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision, whitening_loss
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
@@ -38,10 +39,14 @@ from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.storage import digest
+from scoreinfer.store import Store
 from scoreinfer.train import Budget, TrainingHistory, train
+from scoreinfer.validity import Validity, failure_weights, learn_validity
 from scoreinfer.whitening import Whitening, identity, linear_whitening
 
 NUM_PILOT = 8192
+NUM_BANK = 512
+"""Stored simulations kept to tell outliers by."""
 POOL = 32_768
 ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
@@ -54,11 +59,14 @@ class Posterior(eqx.Module):
         proposal: the learned sampler.
         bank: simulations held against it; None: certificates do without.
         history: how it was trained.
+        validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
+            its failures are not to be undone.
     """
 
     proposal: AmortisedProposal
     bank: ForwardBank | ExploredBank | None
     history: TrainingHistory | None = None
+    validity: Validity | None = None
 
     @property
     def problem(self) -> Problem:
@@ -127,7 +135,7 @@ class Posterior(eqx.Module):
             ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
                 be described by plain data.
         """
-        write_posterior(Path(path), Parts(self.proposal, self.bank, self.history))
+        write_posterior(Path(path), Parts(self.proposal, self.bank, self.history, self.validity))
 
     def sample(
         self,
@@ -202,7 +210,10 @@ class Posterior(eqx.Module):
         # Moved draws weigh the same to the letter, not just to rounding.
         log_weight = jnp.full(drawn.num, certificate.log_evidence) if moved else drawn.log_weight
         draws = Draws(sites, drawn.values, log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
-        return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
+        if problem.has_density:
+            return draws
+        undone = None if self.validity is None else failure_weights(self.validity, draws.values)
+        return draws._replace(log_weight=undone, log_joint=None)
 
     def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
         """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
@@ -249,6 +260,9 @@ def load(
         the files hold, weights are computed from the model at hand.
     """
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
+    outputs = foreign_outputs(Path(path))
+    if outputs is not None:
+        problem = with_outputs(problem, outputs)
     return Posterior(*read_posterior(Path(path), problem, embedding))
 
 
@@ -298,6 +312,8 @@ def fit(
     sampler: AbstractSampler | None = None,
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,
+    simulations: Store | str | os.PathLike[str] | None = None,
+    invalid: str = "learn",
     checkpoint: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
@@ -323,6 +339,12 @@ def fit(
         sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
         target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
+        simulations: a store of foreign simulations (`scoreinfer.simulate`), or its folder; ``model`` is their prior.
+            The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``.
+        invalid: what to do about rows of the store that failed or are not finite. ``learn``: learn the probability
+            of success v(z) and weigh draws by 1 / v(z), right where failing has nothing to do with the data that
+            would have come out. ``drop``: learn from the others alone, biased towards where the simulator works (and
+            right where failing is part of the model). ``raise``.
         checkpoint: folder in which the training is kept every few seconds, and from which it goes on where it is
             there. A run that was killed and started again with the same arguments ends with the weights, to the last
             bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
@@ -349,12 +371,19 @@ def fit(
         "target_score": target_score,
     }  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
-    if problem.simulate is None:
+    names = ("pilot", "white", "net", "train", "score", "bank", "validity")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    stored = None if simulations is None else _stored(problem, simulations, invalid, num_simulations)
+    if stored is not None:
+        problem, num_simulations = stored.problem, len(stored.z)
+    elif problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
-    keys = dict(zip(("pilot", "white", "net", "train", "score", "bank"), jax.random.split(key, 6), strict=True))
     online = num_simulations is None
     use_gradient = problem.has_density and target_score is not False
-    pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
+    if stored is None:
+        pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
+    else:
+        pilot = Simulations(stored.z, stored.y)
     check_finite(pilot)
     scale = standardiser(pilot.x)
     pilot = _standardise(scale, pilot)
@@ -407,8 +436,40 @@ def fit(
     sampler = sampler or default_sampler(problem)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
-    bank = forward_bank(keys["bank"], proposal)
-    return Posterior(proposal, bank, TrainingHistory(white_history, score_history, budget))
+    history = TrainingHistory(white_history, score_history, budget)
+    if stored is None:
+        return Posterior(proposal, forward_bank(keys["bank"], proposal), history)
+    bank = outlier_bank(proposal, validation.z[:NUM_BANK], _rows(validation.x, slice(None, NUM_BANK)))
+    validity = None
+    if invalid == "learn" and not stored.valid.all():
+        success = jnp.asarray(stored.valid, jnp.float32)
+        validity = learn_validity(keys["validity"], stored.all_z, success, progress_bar=progress_bar)
+    return Posterior(proposal, bank, history, validity)
+
+
+def _stored(
+    prior: Problem, store: Store | str | os.PathLike[str], invalid: str, num_simulations: int | None
+) -> StoredSimulations:
+    """Read a store to learn from."""
+    if invalid not in ("learn", "drop", "raise") or num_simulations is not None:
+        raise ValueError(
+            f"With `simulations`, `invalid` must be 'learn', 'drop' or 'raise', got {invalid!r}, and `num_simulations` "
+            f"must be left to the store, got {num_simulations}."
+        )
+    stored = stored_simulations(prior, store)
+    num, num_bad = len(stored.valid), int(np.sum(~stored.valid))
+    if num_bad and invalid == "raise":
+        raise ValueError(
+            f"{num_bad} of {num} simulations failed or are not finite. Let `fit` learn where (invalid='learn'), or "
+            "leave them out (invalid='drop'), which biases the posterior towards where the simulator works."
+        )
+    if num_bad and invalid == "drop":
+        warnings.warn(
+            f"{num_bad} of {num} simulations are left out: the posterior is biased towards where the simulator works.",
+            TrainingWarning,
+            stacklevel=3,
+        )
+    return stored
 
 
 def _fingerprint(problem: Problem, start: tuple) -> dict[str, Any]:

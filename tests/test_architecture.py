@@ -17,10 +17,10 @@ RANKS = """
 _typing _errors
 _tree storage
 problem correct nets process
-draws model simulation score whitening tempering resuming
-losses sampling
+draws model simulation score whitening tempering resuming store
+losses sampling foreign
 train certificate proposal
-drawing forward
+drawing forward validity
 focus learning
 refinement
 exploration
