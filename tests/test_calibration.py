@@ -106,6 +106,7 @@ def test_posterior_that_ignores_its_data_is_found_by_the_joint_quantities(proble
     assert not result.calibrated
 
 
+@pytest.mark.slow
 def test_calibrated_posteriors_pass_at_the_stated_rate(problem):
     """At most 1 % are refused; the p-value is conservative (Bonferroni)."""
     refused = [
@@ -196,6 +197,7 @@ def test_ranks_go_to_arviz(problem):
     plots.plot_ecdf_pit(result.to_arviz(), backend="none")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("stretch", "fine"), [(1.0, True), (0.6, False)])
 def test_simuk_says_the_same(stretch, fine, monkeypatch):

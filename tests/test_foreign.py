@@ -205,7 +205,7 @@ def check_after_kills(problem, folder, log, num):
 
 def test_killed_simulation_loses_and_doubles_no_row(problem, tmp_path):
     folder, log = tmp_path / "store", tmp_path / "log"
-    run_and_kill(folder, log, 150, (0.03, 0.07))
+    run_and_kill(folder, log, 150, (0.07,))
     calls = check_after_kills(problem, folder, log, 150)
     assert 150 <= calls < 150 + 2 * 60  # only what had not been written was run again
 
@@ -284,6 +284,27 @@ def test_posterior_accounts_for_failures(problem, failing, tmp_path):
         posterior.sample(jax.random.key(1), 512, y=np.array([50.0, -50.0]))
     with pytest.raises(ValueError, match="Expected data for y by name"):
         posterior.sample(jax.random.key(1), 512, x=y)
+
+
+@pytest.mark.slow
+def test_calibration_is_the_evidence_where_there_is_no_density(problem, tmp_path):
+    """Trained on one store, tested on another; a posterior of another simulator fails the test."""
+    stores = {}
+    for name, number, simulator in (("train", 6, simulators.noisy), ("test", 7, simulators.noisy)):
+        stores[name] = si.simulate(jax.random.key(number), problem, simulator, 1500, store=tmp_path / name, **QUIET)
+    posterior = si.fit(jax.random.key(0), problem, simulations=stores["train"], **SMALL)
+    assert posterior.validity is None
+    report = si.calibrate(jax.random.key(1), posterior, stores["test"], 400, **QUIET)
+    assert report.trusted, report
+
+    def louder(parameters, seed):
+        return parameters["a"] + 1.5 * np.random.default_rng(seed).normal(size=2)
+
+    other = si.simulate(jax.random.key(8), problem, louder, 450, store=tmp_path / "other", **QUIET)
+    wrong = si.sbc(jax.random.key(1), posterior, other, 400, **QUIET)
+    assert not wrong.calibrated and any("too narrow" in row.finding for row in wrong.rows()), wrong
+    with pytest.raises(ValueError, match="50 more than"):
+        si.sbc(jax.random.key(1), posterior, other, 440, **QUIET)
 
 
 def test_invalid_rows_are_never_dropped_silently(problem, failing):

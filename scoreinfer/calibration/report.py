@@ -17,6 +17,7 @@ from scoreinfer.certificate import MAX_OUTLYING, Certificate
 from scoreinfer.draws import Draws
 from scoreinfer.problem import Problem
 from scoreinfer.storage import write_file
+from scoreinfer.store import Store
 
 SUSPICIOUS = 0.01
 """Predictive p-value below which a statistic of the data is named."""
@@ -56,7 +57,7 @@ class CalibrationReport(NamedTuple):
 def calibrate(
     key: Key,
     posterior: Any,
-    model: Callable | Problem,
+    model: Callable | Problem | Store,
     num_simulations: int,
     *args: Any,
     draws: Draws | None = None,
@@ -68,7 +69,7 @@ def calibrate(
     Args:
         key: random key.
         posterior: a fitted posterior, or a NumPyro kernel.
-        model: the model, or `Problem`.
+        model: the model, or `Problem`; or a `Store` (see `sbc`).
         num_simulations: data sets; 200 show gross faults, 1000 faults of a tenth of a standard deviation.
         *args: the model's own arguments; data may be left out.
         draws: what ``posterior.sample`` gave for the data of interest: adds predictive checks, and whether the data
@@ -87,7 +88,9 @@ def calibrate(
     if draws is None:
         return CalibrationReport(ranks.calibrated, (_of_ranks(ranks),), ranks)
     problem = posterior.problem if hasattr(posterior, "problem") else model
-    rows = tuple(predictive_check(for_data, problem, draws)) if isinstance(problem, Problem) else ()
+    rows: tuple[Discrepancy, ...] = ()
+    if isinstance(problem, Problem) and problem.simulate_observation is not None:
+        rows = tuple(predictive_check(for_data, problem, draws))
     verdict = [_of_ranks(ranks), *_of_data(draws.certificate, rows)]
     outlying = draws.certificate.distance_rank <= MAX_OUTLYING
     refused = draws.log_weight is not None and not draws.certificate.certified

@@ -22,15 +22,19 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.calibration.uniformity import Row, judge
 from scoreinfer.export import to_prior_sbc
+from scoreinfer.foreign import stored_simulations
 from scoreinfer.kernels.conditioning import chain_sampler, is_kernel
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, draw
-from scoreinfer.simulation import Standardiser, encode, simulate, standardiser
+from scoreinfer.simulation import Simulations, Standardiser, encode, simulate, standardiser
+from scoreinfer.store import Store
 
 AT_ONCE = 8192
 """Proposals drawn at once, over all data sets of a batch."""
+MIN_REFERENCES = 50
+"""Rows of a store that are kept apart for reference points."""
 ALARM = 0.01
 """Share of calibrated posteriors that the verdict refuses."""
 
@@ -112,7 +116,7 @@ class References(NamedTuple):
 def sbc(
     key: Key,
     posterior: Any,
-    model: Callable | Problem,
+    model: Callable | Problem | Store,
     num_simulations: int,
     *args: Any,
     num_draws: int = 63,
@@ -131,7 +135,8 @@ def sbc(
     Args:
         key: random key; simulation i depends on ``key`` and i alone.
         posterior: a fitted posterior, or a NumPyro kernel.
-        model: the model, or `Problem`, that truths and data come from.
+        model: the model, or `Problem`, that truths and data come from; or a `Store` of foreign simulations other than
+            those the posterior was trained on, whose valid rows are ranked among the learned draws.
         num_simulations: number of data sets.
         *args: the model's own arguments; data may be left out, and are not looked at.
         num_draws: draws that each truth is ranked among.
@@ -155,13 +160,15 @@ def sbc(
     the data); Lemos et al. 2023, arXiv 2302.03026 (TARP); Hermans et al. 2022, arXiv 2110.06581 (expected coverage).
     """
     start = time.perf_counter()
-    problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
-    if problem.simulate is None:
-        raise UnsupportedModel(
-            f"Calibration simulates truths and data, and this model has none: {problem.not_simulable}"
-        )
     for_references, for_rows = jax.random.split(key)
-    references = _references(for_references, problem, max(num_simulations, 100))
+    pairs: tuple[Array, Sites] | None = None
+    if isinstance(model, Store):
+        problem, pairs, references = _stored_pairs(posterior, model, num_simulations)
+    else:
+        problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
+        if problem.simulate is None:
+            raise UnsupportedModel(f"Calibration simulates data, and this model has none: {problem.not_simulable}")
+        references = _references(simulate(for_references, problem, max(num_simulations, 100)))
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):
             sampler = chain_sampler(posterior, problem, args, kwargs, num_warmup, num_draws, thinning)
@@ -172,7 +179,7 @@ def sbc(
             sizes = num_proposals if weighed else num_draws, num_draws, weighed
 
             def rank(rows: Int[Array, " size"]) -> Any:
-                return _rank_rows(for_rows, posterior.proposal, problem, references, sizes, rows)
+                return _rank_rows(for_rows, posterior.proposal, problem, references, sizes, pairs, rows)
 
             told, share = in_batches(rank, num_simulations, max(1, AT_ONCE // sizes[0]), bar.update)
             share = np.asarray(share) if weighed else None
@@ -180,23 +187,42 @@ def sbc(
     return SBC(sites, joint, num_draws, share, time.perf_counter() - start)
 
 
-def _references(key: Key, problem: Problem, num: int) -> References:
-    simulations = simulate(key, problem, num)
+def _references(simulations: Simulations) -> References:
     scale = standardiser(simulations.x)
     features = jax.vmap(lambda x: flatten(scale(x)))(simulations.x)
     return References(scale, features, simulations.z, simulations.z.std(axis=0) + 1e-12)
 
 
+def _stored_pairs(posterior: Any, store: Store, num: int) -> tuple[Problem, tuple[Array, Sites], References]:
+    """Take tested truths with their data, and references, from different rows of a store."""
+    if is_kernel(posterior):
+        raise ValueError("Expected a fitted posterior beside a store of simulations, got a kernel.")
+    stored = stored_simulations(posterior.problem, store)
+    if len(stored.z) < num + MIN_REFERENCES:
+        raise ValueError(
+            f"Expected {num + MIN_REFERENCES} valid rows, {MIN_REFERENCES} more than `num_simulations`, got "
+            f"{len(stored.z)}. Simulate more, or test fewer."
+        )
+    rest = jax.tree.map(lambda leaf: leaf[num:], (stored.z, stored.y))
+    return stored.problem, (stored.z, stored.y), _references(Simulations(*rest))
+
+
 @eqx.filter_jit
 def _rank_rows(
-    key: Key, proposal: Proposer, problem: Problem, references: References, sizes: tuple[int, int, bool], rows: Array
+    key: Key,
+    proposal: Proposer,
+    problem: Problem,
+    references: References,
+    sizes: tuple[int, int, bool],
+    pairs: tuple[Array, Sites] | None,
+    rows: Array,
 ) -> tuple[tuple[Sites, Sites], Float[Array, " num"]]:
-    """Simulate these data sets, draw for each, and rank its truth."""
+    """Simulate or take these data sets, draw for each, and rank its truth."""
     num_proposals, num_draws, weighed = sizes
 
     def one(row):
         for_pair, for_draws, for_pick, for_ties = jax.random.split(jax.random.fold_in(key, row), 4)
-        z, y = cast(Any, problem.simulate)(for_pair)
+        z, y = cast(Any, problem.simulate)(for_pair) if pairs is None else jax.tree.map(lambda leaf: leaf[row], pairs)
         context = proposal.context(y)
         keys = jax.random.split(for_draws, num_proposals)
         if not weighed:
