@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import jax
@@ -360,6 +362,43 @@ def test_hostile_shards_are_refused(problem, reference, tmp_path):
             assert time.process_time() - start < 1.0
             shutil.rmtree(path)
     assert refused >= 200
+
+
+def zipped(columns, headers=()):
+    """Write an npz file by hand, with other headers for some columns, and checksums that fit."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, column in columns.items():
+            member = io.BytesIO()
+            header = {"descr": column.dtype.str, "fortran_order": False, "shape": column.shape}
+            header |= dict(headers).get(name, {})
+            np.lib.format.write_array_header_1_0(member, header)
+            archive.writestr(f"{name}.npy", member.getvalue() + column.tobytes())
+    return content.getvalue()
+
+
+def test_whole_shards_that_lie_are_refused(problem, reference, tmp_path):
+    """Other numbers under the old name, and headers that declare far more than there is."""
+    si.simulate(jax.random.key(0), problem, simulators.noisy, 40, store=tmp_path, **QUIET)
+    (shard,) = tmp_path.glob("*.npz")
+    columns = dict(np.load(shard))
+    content = shard.read_bytes()
+    shard.write_bytes(zipped(columns | {"output.y": columns["output.y"] + 1.0}))
+    with pytest.raises(si.UnreadableFile, match="checksum"):
+        si.Store(tmp_path).read()
+    shard.unlink()
+    for shape in ((10**7, 1), (2**62, 2**62), (40,), (-1, 1)):
+        body = zipped(columns, {"z": {"shape": shape}})
+        forged = tmp_path / f"{hashlib.sha256(body).hexdigest()[:32]}.npz"
+        forged.write_bytes(body)
+        tracemalloc.start()
+        with pytest.raises(si.UnreadableFile):
+            si.Store(tmp_path).read()
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+        tracemalloc.stop()
+        forged.unlink()
+    shard.write_bytes(content)
+    assert same(si.Store(tmp_path).read(), reference)
 
 
 def test_duplicates_of_two_writers_count_once(problem, reference, tmp_path):
