@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,22 @@ MAX_RECORD = 16 * 2**20
 """Largest record that is read, in bytes."""
 MAX_HEADER = 2**20
 """Bytes allowed for the names and shapes of arrays, on top of the arrays themselves."""
+LEFT_BEHIND = 3600.0
+"""Seconds after which a temporary file is taken for that of a dead writer."""
 Arrays = dict[str, np.ndarray]
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, whenever the process or the machine dies."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}.tmp"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -53,10 +55,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove what killed writers of files of these names (patterns) have left."""
+    """Remove what writers of files of these names (patterns) have left that were killed an hour ago or earlier."""
     for name in names:
         for path in folder.glob(f".{name}-*.tmp"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # of a writer that is not dead after all
+                if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                    path.unlink()
 
 
 def canonical(record: Any) -> bytes:

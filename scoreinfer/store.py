@@ -87,8 +87,11 @@ class Store:
         if self.manifest.get("format") != FORMAT:
             raise UnreadableFile(self.path, f"it holds {self.manifest.get('format')!r}, expected {FORMAT!r}")
         schema = self.manifest.get("schema")
-        if schema != SCHEMA:
+        if schema != SCHEMA or isinstance(schema, bool):
             raise UnreadableFile(self.path, f"it has schema {schema!r}, this version reads {SCHEMA}")
+        numbers, latents = [self.manifest.get(name) for name in ("dim", "num")], self.manifest.get("latents")
+        if not all(type(number) is int and 0 < number < 2**40 for number in numbers) or not isinstance(latents, list):
+            raise UnreadableFile(self.path / MANIFEST, f"it does not describe simulations (dim and num are {numbers})")
 
     def read(self) -> Rows:
         """Read all rows.
@@ -98,9 +101,9 @@ class Store:
         """
         found: dict[int, Row] = {}
         for path in sorted(self.path.glob("*.npz")):
-            for row in _read_shard(path, int(self.manifest["dim"])):
+            for row in _read_shard(path, self.manifest["dim"]):
                 found.setdefault(row.number, row)  # rows are functions of key and number: two of one number are equal
-        return _gather([found[number] for number in sorted(found)], int(self.manifest["dim"]), self.path)
+        return _gather([found[number] for number in sorted(found)], self.manifest["dim"], self.path)
 
     def __str__(self) -> str:
         rows = self.read()

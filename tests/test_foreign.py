@@ -25,6 +25,7 @@ from scipy.stats import norm
 import scoreinfer as si
 import simulators
 from scoreinfer import foreign
+from scoreinfer.storage import write_record
 from scoreinfer.store import MANIFEST, Row, Rows, write_shard
 
 QUIET = {"progress_bar": False}
@@ -406,6 +407,17 @@ def test_duplicates_of_two_writers_count_once(problem, reference, tmp_path):
     outputs = {"y": reference.outputs["y"][3]}
     write_shard(tmp_path, [Row(3, reference.z[3], "ok", "", int(reference.seed[3]), 0.5, outputs)])
     assert same(store.read(), reference)
+
+
+@pytest.mark.parametrize("value", [None, -1, 2**70, "../../etc/passwd", 1.5, True, []])
+@pytest.mark.parametrize("name", ["format", "schema", "dim", "num", "latents"])
+def test_hostile_manifests_are_refused(problem, tmp_path, name, value):
+    if name == "latents" and value == []:
+        value = "a"
+    record = {"format": "scoreinfer simulations", "schema": 1, "dim": 1, "num": 4, "latents": ["a () real"]}
+    write_record(tmp_path / MANIFEST, record | {name: value})
+    with pytest.raises(si.UnreadableFile):
+        si.Store(tmp_path)
 
 
 def test_no_store_is_named(tmp_path):

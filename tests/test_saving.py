@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -395,3 +396,9 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
         storage.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+    dead, alive = tmp_path / ".file-1.tmp", tmp_path / ".file-2.tmp"
+    for left in (dead, alive):
+        left.write_bytes(b"")
+    os.utime(dead, (0, 0))
+    storage.remove_leftovers(tmp_path, "file")
+    assert not dead.exists() and alive.exists()
