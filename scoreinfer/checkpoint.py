@@ -147,10 +147,10 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
     """Name the outputs, with their shapes, that a posterior of a foreign simulator was learned for; else None."""
-    model = read_description(path).get("model")
-    if not isinstance(model, dict) or model.get("foreign") is not True:
-        return None
     try:
+        model = read_description(path)["model"]
+        if model["foreign"] is False:
+            return None
         return {
             str(site["name"]): tuple(_size(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
         }
@@ -259,7 +259,7 @@ def _describe(parts: Parts) -> dict[str, Any]:
             "width": proposal.whitening.network.first.out_features,
             "depth": len(proposal.whitening.network.blocks),
         },
-        "score": {"width": network.width, "depth": len(network.blocks), "num_octaves": network.num_octaves},
+        "score": {"width": network.width, "depth": len(network.blocks), "octaves": list(network.octaves)},
         "sampler": _describe_sampler(proposal.sampler),
         "bank": None if bank is None else bank.distance.size,
         "explored": parts.bank.log_excess.size if isinstance(parts.bank, ExploredBank) else None,
@@ -359,11 +359,13 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
         }
         for part in ("whitening", "score")
     }
-    octaves = _size(network["score"]["num_octaves"], "num_octaves", MAX_DEPTH, 0)
+    octaves = tuple(_size(number, "octaves", MAX_DEPTH, 0) for number in network["score"]["octaves"])
+    if len(octaves) not in (0, problem.dim):
+        raise TypeError(f"expected no octaves or {problem.dim}, got {len(octaves)}")
     kind = network["proposal"]
     if kind not in ("Proposal", "FocusedProposal", "RefinedProposal"):
         raise TypeError(f"unknown proposal {kind!r}")
-    has_validity = network.get("validity", False)  # absent in the first files of this schema
+    has_validity = network["validity"]
     if not isinstance(has_validity, bool):
         raise TypeError(f"expected true or false for 'validity', got {has_validity!r}")
     num, num_explored = network["bank"], network["explored"]
@@ -381,7 +383,7 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
             whitening_network(key, dim, own(x).size, **sizes["whitening"]),
         )  # fmt: skip
         rows = jax.tree.map(lambda leaf: leaf[None], x)
-        module = score_module(key, dim, own, rows, **sizes["score"], num_octaves=octaves)
+        module = score_module(key, dim, own, rows, **sizes["score"], octaves=octaves)
         first = Proposal(standardiser, whitening, identity(dim), module.embedding, module.score, sampler, problem)
         proposal: Any = first
         if kind == "FocusedProposal":

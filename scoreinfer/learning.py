@@ -18,6 +18,7 @@ from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, scor
 from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, SingleProposal, Weighted, default_sampler
+from scoreinfer.tails import Bent, fit_tails
 from scoreinfer.tempering import (
     KEPT_SHARE,
     AbstractReference,
@@ -34,8 +35,10 @@ from scoreinfer.whitening import Affine
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 1000
 EPOCH_STEPS = 250
-MAX_OCTAVES, MAX_WAVES = 5, 40
+MAX_OCTAVES, MAX_WAVES = 6, 40
 """Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
+DETAIL = 50.0
+"""Fisher information of a whitened coordinate (1 for a normal one) from which it gets sine features at all."""
 ROUNDS = 4
 """Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
 REPLACED_SHARE = 0.3
@@ -85,8 +88,8 @@ def learn(
 ) -> tuple[SingleProposal, Evidence]:
     """Learn a sampler of the posterior of one observation from its density.
 
-    Particles walk by tempering from the prior (or, where there is none to draw from, from a Gaussian of standard
-    deviation ``start_scale``) to the posterior and train an unconditional score. Then draws of that sampler,
+    Particles walk by tempering from the prior (or, where there is none to draw from, from a t distribution of scale
+    ``start_scale``) to the posterior and train an unconditional score. Then draws of that sampler,
     resampled by weight and moved, train it further, so that the modes' weights no longer rest on the explorer's.
 
     Args:
@@ -112,15 +115,15 @@ def learn(
     reference = start(problem, start_scale)
     target = jax.tree_util.Partial(problem.log_joint, y=y)
     particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
-    places, affine = particles.values, _whitening(particles.values)
+    places, whitening = particles.values, _whitening(particles)
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
-    octaves = min(MAX_OCTAVES, MAX_WAVES // problem.dim)
-    module = score_module(for_net, problem.dim, Concatenate(), example, num_octaves=octaves)
-    pools = Pools(reference, target, particles, affine, nothing, effort.num_moves)
+    pools = Pools(reference, target, particles, whitening, nothing, effort.num_moves)
+    octaves = choose_octaves(pools.batch(particles))
+    module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
-        return SingleProposal(affine, module.score, default_sampler(problem), problem)
+        return SingleProposal(whitening, module.score, default_sampler(problem), problem)
 
     best, _, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
     num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
@@ -134,7 +137,7 @@ class Pools(eqx.Module):
         reference: see `scoreinfer.tempering.advance`.
         target: log density of the posterior.
         particles: draws from about the posterior.
-        affine: the whitening map.
+        whitening: the whitening map.
         x: the standardised observation, as the score is told of it.
         num_moves: Langevin steps of each particle before every epoch.
     """
@@ -142,17 +145,21 @@ class Pools(eqx.Module):
     reference: AbstractReference
     target: LogDensity
     particles: Particles
-    affine: Affine
+    whitening: Affine | Bent
     x: Sites
     num_moves: int = eqx.field(static=True)
 
     @eqx.filter_jit
     def __call__(self, key: Key) -> ScoreBatch:
-        """Move the particles and bring them to the whitened space."""
-        moved = advance(key, self.reference, self.target, self.particles, self.num_moves)
-        u = jax.vmap(self.affine.inverse)(moved.values.astype(jnp.float32))
+        """Move the particles, and bring them to the whitened space."""
+        return self.batch(advance(key, self.reference, self.target, self.particles, self.num_moves))
+
+    def batch(self, particles: Particles) -> ScoreBatch:
+        """Bring particles to the whitened space."""
+        u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
+        gradient = jax.vmap(self.whitening.pull)(u, particles.gradient.astype(jnp.float32))
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
-        return ScoreBatch(u, x, (moved.gradient @ self.affine.factor).astype(jnp.float32))
+        return ScoreBatch(u, x, gradient)
 
 
 def teach(
@@ -208,7 +215,7 @@ def teach(
 
 
 def start(problem: Problem, scale: float) -> AbstractReference:
-    """Choose where particles start: the prior, or where none can be drawn from a Gaussian of this scale around zero."""
+    """Choose where particles start: the prior, or where there is none to draw from a t distribution around zero."""
     ones = jnp.ones(problem.dim, jnp.result_type(float))
     return Overdispersed(0 * ones, scale * ones) if problem.simulate is None else Prior(problem)
 
@@ -232,9 +239,9 @@ def explore(
             particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
             bar.update(float(particles.power - before))
             if not jnp.isfinite(particles.log_evidence):
+                where = "the prior" if isinstance(reference, Prior) else "a t distribution of `start_scale` around zero"
                 raise FloatingPointError(
-                    "The density is finite at none of the explorer's particles, which start from "
-                    f"{'the prior' if isinstance(reference, Prior) else 'a Gaussian of `start_scale` around zero'}."
+                    f"The density is finite at none of the explorer's particles, which start from {where}."
                 )
             if particles.power == 1.0:
                 return particles, passes
@@ -244,11 +251,24 @@ def explore(
     )
 
 
+def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
+    """Choose how many octaves of sine features each input of the score gets: down to the width of its details.
+
+    Where the density's details are a share s of its whole, the mean square of its score is about 1 / s^2.
+    """
+    information = np.asarray((batch.gradient**2).mean(0), np.float64)
+    wanted = np.where(information > DETAIL, np.rint(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
+    most = next(most for most in range(MAX_OCTAVES, -1, -1) if np.minimum(wanted, most).sum() <= MAX_WAVES)
+    return tuple(np.minimum(wanted, most).tolist())
+
+
 @eqx.filter_jit
-def _whitening(values: Float[Array, "num dim"]) -> Affine:
-    covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
+def _whitening(particles: Particles) -> Bent:
+    tails = fit_tails(particles.values, particles.gradient)
+    w = tails.inverse(particles.values)
+    covariance = jnp.atleast_2d(jnp.cov(w, rowvar=False))
     factor = jnp.linalg.cholesky(covariance + 1e-6 * jnp.diag(covariance.diagonal()))
-    return Affine(values.mean(0).astype(jnp.float32), factor.astype(jnp.float32))
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), Bent(Affine(w.mean(0), factor), tails))
 
 
 def replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:

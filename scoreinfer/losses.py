@@ -42,11 +42,18 @@ class ConditionalScore(NamedTuple):
 
 
 def score_module(
-    key: Key, dim: int, embedding: Embedding, x: Sites, *, width: int = 96, depth: int = 3, num_octaves: int = 0
+    key: Key,
+    dim: int,
+    embedding: Embedding,
+    x: Sites,
+    *,
+    width: int = 96,
+    depth: int = 3,
+    octaves: tuple[int, ...] = (),
 ) -> ConditionalScore:
     """Make an untrained score for contexts of these standardised observations (draw axis first)."""
     context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
-    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, num_octaves=num_octaves)
+    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, octaves=octaves)
     return ConditionalScore(embedding, NeuralScore(network))
 
 
@@ -70,7 +77,7 @@ def whitening_loss(module: Whitening, batch: Simulations, key: Key) -> Float[Arr
     u = jax.vmap(lambda affine, z: affine.inverse(z))(maps, batch.z)
     # Heavy tails: beyond six standard deviations the penalty grows linearly.
     squares = jnp.where(jnp.abs(u) < 6.0, 0.5 * u**2, 6.0 * jnp.abs(u) - 18.0)
-    return (squares.sum(1) + jax.vmap(lambda affine: affine.log_det())(maps)).mean()
+    return (squares.sum(1) + jax.vmap(lambda affine, u: affine.log_det(u))(maps, u)).mean()
 
 
 def target_mix(level: Float[Array, "..."], precision: Float[Array, " dim"]) -> Float[Array, "... dim"]:

@@ -12,6 +12,7 @@ from scoreinfer.problem import Problem
 from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
 from scoreinfer.simulation import Standardiser, encode
+from scoreinfer.tails import Bent
 from scoreinfer.whitening import Affine, Whitening
 
 
@@ -59,11 +60,11 @@ class Proposal(eqx.Module):
 
     def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
-        return _propose(key, self, context)
+        return _propose(key, self, *context)
 
     def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
-        return _log_q(key, self, context, z)
+        return _log_q(key, self, *context, z)
 
 
 def _upcast(x):
@@ -71,38 +72,37 @@ def _upcast(x):
 
 
 class SingleProposal(eqx.Module):
-    """The learned sampler of one posterior: an affine map, an unconditional score, a sampler.
+    """The learned sampler of one posterior: a whitening map, an unconditional score, a sampler.
 
     Exactness: as for `Proposal`.
     """
 
-    affine: Affine
+    whitening: Bent
     score: NeuralScore
     sampler: AbstractSampler
     problem: Problem = eqx.field(static=True)
 
-    def context(self, y: Sites) -> Context:
-        """Return what does not depend on the observation: only its own is worth asking about."""
-        return Context(self.affine, jnp.zeros(0, jnp.float32))
+    def context(self, y: Sites) -> None:
+        """Return nothing: only its own observation is worth asking about."""
 
-    def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    def propose(self, key: Key, context: None) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
-        return _propose(key, self, context)
+        return _propose(key, self, self.whitening, jnp.zeros(0, jnp.float32))
 
-    def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
+    def log_q(self, key: Key, context: None, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z."""
-        return _log_q(key, self, context, z)
+        return _log_q(key, self, self.whitening, jnp.zeros(0, jnp.float32), z)
 
 
-def _propose(key, proposal, context):
-    u, log_q = proposal.sampler.sample(key, proposal.score, proposal.problem.dim, context.features)
-    return _upcast(context.affine.forward(u)), _upcast(log_q - context.affine.log_det())
+def _propose(key, proposal, whitening, features):
+    u, log_q = proposal.sampler.sample(key, proposal.score, proposal.problem.dim, features)
+    return _upcast(whitening.forward(u)), _upcast(log_q - whitening.log_det(u))
 
 
-def _log_q(key, proposal, context, z):
-    u = context.affine.inverse(z.astype(jnp.float32))
-    log_q = proposal.sampler.log_q(key, proposal.score, u, context.features)
-    return _upcast(log_q - context.affine.log_det())
+def _log_q(key, proposal, whitening, features, z):
+    u = whitening.inverse(z.astype(jnp.float32))
+    log_q = proposal.sampler.log_q(key, proposal.score, u, features)
+    return _upcast(log_q - whitening.log_det(u))
 
 
 @runtime_checkable

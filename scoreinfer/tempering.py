@@ -1,7 +1,8 @@
 """Tempered sequential Monte Carlo: walk a population of particles from a reference density to a target.
 
 Temperatures are chosen so that each step keeps a fixed share of the effective sample size; between them the particles
-are moved by Langevin steps whose preconditioner is the population's own covariance and whose size adapts.
+are moved by Langevin steps whose preconditioner is the population's own covariance, seen through a map that draws heavy
+tails in, and whose size adapts.
 """
 
 import abc
@@ -11,11 +12,13 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
 from scoreinfer.problem import Problem
+from scoreinfer.tails import fit_tails
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 KEPT_SHARE = 0.7
@@ -51,18 +54,29 @@ class Prior(AbstractReference):
 
 
 class Overdispersed(AbstractReference):
-    """A wide Gaussian, where there is no prior to draw from or another start is wanted."""
+    """A wide multivariate t, where there is no prior to draw from or another start is wanted.
+
+    Its tails are heavy, so that those of the target may be heavy too: particles from a Gaussian would have to walk
+    out to them.
+    """
 
     centre: Float[Array, " dim"]
     scale: Float[Array, " dim"]
+    degrees: float = eqx.field(static=True, default=3.0)
 
     def sample(self, key):
-        """Draw from the Gaussian."""
-        return self.centre + self.scale * jax.random.normal(key, self.scale.shape, self.scale.dtype)
+        """Draw from the t distribution."""
+        for_radius, for_direction = jax.random.split(key)
+        chi_squared = 2 * jax.random.gamma(for_radius, self.degrees / 2, (), self.scale.dtype)
+        normal = jax.random.normal(for_direction, self.scale.shape, self.scale.dtype)
+        return self.centre + self.scale * normal * jnp.sqrt(self.degrees / chi_squared)
 
     def log_density(self, z):
         """Compute its log density."""
-        return jax.scipy.stats.norm.logpdf(z, self.centre, self.scale).sum()
+        dim, degrees = self.scale.size, self.degrees
+        square = (((z - self.centre) / self.scale) ** 2).sum()
+        constant = gammaln((degrees + dim) / 2) - gammaln(degrees / 2) - 0.5 * dim * jnp.log(degrees * jnp.pi)
+        return constant - jnp.log(self.scale).sum() - 0.5 * (degrees + dim) * jnp.log1p(square / degrees)
 
 
 class Particles(NamedTuple):
@@ -136,22 +150,31 @@ def advance(
     power = next_power(particles.power, log_ratio, kept_share)
     log_weight = jnp.where(power > particles.power, (power - particles.power) * log_ratio, jnp.zeros(num))
     rows = resample(for_rows, log_weight)
-    states = (particles.values[rows], *mix(power, jax.tree.map(lambda leaf: leaf[rows], ends)))
-    factor = spread(states[0])
+    values = particles.values[rows]
+    value, gradient = mix(power, jax.tree.map(lambda leaf: leaf[rows], ends))
+    tails = fit_tails(values, gradient)
+    w = tails.inverse(values)
+    states = (w, value + tails.log_det(w), tails.pull(w, gradient))
+    factor = spread(w)
     step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, 0))
+
+    def value_and_grad(w):
+        value, gradient = mix(power, both(tails.forward(w)))
+        return value + tails.log_det(w), tails.pull(w, gradient)
 
     def move(carry, key):
         states, log_step = carry
         for_size, for_step = jax.random.split(key)
         size = jnp.exp(log_step - jnp.log(JITTER) * jax.random.uniform(for_size, (num,), log_step.dtype))
         keys = jax.random.split(for_step, num)
-        states, accept = step(keys, lambda z: mix(power, both(z)), states, factor, size)
+        states, accept = step(keys, value_and_grad, states, factor, size)
         return (states, log_step + 0.5 * (accept.mean() - TARGET_ACCEPT_PROB)), accept.mean()
 
     keys = jax.random.split(for_moves, num_moves)
-    ((values, _, gradient), log_step), accept = jax.lax.scan(move, (states, particles.log_step), keys)
+    ((w, _, gradient), log_step), accept = jax.lax.scan(move, (states, particles.log_step), keys)
+    gradient = tails.push(w, gradient)
     increment = jax.nn.logsumexp(log_weight) - jnp.log(num)
-    return Particles(values, gradient, power, log_step, particles.log_evidence + increment, accept.mean())
+    return Particles(tails.forward(w), gradient, power, log_step, particles.log_evidence + increment, accept.mean())
 
 
 def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"], kept_share: float) -> Float[Array, ""]:

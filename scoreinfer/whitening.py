@@ -32,9 +32,13 @@ class Affine(eqx.Module):
         """Compute u from z."""
         return jax.scipy.linalg.solve_triangular(self.factor, z - self.mean, lower=True)
 
-    def log_det(self) -> Float[Array, ""]:
-        """Compute log |det factor|."""
+    def log_det(self, u: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute log |det factor|, the same at every u."""
         return jnp.log(jnp.abs(jnp.diagonal(self.factor))).sum()
+
+    def pull(self, u: Float[Array, " dim"], gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """Compute the gradient of the log density of u from that of z."""
+        return gradient @ self.factor
 
     def after(self, first: "Affine") -> "Affine":
         """Compose two maps: ``first``, then this one."""

@@ -17,7 +17,9 @@ RANKS = """
 _typing _errors
 _tree storage
 problem correct nets process
-draws model simulation score whitening tempering resuming store
+draws model simulation score whitening resuming store
+tails
+tempering
 losses sampling foreign
 train certificate proposal
 drawing forward validity

@@ -39,7 +39,7 @@ def test_networks_start_at_zero_and_in_float32():
 
 def test_waves_fade_by_what_noise_leaves_of_them():
     """The mean of cos(w c_in s e) over noise e is the factor by which the wave is faded."""
-    net = ConditionalMLP(jax.random.key(0), 1, 0, 1, width=8, depth=1, num_octaves=3)
+    net = ConditionalMLP(jax.random.key(0), 1, 0, 1, width=8, depth=1, octaves=(3,))
     level = 0.4
     noise = level / np.sqrt(1 + level**2) * np.random.default_rng(0).normal(size=100_000)
     waves = net._faded_waves(jnp.zeros(1), jnp.log(jnp.float32(level)))

@@ -201,9 +201,10 @@ def test_resampled_sites_keep_their_rows_together(mixture):
     assert disagreement(oracle.truth(oracle.data), oracle.flat(resampled), ess=500) < 5
 
 
-def test_missed_mode_is_refused(mixture, monkeypatch):
-    """A proposal trained on half the simulator: perfect weights on its half, and no certificate."""
-    oracle, posterior = mixture
+@pytest.fixture(scope="module")
+def half_blind(mixture):
+    """A proposal trained on half the simulator: perfect weights on its half."""
+    _, posterior = mixture
     problem = posterior.problem
 
     def half(key):
@@ -214,15 +215,24 @@ def test_missed_mode_is_refused(mixture, monkeypatch):
 
     broken = si.fit(jax.random.key(0), dataclasses.replace(problem, simulate=half), **SMALL, target_score=False)
     proposal = dataclasses.replace(broken.proposal, problem=problem)
-    broken = dataclasses.replace(broken, proposal=proposal, bank=forward_bank(jax.random.key(2), proposal))
-    draws = broken.sample(jax.random.key(1), 4000, **oracle.data)
+    return dataclasses.replace(broken, proposal=proposal, bank=forward_bank(jax.random.key(2), proposal))
+
+
+def test_missed_mode_is_refused(mixture, half_blind):
+    oracle, _ = mixture
+    draws = half_blind.sample(jax.random.key(1), 4000, **oracle.data)
     assert not draws.certificate.certified
     assert draws.certificate.missed > 0.05, draws.certificate
+
+
+@pytest.mark.slow
+def test_missed_mode_is_refused_after_further_training(mixture, half_blind, monkeypatch):
+    oracle, _ = mixture
     monkeypatch.setattr(refinement, "NUM_PARTICLES", 1024)
     monkeypatch.setattr(refinement, "NUM_MOVES", 5)
     monkeypatch.setattr(scoreinfer.posterior, "ENOUGH", 2.0)  # trained further whatever its share, and kept
     monkeypatch.setattr(scoreinfer.posterior, "refine", lambda *a, **k: (refinement.refine(*a, **k)[0], 2.0))
-    focused = broken.focus(jax.random.key(3), num_steps=400, **oracle.data)
+    focused = half_blind.focus(jax.random.key(3), num_steps=400, **oracle.data)
     assert isinstance(focused.proposal, refinement.RefinedProposal)
     draws = focused.sample(jax.random.key(1), 4000, **oracle.data)
     # Its particles may have found the way to the other mode: then it is right.

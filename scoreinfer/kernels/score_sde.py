@@ -93,8 +93,8 @@ class ScoreSDE(MCMCKernel):
         num_local_steps: MALA steps after each global move; None: none with a ``posterior``, else five.
         step_size: first step size of MALA, in units of the proposals' spread.
         bank_size: proposals drawn at a time, a multiple of ``num_proposals``.
-        start_scale: standard deviation, in the unconstrained space, of the Gaussian from which the explorer starts
-            where it cannot draw from the prior (bare densities, improper priors, factors). Make it cover all modes.
+        start_scale: scale, in the unconstrained space, of the t distribution from which the explorer starts where
+             it cannot draw from the prior (bare densities, improper priors, factors). Make it cover all modes.
         key: random key of the learning; None: that of the first chain.
         progress_bar: show the progress of the learning on a terminal.
 

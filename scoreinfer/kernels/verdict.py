@@ -29,8 +29,8 @@ MAX_R_HAT = 1.05
 MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
 """How far an explorer's log evidence may lie above that of the proposals, which then miss mass, and how far below: an
 explorer that finds less than the proposals says nothing against them, but one that loses most is no witness."""
-CROSS_CHECK = Effort(kept_share=0.95)
-"""The wider explorers': where they start large steps of temperature would make evidence noisy."""
+CROSS_CHECK = Effort(num_moves=100, kept_share=0.8)
+"""The wider explorers': they have further to walk, and large steps of temperature would make their evidence noisy."""
 NUM_PLACES = 512
 """Particles of each explorer that are held against the proposals."""
 WIDER, WIDEST = 10.0, 100.0
@@ -79,7 +79,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     """Judge the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
 
     A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer
-    starts from a Gaussian ten times wider than the first one's particles and their start, and proposals and
+    starts ten times wider than the first one's particles and their start, and proposals and
     explorers must agree both ways: hardly any explorer's particles where the proposals never draw, and about the same
     log evidence. A third one starts a hundred times wider, and where it finds densities as high, the proposals must
     draw too; modes beyond that reach, or too narrow for all three, go unseen.
@@ -147,7 +147,7 @@ def _independent(
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
 
     def explore_from(key: Key, times: float) -> Particles:
-        reference = Overdispersed(seen.mean(0), times * seen.std(0))
+        reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
         return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
 
     parts, evidences = [first[:NUM_PLACES]], [fit.evidence.log_evidence]

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key
@@ -49,9 +50,9 @@ class ConditionalMLP(eqx.Module):
     The modulation depends on level and context alone, so drawing many samples for one observation computes it
     once, not once per draw.
 
-    With ``num_octaves`` the network also sees sines and cosines of w x, w = 2, 4, 8, ..., for densities with details
-    far narrower than their whole. Each is faded by what is left of it under the noise: E cos(w e) for noise e of
-    variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
+    With ``octaves``, a number for every input, it also sees sines and cosines of w x_i, w = 2, 4, ..., 2^octaves_i, for
+    densities with details far narrower than their whole. Each is faded by what is left of it under the noise:
+    E cos(w e) for noise e of variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
 
     References: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaptive layer norm, zero initialised); Barron et
     al. 2021, arXiv 2103.13415, equation 14 (faded features).
@@ -66,7 +67,7 @@ class ConditionalMLP(eqx.Module):
     blocks: tuple[tuple[eqx.nn.Linear, eqx.nn.Linear], ...]
     last: eqx.nn.Linear
     width: int = eqx.field(static=True)
-    num_octaves: int = eqx.field(static=True)
+    octaves: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class ConditionalMLP(eqx.Module):
         *,
         width: int = 128,
         depth: int = 4,
-        num_octaves: int = 0,
+        octaves: tuple[int, ...] = (),
     ):
         *keys, for_waves = jax.random.split(key, 2 * depth + 6)
         half = 16
@@ -85,9 +86,9 @@ class ConditionalMLP(eqx.Module):
         self.frequencies = jnp.exp(jnp.linspace(-1.5, 1.5, half)).astype(jnp.float32)
         self.condition = linear(keys[0], 2 * half + num_context, width)
         self.mix = linear(keys[1], width, width, 1.4)
-        self.num_octaves = num_octaves
+        self.octaves = octaves
         self.first = linear(keys[2], num_in, width)
-        self.waves = linear(for_waves, 2 * num_octaves * num_in, width, 0.3) if num_octaves else None
+        self.waves = linear(for_waves, 2 * sum(octaves), width, 0.3) if sum(octaves) else None
         self.modulations = linear(keys[3], width, 2 * depth * width, 0.1)
         self.blocks = tuple(
             (linear(keys[2 * i + 4], width, width, 1.4), linear(keys[2 * i + 5], width, width, 0.5))
@@ -112,7 +113,8 @@ class ConditionalMLP(eqx.Module):
 
     def _faded_waves(self, x: Float[Array, " num_in"], log_level: Float[Array, ""]) -> Float[Array, " waves"]:
         """Compute sines and cosines of ``x``, faded as the noise level says."""
-        octaves = 2.0 ** jnp.arange(1, self.num_octaves + 1, dtype=jnp.float32)
-        fade = jnp.repeat(jnp.exp(-0.5 * octaves**2 * jax.nn.sigmoid(2 * log_level)), x.size)
-        phase = (octaves[:, None] * x).ravel()
+        which = np.repeat(np.arange(len(self.octaves)), self.octaves)
+        frequency = np.concatenate([2.0 ** np.arange(1, num + 1, dtype=np.float32) for num in self.octaves])
+        fade = jnp.exp(-0.5 * frequency**2 * jax.nn.sigmoid(2 * log_level))
+        phase = frequency * x[which]
         return jnp.concatenate([fade * jnp.sin(phase), fade * jnp.cos(phase)])

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import oracles
+from scoreinfer.tails import Bent, Tails, fit_tails
+from scoreinfer.tempering import Overdispersed, Particles, advance
+from scoreinfer.whitening import Affine
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def funnel():
+    """Draws of a funnel, and the gradients of its log density."""
+    target = oracles.funnel(4)
+    values = jnp.asarray(target.sample(np.random.default_rng(0), 8192), jnp.float32)
+    return target, values, -jax.vmap(jax.grad(target.potential))(values)
+
+
+def test_map_is_a_change_of_variables():
+    factor = jnp.array([[1.3, 0.0, 0.0], [0.4, 0.6, 0.0], [-0.2, 0.1, 0.8]])
+    bent = Bent(
+        Affine(jnp.array([0.1, -0.3, 0.2]), factor), Tails(jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 2.0, 0.5]))
+    )
+    u, g = jnp.array([0.5, -1.2, 2.0]), jnp.array([0.3, -0.7, 1.1])
+    jacobian = jax.jacfwd(bent.forward)(u)
+    assert np.allclose(bent.inverse(bent.forward(u)), u, rtol=1e-4)
+    assert np.allclose(bent.log_det(u), jnp.linalg.slogdet(jacobian)[1], rtol=1e-5)
+    assert np.allclose(bent.pull(u, g), g @ jacobian + jax.grad(bent.log_det)(u), rtol=1e-4)
+    assert np.allclose(bent.tails.push(u, bent.tails.pull(u, g)), g, rtol=1e-5)
+
+
+def test_funnel_is_bent_and_modes_are_not(funnel):
+    _, values, gradient = funnel
+    tails = fit_tails(values, gradient)
+    assert (np.asarray(tails.bend) > 0).tolist() == [False, True, True, True]
+    w = tails.inverse(values)
+    before, after = (
+        np.asarray(v.var(0) * (g**2).mean(0)) for v, g in ((values, gradient), (w, tails.pull(w, gradient)))
+    )
+    assert (after[1:] < 0.02 * before[1:]).all()
+    two_modes = oracles.gaussian_mixture_density("two", np.array([[-1.0, 0.0], [30.0, 5.0]]), 0.3, 30.0)
+    values = jnp.asarray(two_modes.sample(np.random.default_rng(0), 2000), jnp.float32)
+    assert (np.asarray(fit_tails(values, -jax.vmap(jax.grad(two_modes.potential))(values)).bend) == 0).all()
+
+
+def test_moves_leave_a_funnel_where_it_is(funnel):
+    target, values, gradient = funnel
+    zero = jnp.float32(0.0)
+    particles = Particles(values, gradient, zero + 1, zero, zero, zero)
+    log_density = jax.tree_util.Partial(lambda z: -target.potential(z))
+    reference = Overdispersed(jnp.zeros(4), jnp.ones(4))
+    for key in jax.random.split(KEY, 3):
+        particles = advance(key, reference, log_density, particles, 20)
+    assert np.allclose(
+        particles.gradient, -jax.vmap(jax.grad(target.potential))(particles.values), rtol=1e-2, atol=1e-2
+    )
+    # All starts are independent and exact, so all ends are.
+    v, unit = np.asarray(particles.values[:, 0]), np.asarray(particles.values[:, 1:])
+    assert np.abs(v - values[:, 0]).mean() > 0.5  # they have moved
+    bound = 5 / np.sqrt(len(v))
+    assert abs(v.mean()) < 3 * bound
+    assert abs(v.std() / 3 - 1) < bound / np.sqrt(2)
+    unit = unit * np.exp(-v[:, None] / 2)
+    assert np.abs(unit.mean(0)).max() < bound
+    assert np.abs(unit.std(0) - 1).max() < bound / np.sqrt(2)
+
+
+def test_overdispersed_is_a_multivariate_t():
+    reference = Overdispersed(jnp.array([1.0, -2.0]), jnp.array([2.0, 0.5]))
+    z = np.array([[0.0, 0.0], [30.0, -2.5]])
+    known = stats.multivariate_t.logpdf(z, [1.0, -2.0], np.diag([4.0, 0.25]), 3.0)
+    assert np.allclose(jax.vmap(reference.log_density)(jnp.asarray(z, jnp.float32)), known, rtol=1e-4)
+    draws = np.asarray(jax.vmap(reference.sample)(jax.random.split(KEY, 4000)), np.float64)
+    marginals = (draws - [1.0, -2.0]) / [2.0, 0.5]
+    assert min(stats.kstest(column, stats.t(3).cdf).pvalue for column in marginals.T) > 1e-4
