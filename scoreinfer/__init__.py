@@ -2,17 +2,20 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer._errors import TrainingWarning, UnsupportedModel
+from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnreadableFile, UnsupportedModel
+from scoreinfer.calibration import SBC, CalibrationReport, calibrate, predictive_check, sbc
 from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
+from scoreinfer.foreign import simulate
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
-from scoreinfer.posterior import Posterior, fit
+from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
+from scoreinfer.store import Store
 
 try:
     __version__ = version("scoreinfer")
@@ -21,26 +24,36 @@ except PackageNotFoundError:  # running from a source tree that is not installed
 
 __all__ = [
     "MALA",
+    "SBC",
     "ULA",
     "AnnealedLangevin",
+    "CalibrationReport",
     "Certificate",
     "ChainCertificate",
     "Comparison",
     "DeepSet",
     "Draws",
+    "MisspecificationWarning",
     "Posterior",
     "ProbabilityFlow",
     "Problem",
     "ReverseSDE",
     "ScoreSDE",
     "Series",
+    "Store",
     "TrainingWarning",
     "UnderdampedLangevin",
+    "UnreadableFile",
     "UnsupportedModel",
+    "calibrate",
     "certify",
     "check",
     "compare",
     "fit",
     "from_numpyro",
+    "load",
+    "predictive_check",
+    "sbc",
+    "simulate",
     "to_arviz",
 ]

@@ -1,5 +1,6 @@
 """Errors and warnings a caller may want to catch."""
 
+import os
 from typing import NamedTuple
 
 
@@ -35,3 +36,22 @@ class UnsupportedModel(ValueError):
 
 class TrainingWarning(UserWarning):
     """Training ended early or on a budget that is likely too small."""
+
+
+class MisspecificationWarning(UserWarning):
+    """An observation unlike the model's simulations: the model may be wrong, and what was learned does not reach it."""
+
+
+class UnreadableFile(ValueError):
+    """A file that is missing, damaged, changed, newer than this version, or not one of ours.
+
+    Args:
+        path: the file or folder.
+        reason: what is wrong with it.
+        way_out: what to do instead.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], reason: str, way_out: str = "Take another copy, or make it again"
+    ) -> None:
+        super().__init__(f"`{os.fspath(path)}` cannot be read: {reason}. {way_out}.")

@@ -1,7 +1,7 @@
 """Flat vectors and site dictionaries; batches; which inputs of a function an output can depend on."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,30 @@ def in_batches(
 def is_array(leaf: Any) -> bool:
     """Say whether a leaf is a NumPy or JAX array (or a tracer of one)."""
     return isinstance(leaf, np.ndarray | np.generic | jax.Array)
+
+
+def arrays_by_name(tree: PyTree) -> dict[str, Any]:
+    """Name the arrays of a pytree, or their shapes, by where they are.
+
+    >>> list(arrays_by_name({"a": (np.zeros(2), "text", np.ones(3))}))
+    ['a.0', 'a.2']
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): leaf for path, leaf in paths if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)}
+
+
+def put_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+    """Put named arrays in the places of a pytree's arrays (or of their shapes)."""
+
+    def put(path: Any, leaf: Any) -> Any:
+        named = is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.asarray(arrays[_name(path)]) if named else leaf
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def is_traced(tree: Any) -> bool:

@@ -11,6 +11,8 @@ MAX_K_HAT = 0.7
 MIN_ESS = 400.0
 MIN_SHARE = 0.1
 MAX_MISSED = 0.05
+MAX_OUTLYING = 0.01
+"""Distance rank up to which an observation counts as an outlier: the share of the model's own data that do."""
 UNSEEN = 60.0
 """A region of 5 % of the posterior whose weight exceeds num / 60 expects fewer than three of num draws."""
 
@@ -90,7 +92,8 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, check: Forward
     """
     if log_weight is None:
         reason = "uncertified: no density. The simulator is stochastic; use calibration as evidence."
-        return Certificate(False, reason, 0, np.nan, np.nan, np.nan, np.nan)
+        rank = np.nan if check is None else float(check.distance_rank)
+        return Certificate(False, reason, 0, np.nan, np.nan, np.nan, np.nan, distance_rank=rank)
     log_weight = np.asarray(log_weight, np.float64)
     num, ess = log_weight.size, effective_sample_size(log_weight)
     _, k_hat = pareto_smooth(log_weight)

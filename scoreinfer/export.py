@@ -156,6 +156,16 @@ def to_arviz(
     return data
 
 
+def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
+    """Present ranks of simulation-based calibration, simulations first, as the group ``prior_sbc`` of either ArviZ."""
+    import arviz as az
+
+    group = {name: np.asarray(values)[None] for name, values in ranks.items()}
+    if int(az.__version__.split(".")[0]) >= 1:
+        return az.from_dict({"prior_sbc": group})
+    return az.InferenceData(prior_sbc=az.dict_to_dataset(group), warn_on_custom_groups=False)
+
+
 def _why_key(resample: bool, predictive: bool, prior: int) -> str:
     """Name the arguments for which a key is needed; empty where none is."""
     reasons = {"resample=True": resample, "predictive=True": predictive, f"prior={prior}": prior}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal, draw, weigh
@@ -23,8 +23,8 @@ class ForwardBank(NamedTuple):
     Args:
         features: standardised, flattened observations.
         distance: distance of each to its nearest fellows.
-        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
-        log_share: log(effective sample size / number) of the proposals there.
+        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from; NaN without a density.
+        log_share: log(effective sample size / number) of the proposals there; minus infinity without a density.
         truth: the truth z* in the whitened space of its own observation.
     """
 
@@ -69,6 +69,9 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         for_pair, for_truth, for_draws = jax.random.split(key, 3)
         z, y = simulate(for_pair)
         context = proposal.context(y)
+        truth = context.affine.inverse(z.astype(jnp.float32))
+        if not proposal.problem.has_density:
+            return flatten(proposal.features(y)), jnp.nan, -jnp.inf, truth
         log_w = weigh(for_truth, proposal, context, y, z).log_weight
         keys = jax.random.split(for_draws, num_proposals)
         log_ws = jax.vmap(lambda key: draw(key, proposal, context, y))(keys).log_weight
@@ -77,12 +80,26 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         log_mean, log_share = (
             part - jnp.log(num_proposals) for part in (total, 2 * total - jax.nn.logsumexp(2 * log_ws))
         )
-        truth = context.affine.inverse(z.astype(jnp.float32))
         return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
 
     features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
+    return ForwardBank(features, _loneliness(features), excess, share, truth)
+
+
+@eqx.filter_jit
+def outlier_bank(proposal: Proposal, z: Float[Array, "num dim"], x: Sites) -> ForwardBank:
+    """Keep given joint draws (z*, standardised x*), for outliers alone: nothing is weighed."""
+    features = jax.vmap(flatten)(x)
+    affine = jax.vmap(proposal.whitening)(x)
+    truth = jax.vmap(lambda affine, z: affine.inverse(z))(affine, z.astype(jnp.float32))
+    nothing = jnp.full(features.shape[0], jnp.nan)
+    return ForwardBank(features, _loneliness(features), nothing, jnp.full_like(nothing, -jnp.inf), truth)
+
+
+def _loneliness(features: Float[Array, "num features"]) -> Float[Array, " num"]:
+    """Compute the distance of each simulation to its nearest fellows."""
 
     def lonely(i):
         return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
 
-    return ForwardBank(features, jax.lax.map(lonely, jnp.arange(num), batch_size=64), excess, share, truth)
+    return jax.lax.map(lonely, jnp.arange(features.shape[0]), batch_size=64)

@@ -1,10 +1,12 @@
 """The amortised posterior: ``fit`` a score SDE on a model's own simulations, then draw, weigh and certify."""
 
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,16 +16,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import TrainingWarning, UnsupportedModel
-from scoreinfer._tree import in_batches
+from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
+from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, Certificate, certify
+from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, certify
+from scoreinfer.checkpoint import Parts, foreign_outputs, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
 from scoreinfer.drawing import constrain, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.exploration import ExploredBank, explore
 from scoreinfer.focus import focus
-from scoreinfer.forward import ForwardBank, forward_bank
+from scoreinfer.foreign import StoredSimulations, stored_simulations, with_outputs
+from scoreinfer.forward import ForwardBank, forward_bank, outlier_bank
 from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision, whitening_loss
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
@@ -31,27 +35,21 @@ from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
+from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
-from scoreinfer.train import Budget, History, train
+from scoreinfer.storage import digest
+from scoreinfer.store import Store
+from scoreinfer.train import Budget, TrainingHistory, train
+from scoreinfer.validity import Validity, failure_weights, learn_validity
 from scoreinfer.whitening import Whitening, identity, linear_whitening
 
 NUM_PILOT = 8192
+NUM_BANK = 512
+"""Stored simulations kept to tell outliers by."""
 POOL = 32_768
 ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
-
-
-class TrainingHistory(NamedTuple):
-    """The two training runs behind a posterior: the whitening map, then the score."""
-
-    whitening: History
-    score: History
-
-    @property
-    def num_simulations(self) -> int:
-        """Number of simulations that trained the score."""
-        return self.score.num_simulations
 
 
 class Posterior(eqx.Module):
@@ -59,13 +57,16 @@ class Posterior(eqx.Module):
 
     Args:
         proposal: the learned sampler.
-        bank: simulations held against it (None where the model has no density).
+        bank: simulations held against it; None: certificates do without.
         history: how it was trained.
+        validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
+            its failures are not to be undone.
     """
 
     proposal: AmortisedProposal
     bank: ForwardBank | ExploredBank | None
     history: TrainingHistory | None = None
+    validity: Validity | None = None
 
     @property
     def problem(self) -> Problem:
@@ -116,8 +117,25 @@ class Posterior(eqx.Module):
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
                 warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
-        bank = self.bank if self.bank is None else explore(streams.exploration, proposal, self.bank, y)
+        bank = self.bank
+        if bank is not None and self.problem.has_density:
+            bank = explore(streams.exploration, proposal, bank, y)
         return dataclasses.replace(self, proposal=proposal, bank=bank)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
+
+        A saved posterior that is already there is replaced; each file is written whole or not at all. What was
+        adapted to one observation (`focus`) is saved as it is. The model is not saved: it is code.
+
+        Args:
+            path: a new folder, or one that holds a saved posterior.
+
+        Raises:
+            ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
+                be described by plain data.
+        """
+        write_posterior(Path(path), Parts(self.proposal, self.bank, self.history, self.validity))
 
     def sample(
         self,
@@ -153,6 +171,10 @@ class Posterior(eqx.Module):
         Raises:
             ValueError: where the data are missing, not finite, of another shape or another design.
 
+        Warns:
+            MisspecificationWarning: where the observation lies further from the simulations than 99 % of them from
+                each other.
+
         Exactness: the weights are exact importance weights for any training; averages under them are consistent as
             ``num`` grows. Resampled and moved draws are consistent as the proposals grow; with ``max_proposals`` the
             weights decide when to stop, so that their mean, the evidence, is consistent but no longer unbiased.
@@ -174,6 +196,7 @@ class Posterior(eqx.Module):
             "num_simulations": None if self.history is None else self.history.num_simulations,
         }
         certificate = self._certify(streams.exploration, drawn, y)
+        _warn_of_outlier(certificate.distance_rank)
         moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
         if moved:
             density = jax.tree_util.Partial(problem.log_joint, y=y)
@@ -187,19 +210,70 @@ class Posterior(eqx.Module):
         # Moved draws weigh the same to the letter, not just to rounding.
         log_weight = jnp.full(drawn.num, certificate.log_evidence) if moved else drawn.log_weight
         draws = Draws(sites, drawn.values, log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
-        return draws if problem.has_density else draws._replace(log_weight=None, log_joint=None)
+        if problem.has_density:
+            return draws
+        undone = None if self.validity is None else failure_weights(self.validity, draws.values)
+        return draws._replace(log_weight=undone, log_joint=None)
 
     def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
         """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
-        if not self.problem.has_density:
-            return certify(None)
-        assert self.bank is not None
-        x = _features(self.proposal, y)
-        certificate = certify(drawn.log_weight, self.bank.check(x))
+        log_weight = drawn.log_weight if self.problem.has_density else None
+        if self.bank is None:
+            return certify(log_weight)
+        certificate = certify(log_weight, self.bank.check(_features(self.proposal, y)))
+        if log_weight is None:
+            return certificate
         alarmed = certificate.missed > MAX_MISSED and certify(drawn.log_weight).certified
         if not alarmed or isinstance(self.bank, ExploredBank):
             return certificate
-        return certify(drawn.log_weight, explore(key, self.proposal, self.bank, y).check(x))
+        explored = explore(key, self.proposal, self.bank, y)
+        return certify(drawn.log_weight, explored.check(_features(self.proposal, y)))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Callable | Problem,
+    *args: Any,
+    embedding: Embedding | None = None,
+    observed: tuple[str, ...] | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """Load a saved posterior for the model it was fitted to.
+
+    Nothing in the files is executed and nothing is trained or compiled for a template: the networks' shapes follow
+    from the model and from ``config.json``. What was saved on one kind of device loads on any other.
+
+    Args:
+        path: the folder that `Posterior.save` wrote.
+        model: the model, or the `Problem`, that the posterior was fitted to.
+        *args: the model's own arguments, as for `fit`; data may be left out.
+        embedding: where `fit` was given an embedding module of the user's own: one like it, trained or not.
+        observed: as for `fit`.
+        **kwargs: the model's own keyword arguments.
+
+    Raises:
+        UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
+        ValueError: where sites or densities of the model differ from those of the model that was learned (the
+            message says which), or a module of the user's own is needed.
+
+    Exactness: the loaded posterior draws the same as the saved one, to the last bit on the same machine. Whatever
+        the files hold, weights are computed from the model at hand.
+    """
+    problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
+    outputs = foreign_outputs(Path(path))
+    if outputs is not None:
+        problem = with_outputs(problem, outputs)
+    return Posterior(*read_posterior(Path(path), problem, embedding))
+
+
+def _warn_of_outlier(distance_rank: float) -> None:
+    if distance_rank <= MAX_OUTLYING:
+        message = (
+            f"The observation lies further from the model's simulations than {1 - distance_rank:.1%} of them from each "
+            f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
+            "data). The model may be misspecified: compare the data with simulations before trusting any posterior."
+        )
+        warnings.warn(message, MisspecificationWarning, stacklevel=3)
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
@@ -238,6 +312,9 @@ def fit(
     sampler: AbstractSampler | None = None,
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,
+    simulations: Store | str | os.PathLike[str] | None = None,
+    invalid: str = "learn",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Posterior:
@@ -262,6 +339,16 @@ def fit(
         sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
         target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
+        simulations: a store of foreign simulations (`scoreinfer.simulate`), or its folder; ``model`` is their prior.
+            The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``.
+        invalid: what to do about rows of the store that failed or are not finite. ``learn``: learn the probability
+            of success v(z) and weigh draws by 1 / v(z), right where failing has nothing to do with the data that
+            would have come out. ``drop``: learn from the others alone, biased towards where the simulator works (and
+            right where failing is part of the model). ``raise``.
+        checkpoint: folder in which the training is kept every few seconds, and from which it goes on where it is
+            there. A run that was killed and started again with the same arguments ends with the weights, to the last
+            bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
+            goes on; without a folder an interrupted training keeps the best weights so far.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
@@ -270,20 +357,33 @@ def fit(
 
     Raises:
         UnsupportedModel: where the model cannot be read or simulated.
-        ValueError: where simulations are not finite.
+        ValueError: where simulations are not finite, or another training is kept in the folder ``checkpoint``.
+        UnreadableFile: where what is in that folder is damaged.
 
     Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
 
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
+    settings = {
+        "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,
+        "learning_rate": learning_rate, "width": width, "depth": depth, "sampler": str(sampler),
+        "target_score": target_score,
+    }  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
-    if problem.simulate is None:
+    names = ("pilot", "white", "net", "train", "score", "bank", "validity")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    stored = None if simulations is None else _stored(problem, simulations, invalid, num_simulations)
+    if stored is not None:
+        problem, num_simulations = stored.problem, len(stored.z)
+    elif problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
-    keys = dict(zip(("pilot", "white", "net", "train", "score", "bank"), jax.random.split(key, 6), strict=True))
     online = num_simulations is None
     use_gradient = problem.has_density and target_score is not False
-    pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
+    if stored is None:
+        pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
+    else:
+        pilot = Simulations(stored.z, stored.y)
     check_finite(pilot)
     scale = standardiser(pilot.x)
     pilot = _standardise(scale, pilot)
@@ -298,12 +398,24 @@ def fit(
         return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient)) if online else training
 
     embedding = Concatenate() if embedding is None else embedding
+    stages: list[Path | None] = [None, None]
+    if checkpoint is not None:
+        open_run(Path(checkpoint), key, settings | _fingerprint(problem, (pilot.z, pilot.x, scale, embedding)))
+        stages = [Path(checkpoint) / f"{stage}.safetensors" for stage in ("whitening", "score")]
     # On a fixed budget a large whitening map would learn its simulations by heart.
     size = {"width": 2 * width, "depth": 3} if online else {"width": width, "depth": 2}
     whitening = linear_whitening(keys["white"], training.z, training.x, embedding, **size)
     short = budget._replace(num_steps=num_steps if online else num_steps // 4)
     whitening, white_history = train(
-        keys["train"], whitening, whitening_loss, pools, validation, short, progress_bar=progress_bar, title="whitening"
+        keys["train"],
+        whitening,
+        whitening_loss,
+        pools,
+        validation,
+        short,
+        progress_bar=progress_bar,
+        title="whitening",
+        checkpoint=stages[0],
     )
 
     whitened = _whiten(whitening, training)
@@ -319,12 +431,52 @@ def fit(
         budget,
         progress_bar=progress_bar,
         title="score",
+        checkpoint=stages[1],
     )
     sampler = sampler or default_sampler(problem)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
-    bank = forward_bank(keys["bank"], proposal) if problem.has_density else None
-    return Posterior(proposal, bank, TrainingHistory(white_history, score_history))
+    history = TrainingHistory(white_history, score_history, budget)
+    if stored is None:
+        return Posterior(proposal, forward_bank(keys["bank"], proposal), history)
+    bank = outlier_bank(proposal, validation.z[:NUM_BANK], _rows(validation.x, slice(None, NUM_BANK)))
+    validity = None
+    if invalid == "learn" and not stored.valid.all():
+        success = jnp.asarray(stored.valid, jnp.float32)
+        validity = learn_validity(keys["validity"], stored.all_z, success, progress_bar=progress_bar)
+    return Posterior(proposal, bank, history, validity)
+
+
+def _stored(
+    prior: Problem, store: Store | str | os.PathLike[str], invalid: str, num_simulations: int | None
+) -> StoredSimulations:
+    """Read a store to learn from."""
+    if invalid not in ("learn", "drop", "raise") or num_simulations is not None:
+        raise ValueError(
+            f"With `simulations`, `invalid` must be 'learn', 'drop' or 'raise', got {invalid!r}, and `num_simulations` "
+            f"must be left to the store, got {num_simulations}."
+        )
+    stored = stored_simulations(prior, store)
+    num, num_bad = len(stored.valid), int(np.sum(~stored.valid))
+    if num_bad and invalid == "raise":
+        raise ValueError(
+            f"{num_bad} of {num} simulations failed or are not finite. Let `fit` learn where (invalid='learn'), or "
+            "leave them out (invalid='drop'), which biases the posterior towards where the simulator works."
+        )
+    if num_bad and invalid == "drop":
+        warnings.warn(
+            f"{num_bad} of {num} simulations are left out: the posterior is biased towards where the simulator works.",
+            TrainingWarning,
+            stacklevel=3,
+        )
+    return stored
+
+
+def _fingerprint(problem: Problem, start: tuple) -> dict[str, Any]:
+    """Describe what a training depends on besides its settings: the sites, the simulations, the embedding."""
+    arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
+    sites = [f"{site.name} {site.shape} {site.support}" for site in (*problem.latents, *problem.observed)]
+    return {"sites": sites, "embedding": type(start[-1]).__qualname__, "simulations": digest(arrays)}
 
 
 def _rows(tree, where):

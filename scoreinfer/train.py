@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
@@ -16,7 +17,10 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import TrainingWarning
 from scoreinfer._typing import Key
 from scoreinfer.losses import mean_loss
+from scoreinfer.resuming import Progress, keep_progress, resume_progress
 
+KEEP_SECONDS = 2.0
+"""Least time between two writings of a run to disk."""
 Loss = Callable[[PyTree, PyTree, Key], Float[Array, ""]]
 
 
@@ -59,6 +63,25 @@ class Budget(NamedTuple):
     patience: int | None = None
 
 
+class TrainingHistory(NamedTuple):
+    """The two training runs behind a posterior: the whitening map, then the score.
+
+    Args:
+        whitening: what happened to the whitening map.
+        score: what happened to the score.
+        budget: how the score was to be trained.
+    """
+
+    whitening: History
+    score: History
+    budget: Budget | None = None
+
+    @property
+    def num_simulations(self) -> int:
+        """Number of simulations that trained the score."""
+        return self.score.num_simulations
+
+
 class _State(NamedTuple):
     weights: PyTree
     average: PyTree
@@ -84,6 +107,7 @@ def train(
     *,
     progress_bar: bool = True,
     title: str = "training",
+    checkpoint: Path | None = None,
 ) -> tuple[PyTree, History]:
     """Minimise ``loss`` over minibatches of pools of simulations; return the best averaged weights.
 
@@ -96,49 +120,77 @@ def train(
         budget: length and manner of training.
         progress_bar: show a progress bar with the loss (never when standard error is not a terminal).
         title: the progress bar's label.
+        checkpoint: file in which the run is kept, and from which it goes on where it is there.
 
     Raises:
+        KeyboardInterrupt: where ``checkpoint`` is given, after keeping the run; else an interrupted run returns the
+            best weights so far, with a warning.
         FloatingPointError: when the loss is not finite before any epoch has ended well.
     """
     weights = eqx.filter(module, eqx.is_inexact_array)
     num_epochs = -(-budget.num_steps // budget.epoch_steps)
-    start, for_validation = time.perf_counter(), jax.random.fold_in(key, num_epochs)
+    for_validation = jax.random.fold_in(key, num_epochs)
     state = _State(weights, weights, _optimiser(budget).init(weights), jnp.zeros((), jnp.float32))
-    best, best_value, best_epoch = None, np.inf, 0
-    losses, values, simulations, stopped = [], [], 0, "finished"
-    bar = tqdm(total=num_epochs, desc=title, disable=None if progress_bar else True, leave=False)
+    progress = Progress(state, weights)
+    if checkpoint is not None:
+        progress = resume_progress(checkpoint, progress)
+
+    def next_epoch(progress: Progress) -> Progress:
+        """Train for one epoch, which depends on nothing but the progress so far and the epoch's own key."""
+        epoch = len(progress.loss)
+        for_pool, for_epoch = jax.random.split(jax.random.fold_in(key, epoch))
+        pool = pools(for_pool)
+        if not bool(_all_finite(pool)):
+            return progress._replace(stopped="simulations not finite")
+        state, mean = _run_epoch(loss, budget, module, progress.state, pool, for_epoch)
+        value = float(_validate(loss, module, state.average, validation, for_validation))
+        progress = progress._replace(
+            state=state,
+            loss=(*progress.loss, float(mean)),
+            validation=(*progress.validation, value),
+            num_simulations=progress.num_simulations + jax.tree.leaves(pool)[0].shape[0],
+        )
+        if not np.isfinite(progress.loss[-1] + value):
+            return progress._replace(stopped="loss not finite")
+        if value < progress.best_value:
+            progress = progress._replace(best=state.average, best_value=value, best_epoch=epoch)
+        if budget.patience is not None and epoch - progress.best_epoch >= budget.patience:
+            return progress._replace(stopped="early")
+        return progress._replace(stopped="finished") if epoch + 1 >= num_epochs else progress
+
+    kept = began = time.perf_counter()
+    spent = progress.seconds
+    bar = tqdm(
+        total=num_epochs, initial=len(progress.loss), desc=title, disable=None if progress_bar else True, leave=False
+    )
     try:
-        for epoch in range(num_epochs):
-            for_pool, for_epoch = jax.random.split(jax.random.fold_in(key, epoch))
-            pool = pools(for_pool)
-            if not bool(_all_finite(pool)):
-                stopped = "simulations not finite"
-                break
-            state, value = _run_epoch(loss, budget, module, state, pool, for_epoch)
-            simulations += jax.tree.leaves(pool)[0].shape[0]
-            losses.append(float(value))
-            values.append(float(_validate(loss, module, state.average, validation, for_validation)))
-            if not np.isfinite(losses[-1] + values[-1]):
-                stopped = "loss not finite"
-                break
-            if values[-1] < best_value:
-                best, best_value, best_epoch = state.average, values[-1], epoch
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{values[-1]:.4f}")
+        while not progress.stopped:
+            progress = next_epoch(progress)
+            now = time.perf_counter()
+            progress = progress._replace(seconds=spent + now - began)
+            bar.set_postfix_str(" ".join(f"{value:.4f}" for value in (*progress.loss[-1:], *progress.validation[-1:])))
             bar.update()
-            if budget.patience is not None and epoch - best_epoch >= budget.patience:
-                stopped = "early"
-                break
+            if checkpoint is not None and (progress.stopped or now - kept > KEEP_SECONDS):
+                keep_progress(checkpoint, progress)
+                kept = time.perf_counter()
     except KeyboardInterrupt:
-        stopped = "interrupted"
-    bar.close()
-    steps = len(losses) * budget.epoch_steps
-    history = History(np.array(losses), np.array(values), steps, simulations, time.perf_counter() - start, stopped)
-    if stopped not in ("finished", "early"):
-        message = f"{title} ended after {len(losses)} of {num_epochs} epochs: {stopped}."
-        if best is None:
+        if checkpoint is not None:
+            keep_progress(checkpoint, progress)
+            raise
+        progress = progress._replace(stopped="interrupted")
+    finally:
+        bar.close()
+    num_done = len(progress.loss)
+    history = History(
+        np.array(progress.loss), np.array(progress.validation), num_done * budget.epoch_steps,
+        progress.num_simulations, progress.seconds, progress.stopped,
+    )  # fmt: skip
+    if history.stopped not in ("finished", "early"):
+        message = f"{title} ended after {num_done} of {num_epochs} epochs: {history.stopped}."
+        if not np.isfinite(progress.best_value):
             raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
         warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=2)
-    return eqx.combine(best, module), history
+    return eqx.combine(progress.best, module), history
 
 
 @eqx.filter_jit

@@ -75,6 +75,12 @@ class Whitening(eqx.Module):
         return Affine(mean, residual @ triangle)
 
 
+def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth: int) -> ResidualMLP:
+    """Make the untrained network: shift, log scales and, up to `MAX_FULL` dimensions, what is below the diagonal."""
+    num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
+    return ResidualMLP(key, num_context, num_out, width=width, depth=depth)
+
+
 @eqx.filter_jit
 def linear_whitening(
     key: Key, z: Float[Array, "num dim"], x: Sites, embedding: Embedding, *, width: int, depth: int
@@ -91,7 +97,6 @@ def linear_whitening(
     floor = 1e-8 * jnp.diagonal(r.T @ r / z.shape[0]) + 1e-12
     residual = jnp.linalg.cholesky(covariance + jnp.diag(floor))
     context = embedding(jax.tree.map(lambda leaf: leaf[0], x))
-    num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
-    network = ResidualMLP(key, context.size, num_out, width=width, depth=depth)
+    network = whitening_network(key, dim, context.size, width=width, depth=depth)
     slope, intercept, residual = (jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual))
     return Whitening(slope, intercept, residual, embedding, network)

@@ -15,20 +15,21 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Who may import whom, low to high. Names on one line are independent of each other.
 RANKS = """
 _typing _errors
-_tree
+_tree storage
 problem correct nets process
-draws model simulation score whitening
+draws model simulation score whitening resuming store
 tails
 tempering
-losses sampling
-checkpoint train certificate proposal
-drawing forward
+losses sampling foreign
+train certificate proposal
+drawing forward validity
 focus learning
 refinement
 exploration
+checkpoint
 posterior filters
-kernels calibration export
-comparison
+kernels export
+comparison calibration
 __init__
 """
 RANK = {room: rank for rank, line in enumerate(RANKS.strip().splitlines()) for room in line.split()}

@@ -1,0 +1,8 @@
+"""Calibration: whether posteriors mean what they say, tested on data sets whose truth is known."""
+
+from scoreinfer.calibration.predictive import Discrepancy, predictive_check
+from scoreinfer.calibration.report import CalibrationReport, calibrate
+from scoreinfer.calibration.simulation_based import SBC, sbc
+from scoreinfer.calibration.uniformity import Row
+
+__all__ = ["SBC", "CalibrationReport", "Discrepancy", "Row", "calibrate", "predictive_check", "sbc"]

@@ -1,0 +1,472 @@
+"""Checkpoint: a trained posterior as a folder of plain data, and back.
+
+``config.json`` says what the posterior is: schema, versions, the model's sites, the networks, how it was trained.
+``weights.safetensors`` holds every array. Reading rebuilds the networks' outline from the model at hand and the
+description, without allocating or executing anything, and takes only arrays that fit this outline.
+"""
+
+import dataclasses
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from scoreinfer._errors import UnreadableFile
+from scoreinfer._tree import arrays_by_name, put_arrays
+from scoreinfer._typing import Sites
+from scoreinfer.exploration import ExploredBank
+from scoreinfer.focus import FocusedProposal
+from scoreinfer.foreign import FOREIGN
+from scoreinfer.forward import TRUSTED_SHARE, ForwardBank
+from scoreinfer.losses import score_module
+from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Series
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.problem import Problem, Site
+from scoreinfer.process import VE, VP, SubVP
+from scoreinfer.proposal import Proposal
+from scoreinfer.refinement import AmortisedProposal, RefinedProposal
+from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
+from scoreinfer.simulation import Standardiser, encode
+from scoreinfer.storage import Arrays, check_seal, read_arrays, read_record, seal, write_arrays, write_record
+from scoreinfer.train import Budget, History, TrainingHistory
+from scoreinfer.validity import Validity, validity_network
+from scoreinfer.whitening import Whitening, identity, whitening_network
+
+FORMAT, SCHEMA = "scoreinfer posterior", 1
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
+"""Largest width, number of blocks and number of sampler steps that are written and read."""
+PROCESSES = (VE, VP, SubVP)
+SAMPLERS = (ProbabilityFlow, ReverseSDE)
+
+
+class Parts(NamedTuple):
+    """What a posterior is made of, besides its problem."""
+
+    proposal: AmortisedProposal
+    bank: ForwardBank | ExploredBank | None
+    history: TrainingHistory | None
+    validity: Validity | None = None
+
+
+def write_posterior(path: Path, parts: Parts) -> None:
+    """Write a posterior to a folder.
+
+    Raises:
+        ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
+    """
+    strangers = {entry.name for entry in path.iterdir()} - {CONFIG, WEIGHTS} if path.is_dir() else set()
+    if strangers or (path.exists() and not path.is_dir()):
+        raise ValueError(
+            f"`{path}` must be a new folder or hold a saved posterior and nothing else, got "
+            f"{', '.join(sorted(strangers)) or 'a file'}. Choose another path."
+        )
+    problem = parts.proposal.problem
+    network = _describe(parts)
+    _check_described(parts, _outline(problem, network, _first(parts.proposal).embedding))
+    arrays = arrays_by_name((parts.proposal, parts.bank, parts.validity)) | _prefixed("probe", _probe(problem))
+    record = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "versions": versions(),
+        "model": {
+            "name": getattr(problem.model, "__qualname__", type(problem.model).__name__),
+            "latents": [_site(site) for site in problem.latents],
+            "observed": [_site(site) for site in problem.observed],
+            "dim": problem.dim,
+            "has_density": problem.has_density,
+            "foreign": problem.not_simulable == FOREIGN,
+        },
+        "network": network,
+        "training": _training(parts),
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_arrays(path / WEIGHTS, {name: np.asarray(array) for name, array in arrays.items()})
+    write_record(path / CONFIG, record | {"weights": seal(path / WEIGHTS)})
+
+
+def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) -> Parts:
+    """Read a posterior from a folder, for a problem with the same sites and density.
+
+    Args:
+        path: the folder.
+        problem: the problem of the model at hand.
+        embedding: the embedding module, where it was the user's own; its arrays are replaced.
+
+    Raises:
+        UnreadableFile: where the folder or its content is not whole, newer, changed, or not ours.
+        ValueError: where it was made for another model, or needs an ``embedding``.
+    """
+    record = read_description(path)
+    try:
+        check_seal(path / WEIGHTS, record["weights"])
+        _check_sites(record["model"], problem)
+        network = record["network"]
+        _check_embedding(path, network["embedding"], embedding)
+        outline = _outline(problem, network, embedding)
+        probe = jax.eval_shape(lambda: _probe(problem))
+        expected = arrays_by_name(outline) | _prefixed("probe", probe)
+        size = sum(math.prod(leaf.shape) * 8 for leaf in expected.values())
+        arrays, _ = read_arrays(path / WEIGHTS, size)
+        _check_arrays(path / WEIGHTS, arrays, expected)
+        history = _history(record["training"])
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
+    _check_density(arrays, problem)
+    proposal, bank, validity = put_arrays(outline, arrays)
+    return Parts(proposal, bank, history, validity)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read and check the config.json of a saved posterior.
+
+    Raises:
+        UnreadableFile: where it is not whole, newer, changed, or not ours.
+    """
+    if not path.is_dir():
+        raise UnreadableFile(path, "there is no such folder", "A saved posterior is the folder that `save` wrote")
+    record = read_record(path / CONFIG)
+    if record.get("format") != FORMAT:
+        raise UnreadableFile(path / CONFIG, f"expected the format {FORMAT!r}, got {record.get('format')!r}")
+    schema = record.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise UnreadableFile(path / CONFIG, f"expected a schema number, got {schema!r}")
+    if schema > SCHEMA:
+        raise UnreadableFile(
+            path / CONFIG, f"it has schema {schema}, this version reads up to {SCHEMA}", "Install a newer scoreinfer"
+        )
+    return record
+
+
+def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
+    """Name the outputs, with their shapes, that a posterior of a foreign simulator was learned for; else None."""
+    try:
+        model = read_description(path)["model"]
+        if model["foreign"] is False:
+            return None
+        return {
+            str(site["name"]): tuple(_size(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
+        }
+    except (KeyError, TypeError) as error:
+        raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
+
+
+def versions() -> dict[str, str]:
+    """Name the versions at work."""
+    found = {"python": platform.python_version()}
+    for name in ("scoreinfer", "jax", "numpyro", "equinox", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "0.0.0"  # a source tree that is not installed
+    return found
+
+
+# --- the model
+
+
+def _site(site: Site) -> dict[str, Any]:
+    return site._asdict() | {"shape": list(site.shape)}
+
+
+def _check_sites(stored: dict[str, Any], problem: Problem) -> None:
+    """Say which sites of the model at hand differ from those of the model that was learned."""
+    differences = []
+    for kind, sites in (("latent", problem.latents), ("observed", problem.observed)):
+        theirs = {site["name"]: site for site in stored["latents" if kind == "latent" else "observed"]}
+        ours = {site.name: _site(site) for site in sites}
+        differences += [f"{kind} site {name!r} is missing" for name in theirs.keys() - ours.keys()]
+        differences += [f"{kind} site {name!r} is new" for name in ours.keys() - theirs.keys()]
+        for name in sorted(ours.keys() & theirs.keys()):
+            differences += [
+                f"{kind} site {name!r} has {field} {ours[name][field]}, was {theirs[name][field]}"
+                for field in ("shape", "support", "size", "exchangeable")  # the type changes with 64-bit mode
+                if ours[name][field] != theirs[name][field]
+            ]
+        if not differences and list(theirs) != list(ours):
+            differences.append(f"the {kind} sites come in another order: {', '.join(ours)}, was {', '.join(theirs)}")
+    differences += [
+        f"`{name}` is {own}, was {stored[name]}"
+        for name, own in (("dim", problem.dim), ("has_density", problem.has_density))
+        if stored[name] != own
+    ]
+    if differences:
+        raise ValueError(
+            f"This posterior was learned for another model ({stored['name']}): {'; '.join(differences)}. "
+            "Pass the model and the arguments it was fitted with (and `observed=`, where it was given to `fit`)."
+        )
+
+
+def _probe(problem: Problem) -> dict[str, Any]:
+    """Compute the model's densities at three places: they tell a design from another with the same sites."""
+    if problem.simulate is not None and problem.has_density:
+        z, y = jax.vmap(problem.simulate)(jax.vmap(jax.random.key)(jnp.arange(3)))
+    else:
+        z, y = 0.5 * jnp.sin(jnp.arange(3.0)[:, None] + jnp.arange(problem.dim)), {}
+    return {"z": z, "y": y, **_densities(problem, z, y)}
+
+
+@eqx.filter_jit
+def _densities(problem: Problem, z: Any, y: Sites) -> dict[str, Any]:
+    densities = {"log_prior": jax.vmap(problem.log_prior)(z)}
+    return densities | ({"log_likelihood": jax.vmap(problem.log_likelihood)(z, y)} if y else {})
+
+
+def _check_density(arrays: Arrays, problem: Problem) -> None:
+    y = {name: arrays[f"probe.y.{name}"] for name in sorted(site.name for site in problem.observed)
+         if f"probe.y.{name}" in arrays}  # fmt: skip
+    own = _densities(problem, jnp.asarray(arrays["probe.z"]), jax.tree.map(jnp.asarray, y))
+    for name, value in own.items():
+        stored = arrays[f"probe.{name}"]
+        if not np.allclose(value, stored, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise ValueError(
+                f"This posterior was learned for a model with other densities: expected {name} {stored} at three "
+                f"stored places, got {np.asarray(value)}. Covariates or constants differ: pass the arguments it was "
+                "fitted with, or fit again."
+            )
+
+
+# --- the networks
+
+
+def _first(proposal: AmortisedProposal) -> Proposal:
+    return proposal if isinstance(proposal, Proposal) else proposal.original
+
+
+def _forward(bank: ForwardBank | ExploredBank | None) -> ForwardBank | None:
+    return bank.original if isinstance(bank, ExploredBank) else bank
+
+
+def _describe(parts: Parts) -> dict[str, Any]:
+    """Describe everything that is not an array."""
+    proposal = _first(parts.proposal)
+    network = proposal.score.network
+    if not isinstance(network, ConditionalMLP):
+        raise ValueError(f"A score with a {type(network).__name__} cannot be saved, only one with a ConditionalMLP.")
+    bank = _forward(parts.bank)
+    return {
+        "proposal": type(parts.proposal).__name__,
+        "bend": proposal.standardiser.bend,
+        "embedding": _describe_embedding(proposal.embedding),
+        "whitening": {
+            "width": proposal.whitening.network.first.out_features,
+            "depth": len(proposal.whitening.network.blocks),
+        },
+        "score": {"width": network.width, "depth": len(network.blocks), "octaves": list(network.octaves)},
+        "sampler": _describe_sampler(proposal.sampler),
+        "bank": None if bank is None else bank.distance.size,
+        "explored": parts.bank.log_excess.size if isinstance(parts.bank, ExploredBank) else None,
+        "validity": parts.validity is not None,
+    }
+
+
+def _describe_embedding(embedding: Embedding) -> dict[str, Any]:
+    if isinstance(embedding, Concatenate):
+        return {"type": "Concatenate"}
+    if isinstance(embedding, DeepSet):
+        inner = embedding.inner.first
+        sizes = {"num_entry": inner.in_features, "width": inner.out_features, "num_out": embedding.outer.out_features}
+        return {"type": "DeepSet", **sizes}
+    if isinstance(embedding, Series):
+        first, num_out = embedding.layers[0], embedding.outer.out_features
+        sizes = {"num_channels": first.in_channels, "width": first.out_channels, "num_out": num_out}
+        return {"type": "Series", **sizes}
+    return {"type": "yours", "name": f"{type(embedding).__module__}.{type(embedding).__qualname__}"}
+
+
+def _check_embedding(path: Path, stored: dict[str, Any], embedding: Embedding | None) -> None:
+    if stored["type"] == "yours" and embedding is None:
+        raise ValueError(
+            f"The posterior in `{path}` embeds its data by a module of your own, {stored['name']}, and files are never "
+            "executed. Pass such a module, trained or not: `load(path, model, ..., embedding=module)`."
+        )
+
+
+def _make_embedding(network: dict[str, Any], x: Sites, embedding: Embedding | None) -> Embedding:
+    sizes = {name: _size(value, name, MAX_SIZE) for name, value in network.items() if name not in ("type", "name")}
+    key = jax.random.key(0)
+    if network["type"] == "Concatenate":
+        return Concatenate()
+    if network["type"] == "DeepSet":
+        return DeepSet(key, **sizes)
+    if network["type"] == "Series":
+        return Series(key, next(iter(x.values())).shape[0], **sizes)
+    if network["type"] == "yours" and embedding is not None:
+        return embedding
+    raise TypeError(f"unknown embedding {network['type']!r}")
+
+
+def _describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
+    if type(sampler) not in SAMPLERS or type(sampler.process) not in PROCESSES:
+        raise ValueError(
+            f"A {type(sampler).__name__} with a {type(sampler.process).__name__} process cannot be saved: expected "
+            f"one of {', '.join(c.__name__ for c in SAMPLERS)} with one of {', '.join(c.__name__ for c in PROCESSES)}. "
+            "Save the posterior with one of these and put yours in after loading."
+        )
+
+    def fields(thing: Any) -> dict[str, Any]:
+        values = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+        numbers = {name: float(value) for name, value in values.items() if name not in ("process", "num_steps")}
+        return {"type": type(thing).__name__, **numbers}
+
+    return {**fields(sampler), "num_steps": sampler.num_steps, "process": fields(sampler.process)}
+
+
+def _make_sampler(described: dict[str, Any]) -> AbstractSampler:
+    process = _make(PROCESSES, described["process"])
+    return _make(SAMPLERS, described | {"process": process})
+
+
+def _make(classes: tuple[type, ...], described: dict[str, Any]) -> Any:
+    """Make an object of one of a few classes from its plain fields, and no other."""
+    found = [cls for cls in classes if cls.__name__ == described["type"]]
+    if not found:
+        raise TypeError(f"expected one of {', '.join(c.__name__ for c in classes)}, got {described['type']!r}")
+    fields = {field.name for field in dataclasses.fields(found[0])}
+    if described.keys() != fields | {"type"}:
+        raise TypeError(f"expected the fields {', '.join(sorted(fields))}, got {', '.join(described)}")
+    values = {name: value for name, value in described.items() if name != "type"}
+    for name, value in values.items():
+        if name == "num_steps":
+            _size(value, name, MAX_STEPS)
+        elif name != "process" and not (isinstance(value, float) and math.isfinite(value)):
+            raise TypeError(f"expected a number for {name!r}, got {value!r}")
+    return found[0](**values)
+
+
+def _size(value: Any, name: str, largest: int, smallest: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
+        raise TypeError(f"expected a whole number from {smallest} to {largest} for {name!r}, got {value!r}")
+    return value
+
+
+def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree, PyTree]:
+    """Rebuild proposal and bank with the shapes of their arrays in place of the arrays."""
+    sampler, bend = _make_sampler(network["sampler"]), network["bend"]
+    if not isinstance(bend, float) or not bend > 0:
+        raise TypeError(f"expected a positive number for 'bend', got {bend!r}")
+    sizes = {
+        part: {
+            "width": _size(network[part]["width"], "width", MAX_SIZE),
+            "depth": _size(network[part]["depth"], "depth", MAX_DEPTH),
+        }
+        for part in ("whitening", "score")
+    }
+    octaves = tuple(_size(number, "octaves", MAX_DEPTH, 0) for number in network["score"]["octaves"])
+    if len(octaves) not in (0, problem.dim):
+        raise TypeError(f"expected no octaves or {problem.dim}, got {len(octaves)}")
+    kind = network["proposal"]
+    if kind not in ("Proposal", "FocusedProposal", "RefinedProposal"):
+        raise TypeError(f"unknown proposal {kind!r}")
+    has_validity = network["validity"]
+    if not isinstance(has_validity, bool):
+        raise TypeError(f"expected true or false for 'validity', got {has_validity!r}")
+    num, num_explored = network["bank"], network["explored"]
+    num = None if num is None else _size(num, "bank", MAX_SIZE)
+    num_explored = None if num_explored is None else _size(num_explored, "explored", MAX_SIZE)
+
+    def build() -> tuple[PyTree, PyTree, PyTree]:
+        dim, key = problem.dim, jax.random.key(0)
+        x = encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
+        standardiser = Standardiser(x, x, bend)
+        x = standardiser(x)
+        features, own = flatten(x), _make_embedding(network["embedding"], x, embedding)
+        whitening = Whitening(
+            jnp.zeros((dim, features.size)), jnp.zeros(dim), jnp.zeros((dim, dim)), own,
+            whitening_network(key, dim, own(x).size, **sizes["whitening"]),
+        )  # fmt: skip
+        rows = jax.tree.map(lambda leaf: leaf[None], x)
+        module = score_module(key, dim, own, rows, **sizes["score"], octaves=octaves)
+        first = Proposal(standardiser, whitening, identity(dim), module.embedding, module.score, sampler, problem)
+        proposal: Any = first
+        if kind == "FocusedProposal":
+            proposal = FocusedProposal(first, first)
+        elif kind == "RefinedProposal":
+            proposal = RefinedProposal(first, first, features)
+        bank: Any = None
+        if num is not None:
+            row = jnp.zeros(num)
+            bank = ForwardBank(jnp.zeros((num, features.size)), row, row, row, jnp.zeros((num, dim)))
+            if num_explored is not None:
+                bank = ExploredBank(bank, features, jnp.zeros(num_explored))
+        validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
+        return proposal, bank, validity
+
+    return eqx.filter_eval_shape(build)
+
+
+# --- the arrays
+
+
+def _prefixed(prefix: str, tree: PyTree) -> dict[str, Any]:
+    return {f"{prefix}.{name}": leaf for name, leaf in arrays_by_name(tree).items()}
+
+
+def _check_described(parts: Parts, outline: tuple[PyTree, PyTree, PyTree]) -> None:
+    """Refuse, while writing, what could not be read back."""
+    own, theirs = arrays_by_name((parts.proposal, parts.bank, parts.validity)), arrays_by_name(outline)
+    wrong = [name for name in own.keys() | theirs.keys()
+             if name not in own or name not in theirs or own[name].shape != theirs[name].shape]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"This posterior cannot be described by its sizes: {', '.join(sorted(wrong)[:3])} differ from those of a "
+            "network of the kinds that are saved. Was a part of it replaced by hand?"
+        )
+
+
+def _check_arrays(path: Path, arrays: Arrays, expected: dict[str, Any]) -> None:
+    names = arrays.keys() ^ expected.keys()
+    if names:
+        raise UnreadableFile(path, f"expected other arrays: {', '.join(sorted(names)[:3])} missing or too many")
+    for name, array in arrays.items():
+        own = expected[name]
+        kinds = "f" if np.issubdtype(own.dtype, np.floating) else "iub"
+        if array.shape != own.shape or array.dtype.kind not in kinds:
+            raise UnreadableFile(
+                path, f"array {name!r} must have shape {own.shape}, got {array.dtype} of shape {array.shape}"
+            )
+
+
+# --- the training
+
+
+def _training(parts: Parts) -> dict[str, Any]:
+    history, bank = parts.history, _forward(parts.bank)
+    told: dict[str, Any] = {"history": None, "budget": None, "certificate": None}
+    if history is not None:
+        told["history"] = {"whitening": _run(history.whitening), "score": _run(history.score)}
+        told["budget"] = None if history.budget is None else history.budget._asdict()
+    if bank is not None and parts.proposal.problem.has_density:
+        share = np.exp(np.asarray(bank.log_share, np.float64))
+        told["certificate"] = {
+            "num_simulations": int(share.size),
+            "median_effective_share": float(np.median(share)),
+            "trusted": float(np.mean(share > TRUSTED_SHARE)),
+        }
+    return told
+
+
+def _run(history: History) -> dict[str, Any]:
+    rows = {name: [float(v) if np.isfinite(v) else None for v in getattr(history, name)]
+            for name in ("loss", "validation")}  # fmt: skip
+    return history._asdict() | rows
+
+
+def _history(training: dict[str, Any]) -> TrainingHistory | None:
+    stored, budget = training["history"], training["budget"]
+    if stored is None:
+        return None
+
+    def run(part: dict[str, Any]) -> History:
+        rows = {name: np.array([np.nan if v is None else v for v in part[name]], float)
+                for name in ("loss", "validation")}  # fmt: skip
+        return History(**part | rows)
+
+    return TrainingHistory(run(stored["whitening"]), run(stored["score"]), None if budget is None else Budget(**budget))
