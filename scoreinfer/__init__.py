@@ -8,10 +8,11 @@ from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
-from scoreinfer.model import check, from_numpyro
+from scoreinfer.model import PhysicsPath, check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
 from scoreinfer.posterior import Posterior, fit
 from scoreinfer.problem import Problem
+from scoreinfer.process import Physics
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
 
 try:
@@ -28,6 +29,8 @@ __all__ = [
     "Comparison",
     "DeepSet",
     "Draws",
+    "Physics",
+    "PhysicsPath",
     "Posterior",
     "ProbabilityFlow",
     "Problem",

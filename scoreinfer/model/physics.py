@@ -1,0 +1,122 @@
+"""Reading physics: the site of a NumPyro model that is a process in time, as transitions on its grid."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro.handlers import seed, trace
+
+from scoreinfer._errors import Offence, UnsupportedModel
+from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
+from scoreinfer.model.replay import Open, fixed_key, layers
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import Step, minus_drift
+
+NUM_PROBES = 8
+
+
+def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
+    """Read the transitions of a model's physical process: mean step, noise, grid, state of any shape (flattened).
+
+    Args:
+        physics: which site, and its reverse.
+        model: the NumPyro model.
+        *args: the model's arguments.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        The process; its initial distribution stays in the model's own density.
+
+    Raises:
+        UnsupportedModel: where the site is missing or no process in time, or its noise depends on the state.
+        ValueError: where the drift has a wrong shape, times do not increase, noise is not positive, or a step is not
+            finite.
+    """
+    played = trace(seed(Open(functools.partial(model, *args, **kwargs)), fixed_key())).get_trace()
+    fn = _process_site(physics.site, played)
+    state = tuple(fn.init_dist.event_shape)
+    advance, scale_of = _path_step(fn) if isinstance(fn, PhysicsPath) else _euler_step(fn, state)
+    ts = check_times(fn.ts if isinstance(fn, PhysicsPath) else fn.t, "Physics")
+    paths = fn.sample(jax.random.fold_in(fixed_key(), 1), (NUM_PROBES,))
+    scale = _constant_noise(physics.site, scale_of, ts, paths)
+    reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
+    process = PhysicsProcess(ts, scale.reshape(len(ts) - 1, -1), _flat(advance, state), _flat(reverse, state), state)
+    _check_finite(process, paths.reshape(NUM_PROBES, len(ts), -1))
+    return process
+
+
+def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
+    if name not in played or played[name]["type"] != "sample":
+        found = ", ".join(repr(key) for key, site in played.items() if site["type"] == "sample")
+        raise UnsupportedModel((Offence(name, f"is no sample site of this model, which has {found}", "Name one"),))
+    fn = layers(played[name]["fn"])[-1]
+    if not isinstance(fn, dist.EulerMaruyama | PhysicsPath):
+        way_out = "Make it `numpyro.distributions.EulerMaruyama` or `scoreinfer.PhysicsPath`"
+        raise UnsupportedModel((Offence(name, f"is a {type(fn).__name__}, no process in time", way_out),))
+    if played[name]["fn"].batch_shape or fn.init_dist.batch_shape:
+        reason = f"has batch shape {played[name]['fn'].batch_shape or fn.init_dist.batch_shape}"
+        way_out = "Make several trajectories one state (`init_dist.to_event()`), or infer them one by one"
+        raise UnsupportedModel((Offence(name, reason, way_out),))
+    return fn
+
+
+def _path_step(fn: PhysicsPath) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+    return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]
+
+
+def _euler_step(fn: dist.EulerMaruyama, state: tuple[int, ...]) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+    steps = jnp.diff(jnp.asarray(fn.t))
+
+    def advance(t0: Array, t1: Array, x: Array) -> Array:
+        drift = fn.sde_fn(x, t0)[0]
+        check_shape(jnp.shape(drift), jnp.shape(x), "drift")
+        return x + (t1 - t0) * drift
+
+    def scale(k: Array, t: Array, x: Array) -> Array:
+        return jnp.sqrt(steps[k]) * jnp.broadcast_to(fn.sde_fn(x, t)[1], state)
+
+    return advance, scale
+
+
+def _checked(step: Step, what: str) -> Step:
+    def checked(t0: Array, t1: Array, x: Array) -> Array:
+        moved = step(t0, t1, x)
+        check_shape(jnp.shape(moved), jnp.shape(x), what)
+        return moved
+
+    return checked
+
+
+def _flat(step: Step, state: tuple[int, ...]) -> Step:
+    return lambda t0, t1, x: step(t0, t1, x.reshape(state)).reshape(-1)
+
+
+def _constant_noise(
+    name: str, scale_of: Callable[[Any, Any, Any], Array], ts: Float[Array, " times"], paths: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Evaluate the noise of every step at several states: it must be the same at all of them."""
+    steps = jnp.arange(len(ts) - 1)
+    scales = jax.jit(jax.vmap(lambda path: jax.vmap(scale_of)(steps, ts[:-1], path[:-1])))(paths)
+    if not np.allclose(scales, scales[:1], rtol=1e-5):
+        raise UnsupportedModel(
+            (Offence(name, "has noise that depends on the state", "Transform the state until its noise is additive"),)
+        )
+    return check_noise(scales[0], scales[0].shape, "Physics")
+
+
+def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> None:
+    steps = jnp.arange(process.num_steps)
+    moved = jax.jit(jax.vmap(lambda path: jax.vmap(process.forward)(steps, path[:-1])))(paths)
+    finite = np.isfinite(moved).all(axis=(0, 2)) & np.isfinite(paths[:, :-1]).all(axis=(0, 2))
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise ValueError(
+            f"`Physics` step {first}, from t = {float(process.ts[first]):g}, returns numbers that are not finite on "
+            f"paths simulated from the model (first of {np.sum(~finite)} such steps). Make the solver's step smaller "
+            "(substeps inside `step`), or bound the state."
+        )
