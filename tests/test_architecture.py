@@ -17,10 +17,10 @@ RANKS = """
 _typing _errors
 _tree
 problem correct nets process
-draws model simulation score whitening tempering
+draws model simulation score whitening tempering backward
 losses sampling
 checkpoint train certificate proposal
-drawing forward
+drawing forward smoothing
 focus learning
 refinement
 exploration

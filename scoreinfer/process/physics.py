@@ -108,3 +108,23 @@ class PhysicsProcess(AbstractProcess):
 def minus_drift(advance: Step) -> Step:
     """Make the physics backwards of a step: x - (Phi(x) - x)."""
     return lambda t0, t1, x: 2 * x - advance(t0, t1, x)
+
+
+def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> PhysicsProcess:
+    """Add one more step without drift, which adds noise: what a Gaussian observation of the last state is.
+
+    Running the reverse process from the observation y itself then is exact: p(x_N | y) is the posterior of one more
+    transition, of variance ``scale``^2.
+    """
+    last, before = process.ts[-1], process.ts[-2]
+
+    def still(move: Step) -> Step:
+        def moved(t0: Array, t1: Array, x: Array) -> Array:
+            physical = move(jnp.minimum(t0, before), jnp.minimum(t1, last), x)
+            return jnp.where(t0 >= last, x, physical)
+
+        return moved
+
+    ts = jnp.append(process.ts, 2 * last - before)
+    scales = jnp.concatenate([process.scale, scale[None]])
+    return PhysicsProcess(ts, scales, still(process.advance), still(process.retreat), process.shape)

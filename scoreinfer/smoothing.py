@@ -1,0 +1,62 @@
+"""Smoothing: draws of whole paths given how they ended, as proposals that the model's own density weighs.
+
+The latent vector of the problem is the whole path, so that weights, evidence, certificates and chains are those of
+any other proposal: log w = log p(path, y) - log q(path | y), log q the sum of the backward kernels' and the start's.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.backward import AbstractBackward, draw_path, log_path
+from scoreinfer.problem import Problem
+
+END_STATE = "end_state"
+"""Name under which an exactly known last state stands among the observed sites."""
+
+
+class PathProposal(eqx.Module):
+    """Paths drawn backwards from what is known of their end.
+
+    Args:
+        backward: the kernels. Where they have one step more than the problem's path, that is the noise stage of a
+            Gaussian observation (`scoreinfer.process.physics.add_noise_stage`), and they start at the observation.
+        site: the observed site that is the end, or `END_STATE`.
+        problem: the problem, whose latent vector is the path; for `END_STATE` see `pinned`.
+
+    Exactness: ``log_q`` is the exact log density of the path (given its end, where that is known), so weighting by
+        log p(path, y) - log_q is exact whatever the kernels are.
+    """
+
+    backward: AbstractBackward
+    site: str = eqx.field(static=True)
+    problem: Problem = eqx.field(static=True)
+
+    def context(self, y: Sites) -> Float[Array, " dim"]:
+        """Return where the kernels start."""
+        return y[self.site].reshape(-1)
+
+    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " path"], Float[Array, ""]]:
+        """Draw one path and compute its ``log_q``."""
+        path, log_q = draw_path(key, self.backward, context)
+        return path.reshape(-1)[: self.problem.dim], log_q
+
+    def log_q(self, key: Key, context: Any, z: Float[Array, " path"]) -> Float[Array, ""]:
+        """Compute the ``log_q`` of a given path; minus infinity where it does not end at a known end."""
+        path = z.reshape(-1, self.backward.process.dim)
+        if path.shape[0] == self.backward.process.num_steps:
+            return log_path(self.backward, jnp.concatenate([path, context[None]]))
+        return jnp.where((path[-1] == context).all(), log_path(self.backward, path), -jnp.inf)
+
+
+def pinned(problem: Problem) -> Problem:
+    """Make the problem of paths whose last state is known, from the problem of paths alone.
+
+    Its "likelihood" is one: the density of the path at its known end is all there is, and the evidence is the density
+    of the process at that end.
+    """
+    return dataclasses.replace(problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype))
