@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer._errors import TrainingWarning, UnsupportedModel
+from scoreinfer._errors import OutOfDistribution, TrainingWarning, UnsupportedModel
 from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
@@ -10,6 +10,7 @@ from scoreinfer.export import to_arviz
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import PhysicsPath, check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
+from scoreinfer.paths import PathPosterior
 from scoreinfer.posterior import Posterior, fit
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
@@ -29,6 +30,8 @@ __all__ = [
     "Comparison",
     "DeepSet",
     "Draws",
+    "OutOfDistribution",
+    "PathPosterior",
     "Physics",
     "PhysicsPath",
     "Posterior",

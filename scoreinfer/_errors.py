@@ -35,3 +35,7 @@ class UnsupportedModel(ValueError):
 
 class TrainingWarning(UserWarning):
     """Training ended early or on a budget that is likely too small."""
+
+
+class OutOfDistribution(UserWarning):
+    """An observation lies far from everything that training has seen."""

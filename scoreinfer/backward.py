@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
+from scoreinfer.correct import colour
 from scoreinfer.process import PhysicsProcess
 
 State = Float[Array, " dim"]
@@ -121,16 +122,159 @@ class ThroughPhysics(AbstractBackward):
         return Kernel(mean, jnp.sqrt(jnp.clip(left, *LEFT)), factor)
 
 
+class Frame(eqx.Module):
+    """What linear regression says of every step, for a network to start from and to see its numbers scaled by.
+
+    Args:
+        centre: mean of the state at the end of the step.
+        spread: its standard deviation.
+        shift: mean of x_k minus the reverse physics.
+        slope: its regression on the standardised state; a vector per step where components are regressed on
+            themselves alone.
+        factor: square root of the covariance of what is left (a vector: of its variances).
+    """
+
+    centre: Float[Array, "steps dim"]
+    spread: Float[Array, "steps dim"]
+    shift: Float[Array, "steps dim"]
+    slope: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
+    factor: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
+
+    def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
+        """Compute the standardised state at the end of step k."""
+        return (x - self.centre[k]) / self.spread[k]
+
+    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State) -> State:
+        """Compute reverse physics plus regression."""
+        return process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+
+
+class LearnedBackward(AbstractBackward):
+    """Kernels whose mean and variances a network has learned by likelihood, on top of physics and regression.
+
+    With v the standardised state and L the regression's residual factor,
+
+        B_k = N(reverse physics + regression + L f(v, t), L diag(exp(2 h(v, t))) L^T).
+
+    The likelihood of transitions is what the effective sample size depends on, and needs no inverse of the step.
+
+    Args:
+        process: the physics.
+        frame: the regression.
+        network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> 2 dim`` numbers, f and h.
+
+    Exactness: exact weights whatever was learned; without weights biased, as good as the training.
+
+    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4 (the one-step loss, its mean); Bao et al. 2022,
+    arXiv 2201.06503 (learned reverse variances).
+    """
+
+    process: PhysicsProcess
+    frame: Frame
+    network: Callable[[Array, Array, Array], Array]
+
+    def __call__(self, k, x):
+        """Make the kernel of step k."""
+        v = self.frame.standardise(k, x).astype(jnp.float32)
+        move, log_scale = heads(self.network, v, *elapsed(self.process, k))
+        mean, factor = self.frame.mean(self.process, k, x), self.frame.factor[k]
+        mean = mean + colour(factor, move)
+        if factor.ndim == 1:
+            return Kernel(mean, factor * jnp.exp(log_scale))
+        return Kernel(mean, jnp.exp(log_scale).astype(mean.dtype), factor)
+
+    def score(self, t: Float[Array, ""], x: State) -> State:
+        """Compute (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q, the score that the learned means stand for.
+
+        Tweedie's E[Phi(x_k) | x_{k+1}] = x_{k+1} + Q S with the mean moved inside Phi, so that the error of whatever
+        reverse physics was learned on is no part of it.
+
+        Exactness: biased, as good as the training, and by O(t_{k+1} - t_k) where the physics is not linear.
+        """
+        k = jnp.argmin(jnp.abs(self.process.ts[1:] - t))
+        return (self.process.forward(k, self(k, x).mean) - x) / self.process.scale[k] ** 2
+
+
+MAX_LOG_SCALE = 4.0
+
+
+def heads(network: Callable, v: State, log_time: Array, time: Array) -> tuple[State, State]:
+    """Compute the learned move of the mean and the log scale, in the frame."""
+    output = network(v, log_time, time)
+    return output[: v.size], MAX_LOG_SCALE * jnp.tanh(output[v.size :] / MAX_LOG_SCALE)
+
+
+def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " 1"]]:
+    """Compute the time at the end of step k as a network sees it: its logarithm, and on the scale from -1 to 1."""
+    share = (process.ts[k + 1] - process.ts[0]) / (process.ts[-1] - process.ts[0])
+    return jnp.log(share).astype(jnp.float32), (2 * share[None] - 1).astype(jnp.float32)
+
+
+def through_time(process: PhysicsProcess) -> tuple[Float[Array, " steps"], Float[Array, "steps 1"]]:
+    """Compute `elapsed` for every step."""
+    return jax.vmap(lambda k: elapsed(process, k))(jnp.arange(process.num_steps))
+
+
+MAX_DENSE = 64
+"""Largest dimension in which every component is regressed on all others."""
+ENOUGH_PATHS = 1000
+"""Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
+SURE = 3.5
+"""Standard errors below which an entry of the regression counts as zero."""
+
+
+@eqx.filter_jit
+def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> Frame:
+    """Make the frame of simulated paths.
+
+    Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
+    """
+    num, dense = paths.shape[0], process.dim <= MAX_DENSE
+
+    def one(k: Array) -> tuple[Array, ...]:
+        old, new = paths[:, k], paths[:, k + 1]
+        rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
+        centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
+        if num < ENOUGH_PATHS:
+            none = jnp.zeros(process.dim)
+            return centre, spread, none, none, process.scale[k]
+        v, shift = (new - centre) / spread, rest.mean(0)
+        if not dense:
+            slope = (v * (rest - shift)).mean(0)
+            return centre, spread, shift, slope, jnp.maximum((rest - shift - slope * v).std(0), 1e-3 * process.scale[k])
+        slope = _regress(v, rest - shift)
+        error = rest - shift - v @ slope.T
+        covariance = error.T @ error / num
+        sd = jnp.sqrt(covariance.diagonal())
+        certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
+        floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
+        factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
+        return centre, spread, shift, slope, factor
+
+    return Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
+
+
+def _regress(v: Float[Array, "num dim"], rest: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
+    num, dim = v.shape
+    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(dim))
+    slope = rest.T @ v / num @ inverse
+    variance = (rest - v @ slope.T).var(0)
+    error = jnp.sqrt(variance[:, None] * inverse.diagonal() / num)
+    return jnp.where(jnp.abs(slope) > SURE * error, slope, 0.0)
+
+
 LEFT = (1e-4, 1e2)
 """What may be left of the noise's variance once x_{k+1} is known; exact scores stay within (0, 1)."""
 
 
-def draw_path(key: Key, backward: AbstractBackward, end: State) -> tuple[Path, Float[Array, ""]]:
-    """Draw a path backwards from its end; compute sum_k log B_k(x_k | x_{k+1}).
+def draw_path(
+    key: Key, backward: AbstractBackward, end: State, num_steps: int | None = None
+) -> tuple[Path, Float[Array, ""]]:
+    """Draw a path of ``num_steps`` (all) steps backwards from its end; compute sum_k log B_k(x_k | x_{k+1}).
 
     Exactness: an exact draw from the kernels and its exact log density.
     """
-    steps = jnp.arange(backward.process.num_steps)
+    steps = jnp.arange(backward.process.num_steps if num_steps is None else num_steps)
 
     def back(x: State, inputs: tuple[Array, Key]) -> tuple[State, tuple[State, Array]]:
         k, key = inputs
@@ -144,24 +288,38 @@ def draw_path(key: Key, backward: AbstractBackward, end: State) -> tuple[Path, F
 
 def log_path(backward: AbstractBackward, path: Path) -> Float[Array, ""]:
     """Compute sum_k log B_k(x_k | x_{k+1}) of a given path."""
-    steps = jnp.arange(backward.process.num_steps)
+    steps = jnp.arange(path.shape[0] - 1)
     return jax.vmap(lambda k, old, new: backward(k, new).log_density(old))(steps, path[:-1], path[1:]).sum()
 
 
-def probability_flow(process: PhysicsProcess, score: Score, end: State) -> Path:
-    """Run the probability flow backwards from the end: reverse physics + Q/2 score, without noise.
+def probability_flow(backward: AbstractBackward, end: State, num_steps: int | None = None) -> Path:
+    """Run ``num_steps`` (all) of the probability flow backwards from the end.
 
-    From ends drawn from the process its states have the marginals of the process; from one end it gives one path, no
-    posterior.
+    It has no noise. Its velocity, drift - g^2/2 score, is the mean of the forward drift and of the backward one
+    (Nelson), so one step back solves Phi(x_k) + x_k = x_{k+1} + E[x_k | x_{k+1}] for x_k: half the score, and stable
+    however stiff the physics. From ends drawn from the process its states have the marginals of the process; from one
+    end it gives one path, no posterior.
 
     Exactness: consistent as the steps shrink.
 
-    References: Song et al. 2021, arXiv 2011.13456, equation 13.
+    Good values: dissipative physics, where the fixed-point iteration shrinks the error at least twofold each time.
+
+    References: Nelson 1967, section 13; Song et al. 2021, arXiv 2011.13456, equation 13.
     """
+    process = backward.process
 
     def back(x: State, k: Array) -> tuple[State, State]:
-        new = process.reverse(k, x) + 0.5 * process.scale[k] ** 2 * score(process.ts[k + 1], x)
+        total = x + backward(k, x).mean
+
+        def closer(_: Array, guess: State) -> State:
+            return guess + 0.5 * (total - guess - process.forward(k, guess))
+
+        new = jax.lax.fori_loop(0, NUM_FIXED_POINT, closer, x)
         return new, new
 
-    path = jax.lax.scan(back, end, jnp.arange(process.num_steps), reverse=True)[1]
+    steps = jnp.arange(process.num_steps if num_steps is None else num_steps)
+    path = jax.lax.scan(back, end, steps, reverse=True)[1]
     return jnp.concatenate([path, end[None]])
+
+
+NUM_FIXED_POINT = 20

@@ -1,8 +1,9 @@
 """Losses: functions ``(module, batch, key) -> scalar`` for the one training loop.
 
-Everything is in the whitened space, where a draw has roughly unit variance at every observation.
+Everything is in a whitened space, where a draw has roughly unit variance at every observation (or time).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
+from scoreinfer.backward import heads
 from scoreinfer.nets import ConditionalMLP, Embedding
 from scoreinfer.score.network import NeuralScore, preconditioners
 from scoreinfer.simulation import Simulations
@@ -143,3 +145,41 @@ def _stein(batch: ScoreBatch) -> tuple[Float[Array, " dim"], Float[Array, " dim"
     products = batch.u * batch.gradient
     error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
     return error, jnp.mean(batch.gradient**2, axis=0)
+
+
+class Transitions(NamedTuple):
+    """Paths as the backward kernels' network sees them, one row per step.
+
+    Args:
+        v: standardised state at the end of every step.
+        rest: what regression leaves of the state before, in units of its residual factor.
+    """
+
+    v: Float[Array, "num steps dim"]
+    rest: Float[Array, "num steps dim"]
+
+
+def transition_loss(
+    network: Callable,
+    batch: Transitions,
+    key: Key,
+    *,
+    times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
+    num_pairs: int,
+) -> Float[Array, ""]:
+    """Compute minus the mean log density of single backward transitions, per component, without its constant.
+
+    Its mean part is the one-step loss of the reverse SDE in units of the step's noise (the loss divided by dt^2 where
+    noise and steps are uniform). ``num_pairs`` steps of each path are picked at random: never in the order of time, in
+    which training forgets all but the last.
+
+    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4.
+    """
+    num, steps, _ = batch.v.shape
+    k = jax.random.randint(key, (num, num_pairs), 0, steps)
+
+    def one(v, rest, k):
+        move, log_scale = heads(network, v[k], times[0][k], times[1][k])
+        return (0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale).mean()
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)))(batch.v, batch.rest, k).mean()

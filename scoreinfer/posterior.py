@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import equinox as eqx
 import jax
@@ -28,7 +28,9 @@ from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_p
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.paths import PathPosterior, fit_paths
 from scoreinfer.problem import Problem
+from scoreinfer.process import Physics
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.sampling import AbstractSampler
@@ -224,6 +226,14 @@ def _features(proposal: AmortisedProposal, y: Sites) -> Float[Array, " features"
     return flatten(proposal.features(y))
 
 
+@overload
+def fit(key: Key, model: Callable | Problem, *args: Any, process: None = None, **kwargs: Any) -> Posterior: ...
+
+
+@overload
+def fit(key: Key, model: Callable, *args: Any, process: Physics, **kwargs: Any) -> PathPosterior: ...
+
+
 def fit(
     key: Key,
     model: Callable | Problem,
@@ -238,9 +248,11 @@ def fit(
     sampler: AbstractSampler | None = None,
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,
+    process: Physics | None = None,
+    trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
-) -> Posterior:
+) -> Posterior | PathPosterior:
     """Learn the posterior of a model, for every observation of its design, from the model's own simulations.
 
     First the whitening map of each observation is learned by Gaussian likelihood, then the score in the whitened
@@ -262,11 +274,16 @@ def fit(
         sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
         target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
+        process: the site of the model that is a physical process. Then its reverse is learned, transition by
+            transition, and the result is a `PathPosterior`; ``embedding``, ``sampler`` and ``target_score`` are of no
+            use to it.
+        trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
+            simulations.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
     Returns:
-        The `Posterior`, with the history of its training.
+        The `Posterior`, or with ``process`` the `PathPosterior`, with the history of its training.
 
     Raises:
         UnsupportedModel: where the model cannot be read or simulated.
@@ -277,6 +294,16 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
+    if process is not None or trajectories is not None:
+        if process is None or isinstance(model, Problem):
+            raise ValueError("Physics is learned from a NumPyro model with `process=Physics(site)`.")
+        if not (embedding is None and sampler is None and target_score is None):
+            raise ValueError("`embedding`, `sampler` and `target_score` are of no use with `process`: leave them out.")
+        return fit_paths(
+            key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
+            num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
+            observed=observed, progress_bar=progress_bar, **kwargs,
+        )  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     if problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")

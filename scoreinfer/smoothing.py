@@ -23,9 +23,9 @@ class PathProposal(eqx.Module):
     """Paths drawn backwards from what is known of their end.
 
     Args:
-        backward: the kernels. Where they have one step more than the problem's path, that is the noise stage of a
-            Gaussian observation (`scoreinfer.process.physics.add_noise_stage`), and they start at the observation.
-        site: the observed site that is the end, or `END_STATE`.
+        backward: the kernels.
+        site: the observed site that the kernels start from: a Gaussian observation of the last state, whose noise is
+            one more step of the process (`scoreinfer.process.physics.add_noise_stage`); or `END_STATE`.
         problem: the problem, whose latent vector is the path; for `END_STATE` see `pinned`.
 
     Exactness: ``log_q`` is the exact log density of the path (given its end, where that is known), so weighting by
@@ -36,19 +36,24 @@ class PathProposal(eqx.Module):
     site: str = eqx.field(static=True)
     problem: Problem = eqx.field(static=True)
 
+    @property
+    def num_steps(self) -> int:
+        """Number of kernels from the end that is known to the beginning."""
+        return self.problem.dim // self.backward.process.dim - (self.site == END_STATE)
+
     def context(self, y: Sites) -> Float[Array, " dim"]:
         """Return where the kernels start."""
-        return y[self.site].reshape(-1)
+        return y[self.site].reshape(-1).astype(jnp.result_type(float))
 
     def propose(self, key: Key, context: Any) -> tuple[Float[Array, " path"], Float[Array, ""]]:
         """Draw one path and compute its ``log_q``."""
-        path, log_q = draw_path(key, self.backward, context)
+        path, log_q = draw_path(key, self.backward, context, self.num_steps)
         return path.reshape(-1)[: self.problem.dim], log_q
 
     def log_q(self, key: Key, context: Any, z: Float[Array, " path"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given path; minus infinity where it does not end at a known end."""
         path = z.reshape(-1, self.backward.process.dim)
-        if path.shape[0] == self.backward.process.num_steps:
+        if self.site != END_STATE:
             return log_path(self.backward, jnp.concatenate([path, context[None]]))
         return jnp.where((path[-1] == context).all(), log_path(self.backward, path), -jnp.inf)
 

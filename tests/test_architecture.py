@@ -21,7 +21,7 @@ draws model simulation score whitening tempering backward
 losses sampling
 checkpoint train certificate proposal
 drawing forward smoothing
-focus learning
+focus learning paths
 refinement
 exploration
 posterior filters

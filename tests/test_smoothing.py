@@ -102,7 +102,7 @@ def test_spectrum_of_what_runs_backwards(noise):
         end = jnp.asarray(np.sqrt(variances[-1]), jnp.float32) * jax.random.normal(for_end, (8,))
         if noise:
             return draw_path(for_path, ReverseEuler(process, score), end)[0]
-        return probability_flow(process, score, end)
+        return probability_flow(ReverseEuler(process, score), end)
 
     paths = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), num)), np.float64)
     ratio = (paths**2).mean(0) / variances

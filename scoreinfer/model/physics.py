@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro.handlers import seed, trace
 
 from scoreinfer._errors import Offence, UnsupportedModel
+from scoreinfer._typing import Key
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.process import Physics, PhysicsProcess
@@ -42,7 +43,7 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     state = tuple(fn.init_dist.event_shape)
     advance, scale_of = _path_step(fn) if isinstance(fn, PhysicsPath) else _euler_step(fn, state)
     ts = check_times(fn.ts if isinstance(fn, PhysicsPath) else fn.t, "Physics")
-    paths = fn.sample(jax.random.fold_in(fixed_key(), 1), (NUM_PROBES,))
+    paths = jax.jit(lambda key: fn.sample(key, (NUM_PROBES,)))(jax.random.fold_in(fixed_key(), 1))
     scale = _constant_noise(physics.site, scale_of, ts, paths)
     reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
     process = PhysicsProcess(ts, scale.reshape(len(ts) - 1, -1), _flat(advance, state), _flat(reverse, state), state)
@@ -102,6 +103,7 @@ def _constant_noise(
     """Evaluate the noise of every step at several states: it must be the same at all of them."""
     steps = jnp.arange(len(ts) - 1)
     scales = jax.jit(jax.vmap(lambda path: jax.vmap(scale_of)(steps, ts[:-1], path[:-1])))(paths)
+    scales = np.asarray(scales)
     if not np.allclose(scales, scales[:1], rtol=1e-5):
         raise UnsupportedModel(
             (Offence(name, "has noise that depends on the state", "Transform the state until its noise is additive"),)
@@ -112,7 +114,7 @@ def _constant_noise(
 def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> None:
     steps = jnp.arange(process.num_steps)
     moved = jax.jit(jax.vmap(lambda path: jax.vmap(process.forward)(steps, path[:-1])))(paths)
-    finite = np.isfinite(moved).all(axis=(0, 2)) & np.isfinite(paths[:, :-1]).all(axis=(0, 2))
+    finite = (np.isfinite(moved) & np.isfinite(np.asarray(paths)[:, :-1])).all(axis=(0, 2))
     if not finite.all():
         first = int(np.argmin(finite))
         raise ValueError(
@@ -120,3 +122,40 @@ def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"])
             f"paths simulated from the model (first of {np.sum(~finite)} such steps). Make the solver's step smaller "
             "(substeps inside `step`), or bound the state."
         )
+
+
+class NoisyEnd(NamedTuple):
+    """A site that observes the last state directly, with Gaussian noise.
+
+    Args:
+        site: its name.
+        scale: standard deviation of the noise, component by component.
+    """
+
+    site: str
+    scale: Float[Array, " dim"]
+
+
+def noisy_end(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -> NoisyEnd | None:
+    """Find the observed site that is Normal around the last state of a process; None where there is no such.
+
+    Judged on a few joint draws: the site's location is the last state to the letter, its scale always the same.
+    """
+    run = functools.partial(model, *args, **kwargs)
+
+    @jax.jit
+    @jax.vmap
+    def play(key: Key) -> dict[str, tuple[Array, Array, Array]]:
+        played = trace(seed(Open(run), key)).get_trace()
+        last, found = played[site]["value"][-1], {}
+        for name, row in played.items():
+            fn = layers(row["fn"])[-1] if row["type"] == "sample" else None
+            if isinstance(fn, dist.Normal) and name != site and row["value"].shape == last.shape:
+                found[name] = (jnp.broadcast_to(fn.loc, last.shape), jnp.broadcast_to(fn.scale, last.shape), last)
+        return found
+
+    draws = play(jax.random.split(fixed_key(), NUM_PROBES))
+    for name, (loc, scale, last) in draws.items():
+        if np.array_equal(loc, last) and np.array_equal(scale, np.broadcast_to(scale[:1], scale.shape)):
+            return NoisyEnd(name, jnp.ravel(scale[0]))
+    return None

@@ -1,0 +1,320 @@
+"""Learning physics in reverse: ``fit(..., process=Physics("x"))``, and the posterior of paths it returns."""
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreinfer._errors import Offence, OutOfDistribution, UnsupportedModel
+from scoreinfer._tree import in_batches
+from scoreinfer._typing import Key
+from scoreinfer.backward import LearnedBackward, linear_frame, probability_flow, through_time
+from scoreinfer.certificate import certify
+from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
+from scoreinfer.draws import Draws
+from scoreinfer.forward import ForwardBank
+from scoreinfer.losses import Transitions, transition_loss
+from scoreinfer.model import from_numpyro, noisy_end, read_physics
+from scoreinfer.nets import ConditionalMLP
+from scoreinfer.problem import Problem
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import add_noise_stage
+from scoreinfer.simulation import check_finite, simulate
+from scoreinfer.smoothing import END_STATE, PathProposal, pinned
+from scoreinfer.train import Budget, History, train
+
+NUM_PILOT = 8192
+POOL = 8192
+"""Paths in a pool of fresh simulations: every one has many transitions."""
+MAX_NUMBERS = 1 << 25
+"""Numbers in a pool of simulated paths: bounds the memory."""
+TRANSITIONS = 2048
+"""Transitions per optimiser step."""
+NUM_BANK, NUM_PROPOSALS = 128, 24
+"""Simulated truths of the forward check, and proposals that each is held against."""
+
+
+class PathPosterior(eqx.Module):
+    """The posterior of paths of a physical process, for any end: known exactly, or observed with Gaussian noise.
+
+    Args:
+        proposal: the learned sampler for observed ends (for a model without observations: for known ends).
+        known_end: the learned sampler for ends known exactly.
+        bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
+            same kernels lead away from.
+        history: how it was trained.
+    """
+
+    proposal: PathProposal
+    known_end: PathProposal
+    bank: ForwardBank
+    history: History
+
+    @property
+    def problem(self) -> Problem:
+        """The problem this posterior answers."""
+        return self.proposal.problem
+
+    @property
+    def backward(self) -> LearnedBackward:
+        """The learned backward kernels."""
+        assert isinstance(self.proposal.backward, LearnedBackward)
+        return self.proposal.backward
+
+    @property
+    def process(self) -> PhysicsProcess:
+        """The physics (with the noise of an observation of the end as its last step)."""
+        return self.backward.process
+
+    def sample(
+        self,
+        key: Key,
+        num: int,
+        *args: Any,
+        end_state: Float[Array | np.ndarray, "..."] | None = None,
+        batch_size: int = 1024,
+        **kwargs: Any,
+    ) -> Draws:
+        """Draw paths that lead to an end, weigh every path, and certify the batch.
+
+        Args:
+            key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
+            num: number of paths.
+            *args: the model's own arguments, with the data; not looked at with ``end_state``.
+            end_state: the last state, where it is known exactly: then the posterior is that of the earlier states,
+                and the log evidence the log density of the process at this end.
+            batch_size: paths per compiled call: bounds the memory.
+            **kwargs: the model's own keyword arguments.
+
+        Returns:
+            `Draws`; the physics site has shape ``(num, times, *state)``.
+
+        Raises:
+            ValueError: where the end has a wrong shape or is not finite, or data are missing.
+
+        Exactness: exact weights against the model's own density of paths, whatever was learned.
+        """
+        start = time.perf_counter()
+        known = end_state is not None
+        proposal = self.known_end if known else self.proposal
+        y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
+        if not known and proposal.site == END_STATE:
+            raise ValueError("This model observes nothing: give the last state as `end_state=`.")
+        drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
+        x = _features(self.proposal, y[proposal.site])
+        check = self.bank.check(x)
+        if check.distance_rank <= 0.0:
+            _warn_far(self.bank, x)
+        certificate = certify(drawn.log_weight, check)
+        sites = constrain(proposal.problem, drawn.values, batch_size)
+        info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
+        return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+
+    def flow(self, end_state: Float[Array | np.ndarray, "*batch state"]) -> Float[Array, "..."]:
+        """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
+
+        Exactness: biased, as good as the training; see `scoreinfer.backward.probability_flow`.
+        """
+        state, dim = self.process.shape, self.process.dim
+        ends = jnp.asarray(end_state, jnp.result_type(float))
+        leading = ends.shape[: ends.ndim - len(state)]
+        paths = _flow_rows(self.known_end, ends.reshape(-1, dim))
+        return paths.reshape(*leading, -1, *state)
+
+    def _checked(self, end_state: Any) -> Float[Array, "..."]:
+        end = jnp.asarray(end_state, jnp.result_type(float))
+        if end.shape != self.process.shape:
+            raise ValueError(f"`end_state` must have the state's shape {self.process.shape}, got {end.shape}.")
+        if not bool(jnp.isfinite(end).all()):
+            raise ValueError(
+                f"`end_state` must be finite, but {int((~jnp.isfinite(end)).sum())} of its numbers are not."
+            )
+        return end
+
+
+@eqx.filter_jit
+def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+    return jax.vmap(lambda end: probability_flow(proposal.backward, end, proposal.num_steps))(ends)
+
+
+def _warn_far(bank: ForwardBank, x: Float[Array, " features"]) -> None:
+    distances = bank.nearest(x)[1]
+    ratio = float(jnp.sort(distances)[:5].mean() / jnp.median(bank.distance))
+    message = f"The end lies {ratio:.1f} times as far from the simulations as these lie from each other."
+    warnings.warn(f"{message} What was learned there is extrapolation.", OutOfDistribution, stacklevel=3)
+
+
+@eqx.filter_jit
+def _features(proposal: PathProposal, end: Float[Array, "..."]) -> Float[Array, " features"]:
+    """Standardise an end, or an observation of it."""
+    assert isinstance(proposal.backward, LearnedBackward)
+    return proposal.backward.frame.standardise(proposal.num_steps - 1, end.reshape(-1)).astype(jnp.float32)
+
+
+def fit_paths(
+    key: Key,
+    model: Callable,
+    *args: Any,
+    process: Physics,
+    trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    num_simulations: int | None = None,
+    num_steps: int = 10_000,
+    batch_size: int = 256,
+    learning_rate: float = 4e-3,
+    width: int = 32,
+    depth: int = 2,
+    observed: tuple[str, ...] | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> PathPosterior:
+    """Learn the physics of a model in reverse; see `scoreinfer.fit`, whose ``process=`` leads here.
+
+    Raises:
+        UnsupportedModel: where the model has other latent sites than the process, or observes anything but its last
+            state with Gaussian noise.
+        ValueError: where trajectories do not fit the process or are not finite.
+    """
+    problem = from_numpyro(model, *args, observed=observed, **kwargs)
+    _refuse_others(problem, process.site)
+    physics = read_physics(process, model, *args, **kwargs)
+    end = noisy_end(process.site, model, *args, **kwargs) if problem.observed else None
+    if problem.observed and (end is None or len(problem.observed) > 1):
+        names = ", ".join(site.name for site in problem.observed)
+        way_out = f"Observe `{process.site}[-1]` with Normal noise, or nothing, and give `end_state=`"
+        raise UnsupportedModel((Offence(names, "is not the last state with Gaussian noise", way_out),))
+    if end is not None:
+        physics = add_noise_stage(physics, end.scale)
+    for_pilot, for_net, for_training, for_bank = jax.random.split(key, 4)
+
+    def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
+        return _simulated(key, problem, physics, end, num)
+
+    online = trajectories is None and num_simulations is None
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
+    if trajectories is None:
+        pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
+    else:
+        pilot = _recorded(for_pilot, trajectories, problem, physics, end)
+    held_out = max(pilot.shape[0] // 10, 1)
+    training, validation = pilot[held_out:], pilot[:held_out]
+    frame = linear_frame(physics, training)
+    batch_size = min(batch_size, training.shape[0])
+    network = ConditionalMLP(for_net, physics.dim, 1, 2 * physics.dim, width=width, depth=depth)
+    backward = LearnedBackward(physics, frame, network)
+    epoch_steps = min(250, num_steps)
+    budget = Budget(num_steps, batch_size, epoch_steps, learning_rate, patience=None if online else 30)
+    pool_size = min(POOL, room)
+    seen = _transitions(backward, training)
+
+    network, history = train(
+        for_training,
+        network,
+        jax.tree_util.Partial(
+            transition_loss, times=through_time(physics), num_pairs=max(TRANSITIONS // batch_size, 1)
+        ),
+        lambda key: _transitions(backward, paths(key, pool_size)) if online else seen,
+        _transitions(backward, validation),
+        budget,
+        progress_bar=progress_bar,
+        title="backward kernels",
+    )
+    backward = eqx.tree_at(lambda tree: tree.network, backward, network)
+    known = PathProposal(backward, END_STATE, pinned(problem))
+    proposal = known if end is None else PathProposal(backward, end.site, problem)
+    for_truths, for_proposals = jax.random.split(for_bank)
+    bank = _bank(for_proposals, proposal, paths(for_truths, NUM_BANK))
+    return PathPosterior(proposal, known, bank, history)
+
+
+def _refuse_others(problem: Problem, site: str) -> None:
+    others = [latent.name for latent in problem.latents if latent.name != site]
+    if others:
+        way_out = "Fix it, or infer it around this model"
+        raise UnsupportedModel(tuple(Offence(name, f"is latent beside {site!r}", way_out) for name in others))
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+
+
+def _simulated(key, problem, physics, end, num):
+    """Simulate paths, with the observation as their last state where the process ends in its noise."""
+    drawn = simulate(key, problem, num)
+    check_finite(drawn)
+    return _with_ends(drawn.z.reshape(num, -1, physics.dim), None if end is None else drawn.x[end.site])
+
+
+def _with_ends(paths, ends):
+    if ends is None:
+        return paths
+    return jnp.concatenate([paths, ends.reshape(paths.shape[0], 1, -1)], axis=1)
+
+
+def _recorded(key, trajectories, problem, physics, end):
+    """Check trajectories against the process, and observe their ends."""
+    trajectories = jnp.asarray(trajectories, jnp.result_type(float))
+    expected = (physics.num_steps + (end is None), *physics.shape)
+    if trajectories.shape[1:] != expected or trajectories.shape[0] < 2:
+        raise ValueError(
+            "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
+            f"{', '.join(map(str, expected))}), got {trajectories.shape}."
+        )
+    if not bool(jnp.isfinite(trajectories).all()):
+        raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
+    num = trajectories.shape[0]
+    ends = None
+    if end is not None:
+        keys = jax.random.split(key, num)
+        ends = jax.jit(jax.vmap(problem.simulate_observation))(keys, trajectories.reshape(num, -1))[end.site]
+    return _with_ends(trajectories.reshape(num, -1, physics.dim), ends)
+
+
+def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+    num = paths.shape[0]
+    return in_batches(lambda i: _transition_rows(backward, paths[i]), num, min(num, 4096))
+
+
+@eqx.filter_jit
+def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+    """Whiten transitions by the frame, so that training need not run the physics."""
+    frame = backward.frame
+
+    def one(k, old, new):
+        rest = old - jax.vmap(lambda x: frame.mean(backward.process, k, x))(new)
+        v = jax.vmap(lambda x: frame.standardise(k, x))(new)
+        factor = frame.factor[k]
+        rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
+        return v.astype(jnp.float32), rest.astype(jnp.float32)
+
+    steps = jnp.arange(backward.process.num_steps)
+    v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))
+    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1))
+
+
+@eqx.filter_jit
+def _bank(key: Key, proposal: PathProposal, paths: Float[Array, "num times dim"]) -> ForwardBank:
+    """Hold simulated paths against the proposals for their own ends.
+
+    Exactness: log_excess estimates log p(path | end) - log q(path | end); exact as proposals grow in number.
+    """
+    dim = proposal.problem.dim
+    rows = jnp.arange(NUM_PROPOSALS)
+
+    def one(inputs):
+        key, path = inputs
+        y = {proposal.site: path[proposal.num_steps].reshape(proposal.backward.process.shape)}
+        truth = weigh_rows(key, proposal, y, rows[:1], path.reshape(-1)[None, :dim]).log_weight[0]
+        log_ws = draw_rows(key, proposal, y, rows).log_weight
+        log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
+        total = jax.nn.logsumexp(log_ws)
+        log_share = 2 * total - jax.nn.logsumexp(2 * log_ws) - jnp.log(NUM_PROPOSALS)
+        return _features(proposal, y[proposal.site]), truth - total + jnp.log(NUM_PROPOSALS), log_share
+
+    features, excess, share = jax.lax.map(one, (jax.random.split(key, paths.shape[0]), paths), batch_size=32)
+    between = jnp.linalg.norm(features[:, None] - features[None], axis=-1) + jnp.diag(jnp.full(len(features), jnp.inf))
+    lonely = jnp.sort(between, axis=1)[:, :5].mean(1)
+    return ForwardBank(features, lonely, excess, share, jnp.zeros((len(features), 0)))
