@@ -217,7 +217,7 @@ def through_time(process: PhysicsProcess) -> tuple[Float[Array, " steps"], Float
 
 MAX_DENSE = 64
 """Largest dimension in which every component is regressed on all others."""
-ENOUGH_PATHS = 1000
+ENOUGH_PATHS = 4000
 """Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
 SURE = 3.5
 """Standard errors below which an entry of the regression counts as zero."""

@@ -3,7 +3,8 @@
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,12 +15,12 @@ from jaxtyping import Array, Float
 from scoreinfer._errors import Offence, OutOfDistribution, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
-from scoreinfer.backward import LearnedBackward, linear_frame, probability_flow, through_time
+from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
 from scoreinfer.certificate import certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
-from scoreinfer.losses import Transitions, transition_loss
+from scoreinfer.losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.model import from_numpyro, noisy_end, read_physics
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.problem import Problem
@@ -30,6 +31,8 @@ from scoreinfer.smoothing import END_STATE, PathProposal, pinned
 from scoreinfer.train import Budget, History, train
 
 NUM_PILOT = 8192
+PENALTY = 200.0
+"""Penalty of learned variances on a fixed budget of paths, times their number."""
 POOL = 8192
 """Paths in a pool of fresh simulations: every one has many transitions."""
 MAX_NUMBERS = 1 << 25
@@ -38,6 +41,27 @@ TRANSITIONS = 2048
 """Transitions per optimiser step."""
 NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
+NUM_ENDS = 2048
+"""Simulated ends that a given end's distance is compared with."""
+
+
+class Ends(NamedTuple):
+    """Standardised ends of simulated paths, and the distance of each to its nearest fellows."""
+
+    features: Float[Array, "num features"]
+    distance: Float[Array, " num"]
+
+    def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute the share of the ends that lie at least as far from the others as ``x`` does."""
+        return (self.distance >= _to_nearest(jnp.linalg.norm(self.features - x, axis=1))).mean()
+
+    def ratio(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute how many times as far from the ends ``x`` lies as these, by their median, from each other."""
+        return _to_nearest(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
+
+
+def _to_nearest(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
+    return -jax.lax.top_k(-distances, num_nearest)[0].mean()
 
 
 class PathPosterior(eqx.Module):
@@ -48,12 +72,14 @@ class PathPosterior(eqx.Module):
         known_end: the learned sampler for ends known exactly.
         bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
             same kernels lead away from.
+        ends: simulated ends, to tell a far one by.
         history: how it was trained.
     """
 
     proposal: PathProposal
     known_end: PathProposal
     bank: ForwardBank
+    ends: Ends
     history: History
 
     @property
@@ -108,24 +134,38 @@ class PathPosterior(eqx.Module):
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
         drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
         x = _features(self.proposal, y[proposal.site])
-        check = self.bank.check(x)
+        check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
         if check.distance_rank <= 0.0:
-            _warn_far(self.bank, x)
+            message = (
+                f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as they from each other."
+            )
+            warnings.warn(f"{message} What was learned there is extrapolation.", OutOfDistribution, stacklevel=2)
         certificate = certify(drawn.log_weight, check)
         sites = constrain(proposal.problem, drawn.values, batch_size)
         info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
 
-    def flow(self, end_state: Float[Array | np.ndarray, "*batch state"]) -> Float[Array, "..."]:
+    def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """Draw one path backwards from each of many known ends (batch axes first), without weights.
+
+        Exactness: biased, as good as the training; `sample` weighs its paths.
+        """
+        ends = self._flat(end_state)
+        return self._shaped(_reverse_rows(key, self.known_end, ends), end_state)
+
+    def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
 
         Exactness: biased, as good as the training; see `scoreinfer.backward.probability_flow`.
         """
-        state, dim = self.process.shape, self.process.dim
-        ends = jnp.asarray(end_state, jnp.result_type(float))
-        leading = ends.shape[: ends.ndim - len(state)]
-        paths = _flow_rows(self.known_end, ends.reshape(-1, dim))
-        return paths.reshape(*leading, -1, *state)
+        return self._shaped(_flow_rows(self.known_end, self._flat(end_state)), end_state)
+
+    def _flat(self, ends: Any) -> Float[Array, "num dim"]:
+        return jnp.asarray(ends, jnp.result_type(float)).reshape(-1, self.process.dim)
+
+    def _shaped(self, paths: Float[Array, "num times dim"], ends: Any) -> Float[Array, "..."]:
+        state = self.process.shape
+        return paths.reshape(*np.shape(ends)[: np.ndim(ends) - len(state)], -1, *state)
 
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
         end = jnp.asarray(end_state, jnp.result_type(float))
@@ -139,15 +179,16 @@ class PathPosterior(eqx.Module):
 
 
 @eqx.filter_jit
+def _reverse_rows(key: Key, proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+    def one(key: Key, end: Float[Array, " dim"]) -> Float[Array, "times dim"]:
+        return draw_path(key, proposal.backward, end, proposal.num_steps)[0]
+
+    return jax.vmap(one)(jax.random.split(key, ends.shape[0]), ends)
+
+
+@eqx.filter_jit
 def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
     return jax.vmap(lambda end: probability_flow(proposal.backward, end, proposal.num_steps))(ends)
-
-
-def _warn_far(bank: ForwardBank, x: Float[Array, " features"]) -> None:
-    distances = bank.nearest(x)[1]
-    ratio = float(jnp.sort(distances)[:5].mean() / jnp.median(bank.distance))
-    message = f"The end lies {ratio:.1f} times as far from the simulations as these lie from each other."
-    warnings.warn(f"{message} What was learned there is extrapolation.", OutOfDistribution, stacklevel=3)
 
 
 @eqx.filter_jit
@@ -169,6 +210,7 @@ def fit_paths(
     learning_rate: float = 4e-3,
     width: int = 32,
     depth: int = 2,
+    windows: tuple[int, ...] = (),
     observed: tuple[str, ...] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
@@ -190,46 +232,69 @@ def fit_paths(
         raise UnsupportedModel((Offence(names, "is not the last state with Gaussian noise", way_out),))
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
-    for_pilot, for_net, for_training, for_bank = jax.random.split(key, 4)
+    if max((1, *windows)) > physics.num_steps:
+        raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
+    for_pilot, for_net, for_training, for_truths, for_bank = jax.random.split(key, 5)
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
 
     def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
         return _simulated(key, problem, physics, end, num)
 
     online = trajectories is None and num_simulations is None
-    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
     if trajectories is None:
         pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
     else:
         pilot = _recorded(for_pilot, trajectories, problem, physics, end)
     held_out = max(pilot.shape[0] // 10, 1)
     training, validation = pilot[held_out:], pilot[:held_out]
-    frame = linear_frame(physics, training)
-    batch_size = min(batch_size, training.shape[0])
     network = ConditionalMLP(for_net, physics.dim, 1, 2 * physics.dim, width=width, depth=depth)
-    backward = LearnedBackward(physics, frame, network)
-    epoch_steps = min(250, num_steps)
-    budget = Budget(num_steps, batch_size, epoch_steps, learning_rate, patience=None if online else 30)
-    pool_size = min(POOL, room)
-    seen = _transitions(backward, training)
-
-    network, history = train(
-        for_training,
-        network,
-        jax.tree_util.Partial(
-            transition_loss, times=through_time(physics), num_pairs=max(TRANSITIONS // batch_size, 1)
-        ),
-        lambda key: _transitions(backward, paths(key, pool_size)) if online else seen,
-        _transitions(backward, validation),
-        budget,
-        progress_bar=progress_bar,
-        title="backward kernels",
-    )
-    backward = eqx.tree_at(lambda tree: tree.network, backward, network)
+    untrained = LearnedBackward(physics, linear_frame(physics, training), network)
+    stages = (1, *windows)
+    per_stage = max(num_steps // len(stages), 1)
+    patience = None if online else 30
+    budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
+    fresh = (lambda key: paths(key, min(POOL, room))) if online else None
+    backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
     known = PathProposal(backward, END_STATE, pinned(problem))
     proposal = known if end is None else PathProposal(backward, end.site, problem)
-    for_truths, for_proposals = jax.random.split(for_bank)
-    bank = _bank(for_proposals, proposal, paths(for_truths, NUM_BANK))
-    return PathPosterior(proposal, known, bank, history)
+    truths = paths(for_truths, NUM_ENDS)
+    bank = _bank(for_bank, proposal, truths[:NUM_BANK])
+    return PathPosterior(proposal, known, bank, _ends(proposal, truths[:, proposal.num_steps]), history)
+
+
+def _learn(
+    key: Key,
+    backward: LearnedBackward,
+    training: Float[Array, "num times dim"],
+    validation: Float[Array, "held_out times dim"],
+    fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
+    stages: tuple[int, ...],
+    budget: Budget,
+    progress_bar: bool,
+) -> tuple[LearnedBackward, History]:
+    """Train the network, one stage for each length of windows (1: single transitions alone)."""
+    options: dict[str, Any] = {
+        "times": through_time(backward.process),
+        "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
+        "penalty": PENALTY / len(training) if fresh is None else 0.0,
+    }
+    network = backward.network
+    for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
+        prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
+        if window == 1:
+            loss: Callable = partial(transition_loss, **options)
+        else:
+            loss = partial(multistep_loss, **options, backward=backward, window=window)
+        seen = prepare(training)
+
+        def pools(key: Key, prepare: Callable = prepare, seen: Any = seen) -> Any:
+            return seen if fresh is None else prepare(fresh(key))
+
+        title = f"backward kernels, window {window}"
+        network, history = train(
+            for_stage, network, loss, pools, prepare(validation), budget, progress_bar=progress_bar, title=title
+        )
+    return eqx.tree_at(lambda tree: tree.network, backward, network), history
 
 
 def _refuse_others(problem: Problem, site: str) -> None:
@@ -278,6 +343,10 @@ def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]
     return in_batches(lambda i: _transition_rows(backward, paths[i]), num, min(num, 4096))
 
 
+def _path_batch(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> PathBatch:
+    return PathBatch(_transitions(backward, paths), paths)
+
+
 @eqx.filter_jit
 def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
     """Whiten transitions by the frame, so that training need not run the physics."""
@@ -315,6 +384,15 @@ def _bank(key: Key, proposal: PathProposal, paths: Float[Array, "num times dim"]
         return _features(proposal, y[proposal.site]), truth - total + jnp.log(NUM_PROPOSALS), log_share
 
     features, excess, share = jax.lax.map(one, (jax.random.split(key, paths.shape[0]), paths), batch_size=32)
-    between = jnp.linalg.norm(features[:, None] - features[None], axis=-1) + jnp.diag(jnp.full(len(features), jnp.inf))
-    lonely = jnp.sort(between, axis=1)[:, :5].mean(1)
-    return ForwardBank(features, lonely, excess, share, jnp.zeros((len(features), 0)))
+    none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
+    return ForwardBank(features, none, excess, share, jnp.zeros((len(features), 0)))
+
+
+@eqx.filter_jit
+def _ends(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Ends:
+    features = jax.vmap(lambda end: _features(proposal, end))(ends)
+
+    def lonely(i: Array) -> Float[Array, ""]:
+        return _to_nearest(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
+
+    return Ends(features, jax.lax.map(lonely, jnp.arange(len(features)), batch_size=64))

@@ -250,6 +250,7 @@ def fit(
     observed: tuple[str, ...] | None = None,
     process: Physics | None = None,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    windows: tuple[int, ...] = (),
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Posterior | PathPosterior:
@@ -279,6 +280,8 @@ def fit(
             use to it.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
+        windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
+            training each after that on single transitions; for reverse solvers that are not stable alone.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
@@ -302,7 +305,7 @@ def fit(
         return fit_paths(
             key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
             num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
-            observed=observed, progress_bar=progress_bar, **kwargs,
+            windows=windows, observed=observed, progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     if problem.simulate is None:

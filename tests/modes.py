@@ -19,6 +19,7 @@ from scoreinfer.process.physics import add_noise_stage
 class Modes(NamedTuple):
     """dx = -rate x dt + g dW, component by component, with exact steps; y = x_N + noise."""
 
+    name: str
     rates: np.ndarray
     start_sd: np.ndarray
     g: float
@@ -102,10 +103,10 @@ class Modes(NamedTuple):
 def ornstein_uhlenbeck(num_steps=8):
     """Two components, one of them slow, on an irregular grid."""
     ts = np.linspace(0.0, 1.0, num_steps + 1) ** 1.3
-    return Modes(np.array([0.5, 3.0]), np.array([1.0, 0.6]), 0.7, ts, 0.3)
+    return Modes("ornstein_uhlenbeck", np.array([0.5, 3.0]), np.array([1.0, 0.6]), 0.7, ts, 0.3)
 
 
 def heat(num_steps=16, num_modes=32):
     """The heat equation in sines and cosines: rates kappa^2, initial power kappa^-4."""
     kappa = np.arange(num_modes) // 2 + 1.0
-    return Modes(kappa**2, kappa**-2.0, 0.1, np.linspace(0.0, 0.2, num_steps + 1), 0.01)
+    return Modes("heat", kappa**2, kappa**-2.0, 0.1, np.linspace(0.0, 0.2, num_steps + 1), 0.01)

@@ -51,7 +51,7 @@ def test_learned_score_is_grad_log_p(posterior):
 def test_flow_has_the_spread_of_the_process(posterior):
     """Ends at one standard deviation flow back to one; the whole score, or none, would miss by a factor."""
     sd = np.sqrt(MODES.covariances(False).diagonal(axis1=1, axis2=2))
-    path = posterior.flow(np.stack([sd[:, -1], -sd[:, -1]]))
+    path = posterior.probability_flow(np.stack([sd[:, -1], -sd[:, -1]]))
     assert path.shape == (2, 9, 2)
     assert np.abs(np.log(np.abs(path[:, 0]) / sd[:, 0])).max() < 0.1
 
@@ -65,7 +65,7 @@ def test_learned_flow_has_the_spectrum_of_the_process():
     modes = heat(32, 16)
     posterior = si.fit(jax.random.key(0), modes.path_model, process=si.Physics("x", lambda t0, t1, x: x), **SMALL)
     sd = np.sqrt(modes.covariances(False).diagonal(axis1=1, axis2=2))
-    path = posterior.flow(np.stack([sd[:, -1], -sd[:, -1]]))
+    path = posterior.probability_flow(np.stack([sd[:, -1], -sd[:, -1]]))
     assert path.shape == (2, 33, 16)
     log_ratio = np.log(np.abs(path[:, 0]) / sd[:, 0])
     assert np.abs(log_ratio).max() < 0.25  # of 32 steps; 0.18 with the exact kernels
@@ -106,7 +106,7 @@ def test_fields_keep_their_shape():
     draws = posterior.sample(jax.random.key(1), 600, y=jnp.ones((2, 3)))
     assert draws.sites["x"].shape == (600, 5, 2, 3) and draws.sites["mean"].shape == (600, 5)
     assert draws.certificate.ess > 0.8 * 600
-    assert posterior.flow(jnp.ones((4, 2, 3))).shape == (4, 5, 2, 3)
+    assert posterior.probability_flow(jnp.ones((4, 2, 3))).shape == (4, 5, 2, 3)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
