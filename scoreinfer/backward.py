@@ -219,6 +219,8 @@ MAX_DENSE = 64
 """Largest dimension in which every component is regressed on all others."""
 ENOUGH_PATHS = 4000
 """Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
+ENOUGH_WAVES = 100
+"""The same for Fourier coefficients, each regressed on itself alone."""
 SURE = 3.5
 """Standard errors below which an entry of the regression counts as zero."""
 
@@ -229,18 +231,19 @@ def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) 
 
     Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
     """
-    num, dense = paths.shape[0], process.dim <= MAX_DENSE
+    num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
+    enough = ENOUGH_WAVES if process.waves else ENOUGH_PATHS
 
     def one(k: Array) -> tuple[Array, ...]:
         old, new = paths[:, k], paths[:, k + 1]
         rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
         centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
-        if num < ENOUGH_PATHS:
+        if num < enough:
             none = jnp.zeros(process.dim)
             return centre, spread, none, none, process.scale[k]
         v, shift = (new - centre) / spread, rest.mean(0)
         if not dense:
-            slope = (v * (rest - shift)).mean(0)
+            slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
             return centre, spread, shift, slope, jnp.maximum((rest - shift - slope * v).std(0), 1e-3 * process.scale[k])
         slope = _regress(v, rest - shift)
         error = rest - shift - v @ slope.T

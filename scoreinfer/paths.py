@@ -35,7 +35,7 @@ PENALTY = 200.0
 """Penalty of learned variances on a fixed budget of paths, times their number."""
 POOL = 8192
 """Paths in a pool of fresh simulations: every one has many transitions."""
-MAX_NUMBERS = 1 << 25
+MAX_NUMBERS = 1 << 26
 """Numbers in a pool of simulated paths: bounds the memory."""
 TRANSITIONS = 2048
 """Transitions per optimiser step."""
@@ -161,10 +161,11 @@ class PathPosterior(eqx.Module):
         return self._shaped(_flow_rows(self.known_end, self._flat(end_state)), end_state)
 
     def _flat(self, ends: Any) -> Float[Array, "num dim"]:
-        return jnp.asarray(ends, jnp.result_type(float)).reshape(-1, self.process.dim)
+        return self.process.flatten(jnp.asarray(ends, jnp.result_type(float))).reshape(-1, self.process.dim)
 
     def _shaped(self, paths: Float[Array, "num times dim"], ends: Any) -> Float[Array, "..."]:
         state = self.process.shape
+        paths = self.process.unflatten(paths)
         return paths.reshape(*np.shape(ends)[: np.ndim(ends) - len(state)], -1, *state)
 
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
@@ -195,7 +196,8 @@ def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[A
 def _features(proposal: PathProposal, end: Float[Array, "..."]) -> Float[Array, " features"]:
     """Standardise an end, or an observation of it."""
     assert isinstance(proposal.backward, LearnedBackward)
-    return proposal.backward.frame.standardise(proposal.num_steps - 1, end.reshape(-1)).astype(jnp.float32)
+    end = proposal.backward.process.flatten(end)
+    return proposal.backward.frame.standardise(proposal.num_steps - 1, end).astype(jnp.float32)
 
 
 def fit_paths(
@@ -254,7 +256,10 @@ def fit_paths(
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
     fresh = (lambda key: paths(key, min(POOL, room))) if online else None
-    backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
+    if num_steps == 0:
+        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training), 0.0, "finished")
+    else:
+        backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
     known = PathProposal(backward, END_STATE, pinned(problem))
     proposal = known if end is None else PathProposal(backward, end.site, problem)
     truths = paths(for_truths, NUM_ENDS)
@@ -310,13 +315,15 @@ def _simulated(key, problem, physics, end, num):
     """Simulate paths, with the observation as their last state where the process ends in its noise."""
     drawn = simulate(key, problem, num)
     check_finite(drawn)
-    return _with_ends(drawn.z.reshape(num, -1, physics.dim), None if end is None else drawn.x[end.site])
+    return _with_ends(physics, drawn.z, None if end is None else drawn.x[end.site])
 
 
-def _with_ends(paths, ends):
-    if ends is None:
-        return paths
-    return jnp.concatenate([paths, ends.reshape(paths.shape[0], 1, -1)], axis=1)
+@eqx.filter_jit
+def _with_ends(physics, z, ends):
+    paths = z.reshape(z.shape[0], -1, *physics.shape)
+    if ends is not None:
+        paths = jnp.concatenate([paths, ends[:, None]], axis=1)
+    return physics.flatten(paths)
 
 
 def _recorded(key, trajectories, problem, physics, end):
@@ -335,7 +342,7 @@ def _recorded(key, trajectories, problem, physics, end):
     if end is not None:
         keys = jax.random.split(key, num)
         ends = jax.jit(jax.vmap(problem.simulate_observation))(keys, trajectories.reshape(num, -1))[end.site]
-    return _with_ends(trajectories.reshape(num, -1, physics.dim), ends)
+    return _with_ends(physics, trajectories.reshape(num, -1), ends)
 
 
 def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
@@ -375,8 +382,9 @@ def _bank(key: Key, proposal: PathProposal, paths: Float[Array, "num times dim"]
 
     def one(inputs):
         key, path = inputs
-        y = {proposal.site: path[proposal.num_steps].reshape(proposal.backward.process.shape)}
-        truth = weigh_rows(key, proposal, y, rows[:1], path.reshape(-1)[None, :dim]).log_weight[0]
+        states = proposal.backward.process.unflatten(path)
+        y = {proposal.site: states[proposal.num_steps]}
+        truth = weigh_rows(key, proposal, y, rows[:1], states.reshape(-1)[None, :dim]).log_weight[0]
         log_ws = draw_rows(key, proposal, y, rows).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
         total = jax.nn.logsumexp(log_ws)
@@ -390,7 +398,7 @@ def _bank(key: Key, proposal: PathProposal, paths: Float[Array, "num times dim"]
 
 @eqx.filter_jit
 def _ends(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Ends:
-    features = jax.vmap(lambda end: _features(proposal, end))(ends)
+    features = jax.vmap(lambda end: _features(proposal, proposal.backward.process.unflatten(end)))(ends)
 
     def lonely(i: Array) -> Float[Array, ""]:
         return _to_nearest(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))

@@ -266,7 +266,7 @@ def fit(
         num_simulations: fixed budget of simulations, a tenth of them held out for validation and early stopping.
             None: fresh simulations at every epoch.
         num_steps: optimiser steps of the score; the whitening map takes as many of its own
-            (a quarter of that on a fixed budget).
+            (a quarter of that on a fixed budget). With ``process`` 0 leaves regression alone.
         batch_size: simulations per step.
         learning_rate: peak learning rate.
         width: width of the score network (that of the whitening map is twice as wide).

@@ -43,19 +43,19 @@ class PathProposal(eqx.Module):
 
     def context(self, y: Sites) -> Float[Array, " dim"]:
         """Return where the kernels start."""
-        return y[self.site].reshape(-1).astype(jnp.result_type(float))
+        return self.backward.process.flatten(y[self.site].astype(jnp.result_type(float)))
 
     def propose(self, key: Key, context: Any) -> tuple[Float[Array, " path"], Float[Array, ""]]:
         """Draw one path and compute its ``log_q``."""
         path, log_q = draw_path(key, self.backward, context, self.num_steps)
-        return path.reshape(-1)[: self.problem.dim], log_q
+        return self.backward.process.unflatten(path).reshape(-1)[: self.problem.dim], log_q
 
     def log_q(self, key: Key, context: Any, z: Float[Array, " path"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given path; minus infinity where it does not end at a known end."""
-        path = z.reshape(-1, self.backward.process.dim)
+        path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
         if self.site != END_STATE:
             return log_path(self.backward, jnp.concatenate([path, context[None]]))
-        return jnp.where((path[-1] == context).all(), log_path(self.backward, path), -jnp.inf)
+        return jnp.where(jnp.allclose(path[-1], context, rtol=1e-4, atol=1e-5), log_path(self.backward, path), -jnp.inf)
 
 
 def pinned(problem: Problem) -> Problem:

@@ -25,6 +25,7 @@ class Modes(NamedTuple):
     g: float
     ts: np.ndarray
     noise: float
+    step_scale: float | None = None  # noise of every step, where it is not that of the exact step
 
     @property
     def factors(self):
@@ -33,6 +34,8 @@ class Modes(NamedTuple):
     @property
     def scales(self):
         h = np.diff(self.ts)[:, None]
+        if self.step_scale is not None:
+            return np.full((len(h), len(self.rates)), self.step_scale)
         return self.g * np.sqrt(-np.expm1(-2 * h * self.rates) / (2 * self.rates))
 
     def model(self, y=None):

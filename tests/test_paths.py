@@ -9,8 +9,9 @@ import pytest
 from numpyro.infer import MCMC
 
 import scoreinfer as si
-from modes import heat, ornstein_uhlenbeck
+from modes import Modes, heat, ornstein_uhlenbeck
 from scoreinfer.correct import effective_sample_size
+from scoreinfer.process.physics import hartley
 
 MODES = ornstein_uhlenbeck()
 SMALL = {"num_steps": 200, "width": 16, "depth": 1, "progress_bar": False}
@@ -107,6 +108,40 @@ def test_fields_keep_their_shape():
     assert draws.sites["x"].shape == (600, 5, 2, 3) and draws.sites["mean"].shape == (600, 5)
     assert draws.certificate.ess > 0.8 * 600
     assert posterior.probability_flow(jnp.ones((4, 2, 3))).shape == (4, 5, 2, 3)
+
+
+@pytest.mark.slow
+def test_linear_fields_need_regression_alone():
+    """Heat on a ring of 12 points, in pixels: Hartley coefficients are independent modes, whose smoother is known."""
+    kappa = np.minimum(np.arange(12), 12 - np.arange(12))
+    modes = Modes("ring", kappa**2 + 0.1, (1.0 + kappa) ** -2.0, 0.3, np.linspace(0.0, 0.3, 7), 0.1)
+    rates = jnp.asarray(modes.rates)
+
+    def spectral(t0, t1, x):
+        return hartley(hartley(x, 1) * jnp.exp(-rates * (t1 - t0)), 1)
+
+    covariance = hartley(hartley(jnp.diag(jnp.asarray(modes.start_sd) ** 2), 1).T, 1)
+
+    def model(y=None):
+        start = dist.MultivariateNormal(jnp.zeros(12), covariance)
+        x = numpyro.sample("x", si.PhysicsPath(spectral, 0.1, modes.ts, start))
+        numpyro.sample("y", dist.Normal(x[-1], modes.noise).to_event(1), obs=y)
+
+    modes = modes._replace(step_scale=0.1)
+    physics = si.Physics("x", lambda t0, t1, x: x, waves=True)
+    posterior = si.fit(jax.random.key(0), model, process=physics, num_steps=0)
+    y = 0.4 * jnp.sin(jnp.arange(12.0))
+    for data, noisy in (({"y": y}, True), ({"end_state": y}, False)):
+        draws = posterior.sample(jax.random.key(1), 4000, **data)
+        end = np.asarray(hartley(y, 1))
+        assert draws.certificate.ess > 0.85 * 4000
+        error = 5 * draws.certificate.log_evidence_se + 5e-3
+        assert abs(draws.certificate.log_evidence - modes.smoother(end, noisy)[2]) < error
+        assert modes.disagreement(hartley(draws.sites["x"], 1), draws.log_weight, end, noisy) < 5.5
+    path = si.PhysicsPath(spectral, jnp.linspace(0.1, 0.2, 12), modes.ts, dist.Normal(jnp.zeros(12)).to_event(1))
+    uneven = lambda: numpyro.sample("x", path)  # noqa: E731
+    with pytest.raises(ValueError, match="same noise everywhere"):
+        si.fit(jax.random.key(0), uneven, process=physics, num_steps=0)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

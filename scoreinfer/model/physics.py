@@ -16,7 +16,7 @@ from scoreinfer._typing import Key
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import Step, minus_drift
+from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
 
 NUM_PROBES = 8
 
@@ -46,8 +46,12 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     paths = jax.jit(lambda key: fn.sample(key, (NUM_PROBES,)))(jax.random.fold_in(fixed_key(), 1))
     scale = _constant_noise(physics.site, scale_of, ts, paths)
     reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
-    process = PhysicsProcess(ts, scale.reshape(len(ts) - 1, -1), _flat(advance, state), _flat(reverse, state), state)
-    _check_finite(process, paths.reshape(NUM_PROBES, len(ts), -1))
+    scale = scale.reshape(len(ts) - 1, -1)
+    if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
+        raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
+    advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
+    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves)
+    _check_finite(process, process.flatten(paths))
     return process
 
 
@@ -93,8 +97,8 @@ def _checked(step: Step, what: str) -> Step:
     return checked
 
 
-def _flat(step: Step, state: tuple[int, ...]) -> Step:
-    return lambda t0, t1, x: step(t0, t1, x.reshape(state)).reshape(-1)
+def _flat(step: Step, state: tuple[int, ...], waves: bool) -> Step:
+    return lambda t0, t1, x: flatten(step(t0, t1, unflatten(x, state, waves)), state, waves)
 
 
 def _constant_noise(
