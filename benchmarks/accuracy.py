@@ -301,6 +301,7 @@ def run_lynx_hare(args) -> Iterator[Row]:
 
 def run_smdp(args) -> Iterator[Row]:
     """Physics in reverse: linear processes against the smoother, the toy process against its exact grid answer."""
+    import heat_source_holzschuh2023 as heat_source
     import toy_process_holzschuh2023 as toy
 
     from modes import heat, ornstein_uhlenbeck
@@ -325,6 +326,13 @@ def run_smdp(args) -> Iterator[Row]:
             "log_evidence_error": abs(float(draws.certificate.log_evidence) - modes.smoother(end)[2]),
         }
         yield name, figures | _verdict(draws) | _seconds(training, drawing)
+    if _chosen("heat_32x32", args.tasks):
+        jax.clear_caches()
+        field = heat_source.Heat()
+        with Clock() as training:
+            posterior = heat_source.learn(key, field)
+        figures = heat_source.measure(jax.random.fold_in(key, 1), field, posterior)
+        yield "heat_32x32", figures | {"train_s": training.times.wall}
     truth = toy.exact()
     for num in (2500, 250, 25):
         if not _chosen(f"toy/{num}", args.tasks):

@@ -144,6 +144,11 @@ class Frame(eqx.Module):
         """Compute the standardised state at the end of step k."""
         return (x - self.centre[k]) / self.spread[k]
 
+    def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
+        """Compute how far out a kernel's mean may lie."""
+        reach = FARTHEST * self.spread[k]
+        return self.centre[k] - reach, self.centre[k] + reach
+
     def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State) -> State:
         """Compute reverse physics plus regression."""
         return process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
@@ -178,7 +183,8 @@ class LearnedBackward(AbstractBackward):
         v = self.frame.standardise(k, x).astype(jnp.float32)
         move, log_scale = heads(self.network, v, *elapsed(self.process, k))
         mean, factor = self.frame.mean(self.process, k, x), self.frame.factor[k]
-        mean = mean + colour(factor, move)
+        # A reverse solver that blows up far out is stopped there, so that every density stays finite.
+        mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
             return Kernel(mean, factor * jnp.exp(log_scale))
         return Kernel(mean, jnp.exp(log_scale).astype(mean.dtype), factor)
@@ -196,6 +202,8 @@ class LearnedBackward(AbstractBackward):
 
 
 MAX_LOG_SCALE = 4.0
+FARTHEST = 1e4
+"""Standard deviations of the state at which kernels' means are stopped."""
 
 
 def heads(network: Callable, v: State, log_time: Array, time: Array) -> tuple[State, State]:

@@ -14,20 +14,22 @@ from jaxtyping import Array, Float
 
 from scoreinfer._errors import Offence, OutOfDistribution, UnsupportedModel
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
-from scoreinfer.certificate import certify
+from scoreinfer.certificate import ForwardCheck, certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
 from scoreinfer.losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.model import from_numpyro, noisy_end, read_physics
 from scoreinfer.nets import ConditionalMLP
+from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
+from scoreinfer.proposal import Proposal
 from scoreinfer.simulation import check_finite, simulate
-from scoreinfer.smoothing import END_STATE, PathProposal, pinned
+from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths, last_state, pinned
 from scoreinfer.train import Budget, History, train
 
 NUM_PILOT = 8192
@@ -65,10 +67,10 @@ def _to_nearest(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[
 
 
 class PathPosterior(eqx.Module):
-    """The posterior of paths of a physical process, for any end: known exactly, or observed with Gaussian noise.
+    """The posterior of paths of a physical process, for any end: known exactly, or observed.
 
     Args:
-        proposal: the learned sampler for observed ends (for a model without observations: for known ends).
+        proposal: the learned sampler for what the model observes (for a model without observations: for known ends).
         known_end: the learned sampler for ends known exactly.
         bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
             same kernels lead away from.
@@ -76,7 +78,7 @@ class PathPosterior(eqx.Module):
         history: how it was trained.
     """
 
-    proposal: PathProposal
+    proposal: PathProposal | StartedPaths
     known_end: PathProposal
     bank: ForwardBank
     ends: Ends
@@ -130,17 +132,10 @@ class PathPosterior(eqx.Module):
         known = end_state is not None
         proposal = self.known_end if known else self.proposal
         y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
-        if not known and proposal.site == END_STATE:
+        if not known and not self.problem.observed:
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
         drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
-        x = _features(self.proposal, y[proposal.site])
-        check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
-        if check.distance_rank <= 0.0:
-            message = (
-                f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as they from each other."
-            )
-            warnings.warn(f"{message} What was learned there is extrapolation.", OutOfDistribution, stacklevel=2)
-        certificate = certify(drawn.log_weight, check)
+        certificate = certify(drawn.log_weight, self._check(y, known))
         sites = constrain(proposal.problem, drawn.values, batch_size)
         info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
@@ -168,6 +163,21 @@ class PathPosterior(eqx.Module):
         paths = self.process.unflatten(paths)
         return paths.reshape(*np.shape(ends)[: np.ndim(ends) - len(state)], -1, *state)
 
+    def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
+        """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
+        if known and isinstance(self.proposal, StartedPaths):
+            return None  # its simulations lie in the space of observations
+        if known and isinstance(self.proposal, PathProposal):
+            y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
+        x = _features(self.proposal, y)
+        check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
+        if check.distance_rank <= 0.0:
+            warnings.warn(
+                f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as these from each other: "
+                "what was learned there is extrapolation.", OutOfDistribution, stacklevel=3,
+            )  # fmt: skip
+        return check
+
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
         end = jnp.asarray(end_state, jnp.result_type(float))
         if end.shape != self.process.shape:
@@ -193,11 +203,13 @@ def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[A
 
 
 @eqx.filter_jit
-def _features(proposal: PathProposal, end: Float[Array, "..."]) -> Float[Array, " features"]:
-    """Standardise an end, or an observation of it."""
+def _features(proposal: PathProposal | StartedPaths, y: Sites) -> Float[Array, " features"]:
+    """Standardise an observation."""
+    if isinstance(proposal, StartedPaths):
+        return flatten(proposal.start.features(y))
     assert isinstance(proposal.backward, LearnedBackward)
-    end = proposal.backward.process.flatten(end)
-    return proposal.backward.frame.standardise(proposal.num_steps - 1, end).astype(jnp.float32)
+    frame = proposal.backward.frame
+    return frame.standardise(proposal.num_steps - 1, proposal.context(y)).astype(jnp.float32)
 
 
 def fit_paths(
@@ -213,30 +225,28 @@ def fit_paths(
     width: int = 32,
     depth: int = 2,
     windows: tuple[int, ...] = (),
+    learn_start: Callable[[Key, Problem], Proposal],
     observed: tuple[str, ...] | None = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> PathPosterior:
     """Learn the physics of a model in reverse; see `scoreinfer.fit`, whose ``process=`` leads here.
 
+    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise.
+
     Raises:
-        UnsupportedModel: where the model has other latent sites than the process, or observes anything but its last
-            state with Gaussian noise.
+        UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
         ValueError: where trajectories do not fit the process or are not finite.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
     _refuse_others(problem, process.site)
     physics = read_physics(process, model, *args, **kwargs)
-    end = noisy_end(process.site, model, *args, **kwargs) if problem.observed else None
-    if problem.observed and (end is None or len(problem.observed) > 1):
-        names = ", ".join(site.name for site in problem.observed)
-        way_out = f"Observe `{process.site}[-1]` with Normal noise, or nothing, and give `end_state=`"
-        raise UnsupportedModel((Offence(names, "is not the last state with Gaussian noise", way_out),))
+    end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
     if max((1, *windows)) > physics.num_steps:
         raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
-    for_pilot, for_net, for_training, for_truths, for_bank = jax.random.split(key, 5)
+    for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
 
     def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
@@ -261,10 +271,14 @@ def fit_paths(
     else:
         backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
     known = PathProposal(backward, END_STATE, pinned(problem))
-    proposal = known if end is None else PathProposal(backward, end.site, problem)
-    truths = paths(for_truths, NUM_ENDS)
-    bank = _bank(for_bank, proposal, truths[:NUM_BANK])
-    return PathPosterior(proposal, known, bank, _ends(proposal, truths[:, proposal.num_steps]), history)
+    proposal: PathProposal | StartedPaths = known
+    if end is not None:
+        proposal = PathProposal(backward, end.site, problem)
+    elif problem.observed:
+        proposal = StartedPaths(learn_start(for_start, last_state(problem, physics)), backward, problem)
+    z, y = _joint(for_truths, proposal)
+    bank = _bank(for_bank, proposal, z[:NUM_BANK], jax.tree.map(lambda leaf: leaf[:NUM_BANK], y))
+    return PathPosterior(proposal, known, bank, _ends(proposal, y), history)
 
 
 def _learn(
@@ -372,33 +386,41 @@ def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times d
 
 
 @eqx.filter_jit
-def _bank(key: Key, proposal: PathProposal, paths: Float[Array, "num times dim"]) -> ForwardBank:
-    """Hold simulated paths against the proposals for their own ends.
+def _joint(key: Key, proposal: PathProposal | StartedPaths) -> tuple[Float[Array, "num dim"], Sites]:
+    """Simulate paths and what is known of each."""
+    assert proposal.problem.simulate is not None
+    z, y = jax.lax.map(proposal.problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
+    if isinstance(proposal, PathProposal) and proposal.site == END_STATE:
+        y = {END_STATE: z.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
+    return z, y
 
-    Exactness: log_excess estimates log p(path | end) - log q(path | end); exact as proposals grow in number.
+
+@eqx.filter_jit
+def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num dim"], y: Sites) -> ForwardBank:
+    """Hold simulated paths against the proposals for their own observations.
+
+    Exactness: log_excess estimates log p(path | y) - log q(path | y); exact as proposals grow in number.
     """
-    dim = proposal.problem.dim
     rows = jnp.arange(NUM_PROPOSALS)
 
     def one(inputs):
-        key, path = inputs
-        states = proposal.backward.process.unflatten(path)
-        y = {proposal.site: states[proposal.num_steps]}
-        truth = weigh_rows(key, proposal, y, rows[:1], states.reshape(-1)[None, :dim]).log_weight[0]
-        log_ws = draw_rows(key, proposal, y, rows).log_weight
+        key, z, y = inputs
+        for_truth, for_draws = jax.random.split(key)
+        truth = weigh_rows(for_truth, proposal, y, rows[:1], z[None]).log_weight[0]
+        log_ws = draw_rows(for_draws, proposal, y, rows).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
         total = jax.nn.logsumexp(log_ws)
         log_share = 2 * total - jax.nn.logsumexp(2 * log_ws) - jnp.log(NUM_PROPOSALS)
-        return _features(proposal, y[proposal.site]), truth - total + jnp.log(NUM_PROPOSALS), log_share
+        return _features(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_share
 
-    features, excess, share = jax.lax.map(one, (jax.random.split(key, paths.shape[0]), paths), batch_size=32)
+    features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
     none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
     return ForwardBank(features, none, excess, share, jnp.zeros((len(features), 0)))
 
 
 @eqx.filter_jit
-def _ends(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Ends:
-    features = jax.vmap(lambda end: _features(proposal, proposal.backward.process.unflatten(end)))(ends)
+def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Ends:
+    features = jax.vmap(lambda y: _features(proposal, y))(y)
 
     def lonely(i: Array) -> Float[Array, ""]:
         return _to_nearest(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))

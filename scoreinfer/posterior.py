@@ -33,7 +33,7 @@ from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
-from scoreinfer.sampling import AbstractSampler
+from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.train import Budget, History, train
 from scoreinfer.whitening import Whitening, identity, linear_whitening
@@ -302,10 +302,17 @@ def fit(
             raise ValueError("Physics is learned from a NumPyro model with `process=Physics(site)`.")
         if not (embedding is None and sampler is None and target_score is None):
             raise ValueError("`embedding`, `sampler` and `target_score` are of no use with `process`: leave them out.")
+
+        def learn_start(key: Key, last: Problem) -> Proposal:
+            by = ProbabilityFlow(inflation=0.15) if last.dim <= 16 else ReverseSDE()
+            start = fit(key, last, num_steps=max(num_steps, 1), sampler=by, progress_bar=progress_bar)
+            assert isinstance(start.proposal, Proposal)
+            return start.proposal
+
         return fit_paths(
             key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
             num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
-            windows=windows, observed=observed, progress_bar=progress_bar, **kwargs,
+            windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     if problem.simulate is None:
