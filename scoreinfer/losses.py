@@ -1,9 +1,8 @@
 """Losses: functions ``(module, batch, key) -> scalar`` for the one training loop.
 
-Everything is in a whitened space, where a draw has roughly unit variance at every observation (or time).
+Everything is in the whitened space, where a draw has roughly unit variance at every observation.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import LearnedBackward, heads
 from scoreinfer.nets import ConditionalMLP, Embedding
 from scoreinfer.score.network import NeuralScore, preconditioners
 from scoreinfer.simulation import Simulations
@@ -145,131 +143,3 @@ def _stein(batch: ScoreBatch) -> tuple[Float[Array, " dim"], Float[Array, " dim"
     products = batch.u * batch.gradient
     error = jnp.abs(products.mean(0) + 1.0) / (products.std(0) / jnp.sqrt(products.shape[0]) + 1e-6)
     return error, jnp.mean(batch.gradient**2, axis=0)
-
-
-class Transitions(NamedTuple):
-    """Paths as the backward kernels' network sees them, one row per step.
-
-    Args:
-        v: standardised state at the end of every step.
-        rest: what regression leaves of the state before, in units of its residual factor.
-    """
-
-    v: Float[Array, "num steps dim"]
-    rest: Float[Array, "num steps dim"]
-
-
-def transition_loss(
-    network: Callable,
-    batch: Transitions,
-    key: Key,
-    *,
-    times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
-    num_pairs: int,
-    penalty: float = 0.0,
-) -> Float[Array, ""]:
-    """Compute minus the mean log density of single backward transitions, per component, without its constant.
-
-    Its mean part is the one-step loss of the reverse SDE in units of the step's noise (the loss divided by dt^2 where
-    noise and steps are uniform). ``num_pairs`` steps of each path are picked at random: never in the order of time, in
-    which training forgets all but the last. ``penalty`` times the mean squared log scale is added: learned variances
-    are what a fixed budget of paths is overfitted with first.
-
-    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4.
-    """
-    num, steps, _ = batch.v.shape
-    k = jax.random.randint(key, (num, num_pairs), 0, steps)
-
-    def one(v, rest, k):
-        move, log_scale = heads(network, v[k], times[0][k], times[1][k])
-        fit = 0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale
-        return (fit + penalty * log_scale**2).mean()
-
-    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)))(batch.v, batch.rest, k).mean()
-
-
-def rollout_loss(
-    network: Callable,
-    paths: Float[Array, "num times dim"],
-    key: Key,
-    *,
-    backward: LearnedBackward,
-    window: int,
-    num_windows: int,
-    noisy: bool = False,
-    truncate: int | None = None,
-) -> Float[Array, ""]:
-    """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
-
-    Squared errors are in units of the step's noise, averaged over the window, which starts from its true end. Steps
-    are recomputed on the way back of the gradient (checkpointed): what is kept of each is one state, whatever the
-    network's size.
-
-    Args:
-        network: what is trained.
-        paths: simulated or recorded paths.
-        key: random key.
-        backward: the kernels around the network.
-        window: number of steps unrolled.
-        num_windows: windows picked at random from each path.
-        noisy: draw from the kernels instead of taking their means.
-        truncate: pass gradients back through this many steps at a time; None: through the whole window.
-
-    Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
-        far states. It makes an unstable reverse solver stable; the score is what `transition_loss` learns.
-
-    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 6.
-    """
-    backward = eqx.tree_at(lambda tree: tree.network, backward, network)
-    last = backward.process.num_steps - window
-    starts = jax.random.randint(key, (paths.shape[0], num_windows), 0, last + 1)
-    for_noise = jax.random.split(jax.random.fold_in(key, 1), starts.shape)
-
-    def one(path: Array, start: Array, key: Key) -> Array:
-        truth = jax.lax.dynamic_slice_in_dim(path, start, window + 1)
-
-        @jax.checkpoint
-        def back(x: Array, inputs: tuple[Array, Array, Key]) -> tuple[Array, Array]:
-            i, target, key = inputs
-            if truncate is not None:
-                x = jnp.where((i + 1) % truncate == 0, jax.lax.stop_gradient(x), x)
-            kernel = backward(start + i, x)
-            new = kernel.draw(key)[0] if noisy else kernel.mean
-            return new, (((new - target) / backward.process.scale[start + i]) ** 2).mean()
-
-        inputs = (jnp.arange(window), truth[:-1], jax.random.split(key, window))
-        return jax.lax.scan(back, truth[-1], inputs, reverse=True)[1].mean()
-
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(paths, starts, for_noise).mean()
-
-
-class PathBatch(NamedTuple):
-    """Paths, and their transitions as the network sees them."""
-
-    transitions: Transitions
-    paths: Float[Array, "num times dim"]
-
-
-def multistep_loss(
-    network: Callable,
-    batch: PathBatch,
-    key: Key,
-    *,
-    times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
-    num_pairs: int,
-    penalty: float,
-    backward: LearnedBackward,
-    window: int,
-) -> Float[Array, ""]:
-    """Compute the likelihood of single transitions plus the multi-step loss, as its regulariser."""
-    for_pairs, for_windows = jax.random.split(key)
-    single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
-    num_windows = max(num_pairs // window, 1)
-    unrolled = rollout_loss(
-        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows
-    )
-    return single + ROLLOUT_SHARE * unrolled
-
-
-ROLLOUT_SHARE = 0.1
-"""Weight of the multi-step loss beside the likelihood of single transitions."""

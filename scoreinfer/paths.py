@@ -20,10 +20,10 @@ from scoreinfer.certificate import ForwardCheck, certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
-from scoreinfer.losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.model import from_numpyro, noisy_end, read_physics
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage

@@ -18,7 +18,7 @@ _typing _errors
 _tree
 problem correct nets process
 draws model simulation score whitening tempering backward
-losses sampling
+losses sampling path_losses
 checkpoint train certificate proposal
 drawing forward smoothing
 focus learning paths

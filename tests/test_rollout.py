@@ -1,4 +1,8 @@
-"""The multi-step loss: one step of it is the one-step loss, gradients pass through the window, memory stays flat."""
+"""Losses of physics in reverse.
+
+The multi-step loss: one step of it is the one-step loss, gradients pass through the window, memory stays flat. Score
+losses: stationary at the exact score.
+"""
 
 import dataclasses
 
@@ -10,9 +14,9 @@ import pytest
 
 import scoreinfer as si
 from modes import ornstein_uhlenbeck
-from scoreinfer.backward import LearnedBackward, linear_frame
-from scoreinfer.losses import rollout_loss
+from scoreinfer.backward import Frame, LearnedBackward, LearnedScore, linear_frame
 from scoreinfer.nets import ConditionalMLP
+from scoreinfer.path_losses import implicit_score_loss, rollout_loss, transition_denoising_loss
 
 MODES = ornstein_uhlenbeck(32)
 
@@ -77,6 +81,34 @@ def test_memory_does_not_grow_with_the_network_along_the_window(setting):
 
     state = 4 * 2 * 16 * 8  # float32, components, paths, windows
     assert memory(32) - memory(4) < 28 * 8 * state
+
+
+@pytest.mark.parametrize("sliced", [None, False, True], ids=["denoising", "implicit", "sliced"])
+def test_score_losses_are_stationary_at_the_exact_score(sliced):
+    """Scores c times the exact one: the loss is a parabola in c with its minimum at 1, not at 2 or at one half."""
+    modes = ornstein_uhlenbeck()
+    process, batches = modes.process(False), 64
+    sd = jnp.asarray(np.sqrt(modes.covariances(False).diagonal(axis1=1, axis2=2))[:, 1:].T, jnp.float32)
+    none = jnp.zeros_like(sd)
+    score = LearnedScore(process, Frame(none, sd, none, none, process.scale), lambda v, *_: v)
+
+    def slope(key):
+        for_paths, for_loss = jax.random.split(key)
+        paths = modes.path().sample(for_paths, (64,))
+        options = {"score": score, "num_pairs": 8}
+
+        def loss(c):
+            network = jax.tree_util.Partial(lambda c, v, *_: (1 - c) * v, c)
+            if sliced is None:
+                return transition_denoising_loss(network, paths, for_loss, **options)
+            return implicit_score_loss(network, paths, for_loss, sliced=sliced, **options)
+
+        return jax.grad(loss)(1.0), jax.grad(jax.grad(loss))(1.0)
+
+    first, second = map(np.asarray, jax.jit(jax.vmap(slope))(jax.random.split(jax.random.key(4), batches)))
+    distance, error = first.mean() / second.mean(), first.std() / second.mean() / batches**0.5
+    assert error < 0.05 and second.mean() > 0
+    assert abs(distance) < 5 * error
 
 
 @pytest.mark.slow
