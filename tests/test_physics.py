@@ -64,6 +64,7 @@ def test_path_of_euler_steps_is_euler_maruyama():
     np.testing.assert_allclose(ours.log_prob(paths), theirs.log_prob(paths), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nuts_runs_on_a_path():
     def model(y=None):
         x = numpyro.sample("x", si.PhysicsPath(decay, 0.3, TS, normal(2)))

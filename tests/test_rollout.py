@@ -42,6 +42,7 @@ def test_one_step_is_the_squared_residual(setting):
     assert abs(np.mean(losses) - residual.mean()) < 5 * residual.std() / np.sqrt(8 * 16 * 64)
 
 
+@pytest.mark.slow
 def test_windows_are_unrolled_from_their_true_end(setting):
     """The whole path in one window, against a loop in Python."""
     backward, paths = setting
@@ -54,6 +55,7 @@ def test_windows_are_unrolled_from_their_true_end(setting):
     np.testing.assert_allclose(found, np.mean(errors), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_window_unless_truncated(setting):
     backward, paths = setting
 
@@ -83,7 +85,14 @@ def test_memory_does_not_grow_with_the_network_along_the_window(setting):
     assert memory(32) - memory(4) < 28 * 8 * state
 
 
-@pytest.mark.parametrize("sliced", [None, False, True], ids=["denoising", "implicit", "sliced"])
+@pytest.mark.parametrize(
+    "sliced",
+    [
+        pytest.param(None, id="denoising"),
+        pytest.param(False, id="implicit"),
+        pytest.param(True, id="sliced", marks=pytest.mark.slow),
+    ],
+)
 def test_score_losses_are_stationary_at_the_exact_score(sliced):
     """Scores c times the exact one: the loss is a parabola in c with its minimum at 1, not at 2 or at one half."""
     modes = ornstein_uhlenbeck()

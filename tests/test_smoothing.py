@@ -66,7 +66,7 @@ class RandomScore(eqx.Module):
         return -1.2 * x + 0.3 * self.network(jnp.append(x, t).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("kernel", [ReverseEuler, ThroughPhysics])
+@pytest.mark.parametrize("kernel", [ReverseEuler, pytest.param(ThroughPhysics, marks=pytest.mark.slow)])
 def test_untrained_networks_give_unbiased_weights(kernel):
     """Any score gives exact weights: the evidence and the smoother are right, whatever the network."""
     modes = ornstein_uhlenbeck(4)
