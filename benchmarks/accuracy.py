@@ -8,6 +8,7 @@
     python benchmarks/accuracy.py --suite deceived
     python benchmarks/accuracy.py --suite honesty
     python benchmarks/accuracy.py --suite lynx_hare
+    python benchmarks/accuracy.py --suite smdp
 
 The expected figures are in expected.json.
 """
@@ -349,9 +350,54 @@ def run_lynx_hare(args) -> Iterator[Row]:
             )
 
 
+def run_smdp(args) -> Iterator[Row]:
+    """Physics in reverse: linear processes against the smoother, the toy process against its exact grid answer."""
+    import heat_source_holzschuh2023 as heat_source
+    import toy_process_holzschuh2023 as toy
+
+    from modes import heat, ornstein_uhlenbeck
+
+    key = jax.random.key(args.seed)
+    for modes in (ornstein_uhlenbeck(), heat()):
+        name = modes.name
+        if not _chosen(name, args.tasks):
+            continue
+        jax.clear_caches()
+        end = np.sqrt(modes.covariances()[:, -1, -1]) * np.linspace(-1.5, 1.2, len(modes.rates))
+        reverse = (lambda t0, t1, x: x) if name == "heat" else None
+        with Clock() as training:
+            posterior = si.fit(
+                key, modes.model, process=si.Physics("x", reverse), progress_bar=args.progress, width=32, depth=2,
+                **{"num_steps": 2000} | _options(args),
+            )  # fmt: skip
+        with Clock() as drawing:
+            draws = posterior.sample(key, NUM_DRAWS, y=jax.numpy.asarray(end, jax.numpy.float32))
+        figures = {
+            "disagreement": modes.disagreement(draws.sites["x"], draws.log_weight, end),
+            "log_evidence_error": abs(float(draws.certificate.log_evidence) - modes.smoother(end)[2]),
+        }
+        yield name, figures | _verdict(draws) | _seconds(training, drawing)
+    if _chosen("heat_32x32", args.tasks):
+        jax.clear_caches()
+        field = heat_source.Heat()
+        with Clock() as training:
+            posterior = heat_source.learn(key, field)
+        figures = heat_source.measure(jax.random.fold_in(key, 1), field, posterior)
+        yield "heat_32x32", figures | {"train_s": training.times.wall}
+    truth = toy.exact()
+    for num in (2500, 250, 25):
+        if not _chosen(f"toy/{num}", args.tasks):
+            continue
+        jax.clear_caches()
+        with Clock() as training:
+            posterior = toy.learn(key, num, args.num_steps or 6000, args.progress)
+        yield f"toy/{num}", toy.measure(key, posterior, truth) | {"train_s": training.times.wall}
+
+
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "lynx_hare": run_lynx_hare,
+    "smdp": run_smdp,
 }  # fmt: skip
 
 

@@ -10,10 +10,12 @@ from scoreinfer.draws import Draws
 from scoreinfer.export import to_arviz
 from scoreinfer.foreign import simulate
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
-from scoreinfer.model import check, from_numpyro
+from scoreinfer.model import PhysicsPath, check, from_numpyro
 from scoreinfer.nets import DeepSet, Series
+from scoreinfer.paths import PathPosterior
 from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
+from scoreinfer.process import Physics
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
 from scoreinfer.store import Store
 
@@ -34,6 +36,9 @@ __all__ = [
     "DeepSet",
     "Draws",
     "MisspecificationWarning",
+    "PathPosterior",
+    "Physics",
+    "PhysicsPath",
     "Posterior",
     "ProbabilityFlow",
     "Problem",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import equinox as eqx
 import jax
@@ -32,11 +32,13 @@ from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_p
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.paths import PathPosterior, fit_paths
 from scoreinfer.problem import Problem
+from scoreinfer.process import Physics
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.resuming import open_run
-from scoreinfer.sampling import AbstractSampler
+from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
@@ -298,6 +300,14 @@ def _features(proposal: AmortisedProposal, y: Sites) -> Float[Array, " features"
     return flatten(proposal.features(y))
 
 
+@overload
+def fit(key: Key, model: Callable | Problem, *args: Any, process: None = None, **kwargs: Any) -> Posterior: ...
+
+
+@overload
+def fit(key: Key, model: Callable, *args: Any, process: Physics, **kwargs: Any) -> PathPosterior: ...
+
+
 def fit(
     key: Key,
     model: Callable | Problem,
@@ -315,9 +325,12 @@ def fit(
     simulations: Store | str | os.PathLike[str] | None = None,
     invalid: str = "learn",
     checkpoint: str | os.PathLike[str] | None = None,
+    process: Physics | None = None,
+    trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    windows: tuple[int, ...] = (),
     progress_bar: bool = True,
     **kwargs: Any,
-) -> Posterior:
+) -> Posterior | PathPosterior:
     """Learn the posterior of a model, for every observation of its design, from the model's own simulations.
 
     First the whitening map of each observation is learned by Gaussian likelihood, then the score in the whitened
@@ -330,7 +343,7 @@ def fit(
         num_simulations: fixed budget of simulations, a tenth of them held out for validation and early stopping.
             None: fresh simulations at every epoch.
         num_steps: optimiser steps of the score; the whitening map takes as many of its own
-            (a quarter of that on a fixed budget).
+            (a quarter of that on a fixed budget). With ``process`` 0 leaves regression alone.
         batch_size: simulations per step.
         learning_rate: peak learning rate.
         width: width of the score network (that of the whitening map is twice as wide).
@@ -349,11 +362,18 @@ def fit(
             there. A run that was killed and started again with the same arguments ends with the weights, to the last
             bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
             goes on; without a folder an interrupted training keeps the best weights so far.
+        process: the site of the model that is a physical process. Then its reverse is learned, transition by
+            transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``, ``simulations``
+            and ``checkpoint`` are of no use to it.
+        trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
+            simulations.
+        windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
+            training each after that on single transitions; for reverse solvers that are not stable alone.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
     Returns:
-        The `Posterior`, with the history of its training.
+        The `Posterior`, or with ``process`` the `PathPosterior`, with the history of its training.
 
     Raises:
         UnsupportedModel: where the model cannot be read or simulated.
@@ -365,6 +385,28 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
+    if process is not None or trajectories is not None:
+        if process is None or isinstance(model, Problem):
+            raise ValueError("Physics is learned from a NumPyro model with `process=Physics(site)`.")
+        of_no_use = {
+            "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
+            "checkpoint": checkpoint,
+        }  # fmt: skip
+        given = ", ".join(f"`{name}`" for name, value in of_no_use.items() if value is not None)
+        if given:
+            raise ValueError(f"Expected none of the options that are of no use with `process`, got {given}.")
+
+        def learn_start(key: Key, last: Problem) -> Proposal:
+            by = ProbabilityFlow(inflation=0.15) if last.dim <= 16 else ReverseSDE()
+            start = fit(key, last, num_steps=max(num_steps, 1), sampler=by, progress_bar=progress_bar)
+            assert isinstance(start.proposal, Proposal)
+            return start.proposal
+
+        return fit_paths(
+            key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
+            num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
+            windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
+        )  # fmt: skip
     settings = {
         "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,
         "learning_rate": learning_rate, "width": width, "depth": depth, "sampler": str(sampler),

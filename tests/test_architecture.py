@@ -17,13 +17,13 @@ RANKS = """
 _typing _errors
 _tree storage
 problem correct nets process
-draws model simulation score whitening resuming store
+draws model simulation score whitening resuming store backward
 tails
 tempering
-losses sampling foreign
+losses sampling foreign path_losses
 train certificate proposal
-drawing forward validity
-focus learning
+drawing forward validity smoothing
+focus learning paths
 refinement
 exploration
 checkpoint

@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import k2_24_velocities as k2_24
+import toy_process_holzschuh2023 as toy
 
 
 @pytest.mark.parametrize("num_planets", [1, 2])
@@ -30,3 +31,14 @@ def test_aliases_do_not_see_the_planets_order():
     first, second, third = aliases.of(pairs)
     assert first == second != third
     assert " and " in aliases.name(first)
+
+
+def test_toy_process_has_its_published_answers():
+    """P(+1 | x_T) on the grid, as computed elsewhere by Fokker-Planck (.533, .571, .606), of Euler steps here."""
+    truth = toy.exact(0.002)
+    assert truth.density.sum(1) * 0.002 == pytest.approx(np.ones(501), abs=1e-6)
+    found = [truth.probability(end) for end in (0.0, *toy.ENDS[1:])]
+    assert found == pytest.approx([0.5, 0.533, 0.571, 0.606], abs=0.003)
+    x = np.linspace(-1.1, 1.1, 12)
+    assert np.asarray(toy.grow(0.0, toy.STEP, toy.decay(0.0, toy.STEP, x))) == pytest.approx(x, abs=1e-5)
+    assert toy.q_metric(np.array([1.0, -1.05, 0.5, 0.95])) == 0.5

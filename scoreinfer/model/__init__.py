@@ -18,10 +18,12 @@ from typing import Any
 
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_model
+from scoreinfer.model.path import PhysicsPath
+from scoreinfer.model.physics import noisy_end, read_physics
 from scoreinfer.model.report import Report, check
 from scoreinfer.problem import Problem
 
-__all__ = ["Report", "check", "from_numpyro"]
+__all__ = ["PhysicsPath", "Report", "check", "from_numpyro", "noisy_end", "read_physics"]
 
 
 def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **kwargs: Any) -> Problem:

@@ -17,11 +17,11 @@ class AbstractProcess(eqx.Module):
         """Compute the drift at time ``t`` and state ``x``."""
 
     @abc.abstractmethod
-    def diffusion(self, t: Float[Array, ""]) -> Float[Array, ""]:
-        """Compute the noise amplitude g(t)."""
+    def diffusion(self, t: Float[Array, ""]) -> Float[Array, "*dim"]:
+        """Compute the noise amplitude g(t), one number or one for each component."""
 
     @abc.abstractmethod
     def step(
         self, t0: Float[Array, ""], t1: Float[Array, ""], x: Float[Array, " dim"]
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """Compute mean and (scalar) variance of the Gaussian transition from ``x`` at ``t0`` to ``t1 > t0``."""
+    ) -> tuple[Float[Array, " dim"], Float[Array, "*dim"]]:
+        """Compute mean and variance (one number, or one each) of the transition from ``x`` at ``t0`` to ``t1``."""

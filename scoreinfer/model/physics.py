@@ -1,0 +1,165 @@
+"""Reading physics: the site of a NumPyro model that is a process in time, as transitions on its grid."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro.handlers import seed, trace
+
+from scoreinfer._errors import Offence, UnsupportedModel
+from scoreinfer._typing import Key
+from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
+from scoreinfer.model.replay import Open, fixed_key, layers
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
+
+NUM_PROBES = 8
+
+
+def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
+    """Read the transitions of a model's physical process: mean step, noise, grid, state of any shape (flattened).
+
+    Args:
+        physics: which site, and its reverse.
+        model: the NumPyro model.
+        *args: the model's arguments.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        The process; its initial distribution stays in the model's own density.
+
+    Raises:
+        UnsupportedModel: where the site is missing or no process in time, or its noise depends on the state.
+        ValueError: where the drift has a wrong shape, times do not increase, noise is not positive, or a step is not
+            finite.
+    """
+    played = trace(seed(Open(functools.partial(model, *args, **kwargs)), fixed_key())).get_trace()
+    fn = _process_site(physics.site, played)
+    state = tuple(fn.init_dist.event_shape)
+    advance, scale_of = _path_step(fn) if isinstance(fn, PhysicsPath) else _euler_step(fn, state)
+    ts = check_times(fn.ts if isinstance(fn, PhysicsPath) else fn.t, "Physics")
+    paths = jax.jit(lambda key: fn.sample(key, (NUM_PROBES,)))(jax.random.fold_in(fixed_key(), 1))
+    scale = _constant_noise(physics.site, scale_of, ts, paths)
+    reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
+    scale = scale.reshape(len(ts) - 1, -1)
+    if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
+        raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
+    advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
+    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves)
+    _check_finite(process, process.flatten(paths))
+    return process
+
+
+def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
+    if name not in played or played[name]["type"] != "sample":
+        found = ", ".join(repr(key) for key, site in played.items() if site["type"] == "sample")
+        raise UnsupportedModel((Offence(name, f"is no sample site of this model, which has {found}", "Name one"),))
+    fn = layers(played[name]["fn"])[-1]
+    if not isinstance(fn, dist.EulerMaruyama | PhysicsPath):
+        way_out = "Make it `numpyro.distributions.EulerMaruyama` or `scoreinfer.PhysicsPath`"
+        raise UnsupportedModel((Offence(name, f"is a {type(fn).__name__}, no process in time", way_out),))
+    if played[name]["fn"].batch_shape or fn.init_dist.batch_shape:
+        reason = f"has batch shape {played[name]['fn'].batch_shape or fn.init_dist.batch_shape}"
+        way_out = "Make several trajectories one state (`init_dist.to_event()`), or infer them one by one"
+        raise UnsupportedModel((Offence(name, reason, way_out),))
+    return fn
+
+
+def _path_step(fn: PhysicsPath) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+    return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]
+
+
+def _euler_step(fn: dist.EulerMaruyama, state: tuple[int, ...]) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+    steps = jnp.diff(jnp.asarray(fn.t))
+
+    def advance(t0: Array, t1: Array, x: Array) -> Array:
+        drift = fn.sde_fn(x, t0)[0]
+        check_shape(jnp.shape(drift), jnp.shape(x), "drift")
+        return x + (t1 - t0) * drift
+
+    def scale(k: Array, t: Array, x: Array) -> Array:
+        return jnp.sqrt(steps[k]) * jnp.broadcast_to(fn.sde_fn(x, t)[1], state)
+
+    return advance, scale
+
+
+def _checked(step: Step, what: str) -> Step:
+    def checked(t0: Array, t1: Array, x: Array) -> Array:
+        moved = step(t0, t1, x)
+        check_shape(jnp.shape(moved), jnp.shape(x), what)
+        return moved
+
+    return checked
+
+
+def _flat(step: Step, state: tuple[int, ...], waves: bool) -> Step:
+    return lambda t0, t1, x: flatten(step(t0, t1, unflatten(x, state, waves)), state, waves)
+
+
+def _constant_noise(
+    name: str, scale_of: Callable[[Any, Any, Any], Array], ts: Float[Array, " times"], paths: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Evaluate the noise of every step at several states: it must be the same at all of them."""
+    steps = jnp.arange(len(ts) - 1)
+    scales = jax.jit(jax.vmap(lambda path: jax.vmap(scale_of)(steps, ts[:-1], path[:-1])))(paths)
+    scales = np.asarray(scales)
+    if not np.allclose(scales, scales[:1], rtol=1e-5):
+        raise UnsupportedModel(
+            (Offence(name, "has noise that depends on the state", "Transform the state until its noise is additive"),)
+        )
+    return check_noise(scales[0], scales[0].shape, "Physics")
+
+
+def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> None:
+    steps = jnp.arange(process.num_steps)
+    moved = jax.jit(jax.vmap(lambda path: jax.vmap(process.forward)(steps, path[:-1])))(paths)
+    finite = (np.isfinite(moved) & np.isfinite(np.asarray(paths)[:, :-1])).all(axis=(0, 2))
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise ValueError(
+            f"`Physics` step {first}, from t = {float(process.ts[first]):g}, returns numbers that are not finite on "
+            f"paths simulated from the model (first of {np.sum(~finite)} such steps). Make the solver's step smaller "
+            "(substeps inside `step`), or bound the state."
+        )
+
+
+class NoisyEnd(NamedTuple):
+    """A site that observes the last state directly, with Gaussian noise.
+
+    Args:
+        site: its name.
+        scale: standard deviation of the noise, component by component.
+    """
+
+    site: str
+    scale: Float[Array, " dim"]
+
+
+def noisy_end(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -> NoisyEnd | None:
+    """Find the observed site that is Normal around the last state of a process; None where there is no such.
+
+    Judged on a few joint draws: the site's location is the last state to the letter, its scale always the same.
+    """
+    run = functools.partial(model, *args, **kwargs)
+
+    @jax.jit
+    @jax.vmap
+    def play(key: Key) -> dict[str, tuple[Array, Array, Array]]:
+        played = trace(seed(Open(run), key)).get_trace()
+        last, found = played[site]["value"][-1], {}
+        for name, row in played.items():
+            fn = layers(row["fn"])[-1] if row["type"] == "sample" else None
+            if isinstance(fn, dist.Normal) and name != site and row["value"].shape == last.shape:
+                found[name] = (jnp.broadcast_to(fn.loc, last.shape), jnp.broadcast_to(fn.scale, last.shape), last)
+        return found
+
+    draws = play(jax.random.split(fixed_key(), NUM_PROBES))
+    for name, (loc, scale, last) in draws.items():
+        if np.array_equal(loc, last) and np.array_equal(scale, np.broadcast_to(scale[:1], scale.shape)):
+            return NoisyEnd(name, jnp.ravel(scale[0]))
+    return None

@@ -1,0 +1,210 @@
+"""Losses of physics in reverse: functions ``(network, batch, key, ...) -> scalar`` for the one training loop.
+
+Kernels: the likelihood of single transitions, and the multi-step loss as its regulariser. Scores: transition denoising,
+and implicit and sliced score matching, which see single states alone, as baselines. All learn grad log p itself.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key
+from scoreinfer.backward import LearnedBackward, LearnedScore, heads
+
+
+class Transitions(NamedTuple):
+    """Paths as the backward kernels' network sees them, one row per step.
+
+    Args:
+        v: standardised state at the end of every step.
+        rest: what regression leaves of the state before, in units of its residual factor.
+    """
+
+    v: Float[Array, "num steps dim"]
+    rest: Float[Array, "num steps dim"]
+
+
+def transition_loss(
+    network: Callable,
+    batch: Transitions,
+    key: Key,
+    *,
+    times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
+    num_pairs: int,
+    penalty: float = 0.0,
+) -> Float[Array, ""]:
+    """Compute minus the mean log density of single backward transitions, per component, without its constant.
+
+    Its mean part is the one-step loss of the reverse SDE in units of the step's noise (the loss divided by dt^2 where
+    noise and steps are uniform). ``num_pairs`` steps of each path are picked at random: never in the order of time, in
+    which training forgets all but the last. ``penalty`` times the mean squared log scale is added: learned variances
+    are what a fixed budget of paths is overfitted with first.
+
+    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4.
+    """
+    num, steps, _ = batch.v.shape
+    k = jax.random.randint(key, (num, num_pairs), 0, steps)
+
+    def one(v, rest, k):
+        move, log_scale = heads(network, v[k], times[0][k], times[1][k])
+        fit = 0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale
+        return (fit + penalty * log_scale**2).mean()
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)))(batch.v, batch.rest, k).mean()
+
+
+def rollout_loss(
+    network: Callable,
+    paths: Float[Array, "num times dim"],
+    key: Key,
+    *,
+    backward: LearnedBackward,
+    window: int,
+    num_windows: int,
+    noisy: bool = False,
+    truncate: int | None = None,
+) -> Float[Array, ""]:
+    """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
+
+    Squared errors are in units of the step's noise, averaged over the window, which starts from its true end. Steps
+    are recomputed on the way back of the gradient (checkpointed): what is kept of each is one state, whatever the
+    network's size.
+
+    Args:
+        network: what is trained.
+        paths: simulated or recorded paths.
+        key: random key.
+        backward: the kernels around the network.
+        window: number of steps unrolled.
+        num_windows: windows picked at random from each path.
+        noisy: draw from the kernels instead of taking their means.
+        truncate: pass gradients back through this many steps at a time; None: through the whole window.
+
+    Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
+        far states. It makes an unstable reverse solver stable; the score is what `transition_loss` learns.
+
+    References: Holzschuh et al. 2023, arXiv 2301.10250, equation 6.
+    """
+    backward = eqx.tree_at(lambda tree: tree.network, backward, network)
+    last = backward.process.num_steps - window
+    starts = jax.random.randint(key, (paths.shape[0], num_windows), 0, last + 1)
+    for_noise = jax.random.split(jax.random.fold_in(key, 1), starts.shape)
+
+    def one(path: Array, start: Array, key: Key) -> Array:
+        truth = jax.lax.dynamic_slice_in_dim(path, start, window + 1)
+
+        @jax.checkpoint
+        def back(x: Array, inputs: tuple[Array, Array, Key]) -> tuple[Array, Array]:
+            i, target, key = inputs
+            if truncate is not None:
+                x = jnp.where((i + 1) % truncate == 0, jax.lax.stop_gradient(x), x)
+            kernel = backward(start + i, x)
+            new = kernel.draw(key)[0] if noisy else kernel.mean
+            return new, (((new - target) / backward.process.scale[start + i]) ** 2).mean()
+
+        inputs = (jnp.arange(window), truth[:-1], jax.random.split(key, window))
+        return jax.lax.scan(back, truth[-1], inputs, reverse=True)[1].mean()
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(paths, starts, for_noise).mean()
+
+
+class PathBatch(NamedTuple):
+    """Paths, and their transitions as the network sees them."""
+
+    transitions: Transitions
+    paths: Float[Array, "num times dim"]
+
+
+def multistep_loss(
+    network: Callable,
+    batch: PathBatch,
+    key: Key,
+    *,
+    times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
+    num_pairs: int,
+    penalty: float,
+    backward: LearnedBackward,
+    window: int,
+) -> Float[Array, ""]:
+    """Compute the likelihood of single transitions plus the multi-step loss, as its regulariser."""
+    for_pairs, for_windows = jax.random.split(key)
+    single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
+    num_windows = max(num_pairs // window, 1)
+    unrolled = rollout_loss(
+        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows
+    )
+    return single + ROLLOUT_SHARE * unrolled
+
+
+ROLLOUT_SHARE = 0.1
+"""Weight of the multi-step loss beside the likelihood of single transitions."""
+
+
+def _pairs(paths: Array, key: Key, num_pairs: int) -> tuple[Array, Array, Array]:
+    """Pick steps of each path at random: their numbers, the states before, the states after."""
+    k = jax.random.randint(key, (paths.shape[0], num_pairs), 0, paths.shape[1] - 1)
+    rows = jnp.arange(paths.shape[0])[:, None]
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    return k.reshape(-1), flat(paths[rows, k]), flat(paths[rows, k + 1])
+
+
+def transition_denoising_loss(
+    network: Callable, paths: Float[Array, "num times dim"], key: Key, *, score: LearnedScore, num_pairs: int
+) -> Float[Array, ""]:
+    """Compute denoising score matching on the process's own transitions.
+
+    E || sqrt(Q) S(x_{k+1}) + (x_{k+1} - Phi(x_k)) / sqrt(Q) ||^2: the gradient of a transition's log density is an
+    unbiased target of the score at its end, exactly, however long the step.
+
+    References: Vincent 2011; Song et al. 2021, arXiv 2011.13456, equation 7.
+    """
+    score = eqx.tree_at(lambda tree: tree.network, score, network)
+
+    def one(k: Array, old: Array, new: Array) -> Array:
+        scale = score.process.scale[k]
+        noise = (new - score.process.forward(k, old)) / scale
+        return ((scale * score.at(k, new) + noise) ** 2).mean()
+
+    return jax.vmap(one)(*_pairs(paths, key, num_pairs)).mean()
+
+
+def implicit_score_loss(
+    network: Callable,
+    paths: Float[Array, "num times dim"],
+    key: Key,
+    *,
+    score: LearnedScore,
+    num_pairs: int,
+    sliced: bool = False,
+) -> Float[Array, ""]:
+    """Compute implicit score matching, E[ |S|^2 / 2 + div S ], in units of each component's spread.
+
+    ``sliced``: the divergence by one random direction a state, E[ |S|^2 / 2 + v dS v ] (variance-reduced form), where
+    the whole Jacobian is too dear.
+
+    References: Hyvarinen 2005, JMLR 6, theorem 1; Song et al. 2019, arXiv 1905.07088, equation 8.
+    """
+    score = eqx.tree_at(lambda tree: tree.network, score, network)
+    for_pairs, for_directions = jax.random.split(key)
+    k, _, new = _pairs(paths, for_pairs, num_pairs)
+    directions = jax.random.rademacher(for_directions, new.shape, new.dtype)
+
+    def one(k: Array, x: Array, direction: Array) -> Array:
+        centre, spread = score.frame.centre[k], score.frame.spread[k]
+
+        def scaled(v: Array) -> Array:
+            return spread * score.at(k, centre + spread * v)
+
+        v = score.frame.standardise(k, x)
+        if sliced:
+            value, slope = jax.jvp(scaled, (v,), (direction,))
+            divergence = direction @ slope
+        else:
+            value, divergence = scaled(v), jnp.trace(jax.jacfwd(scaled)(v))
+        return (0.5 * value @ value + divergence) / x.size
+
+    return jax.vmap(one)(k, new, directions).mean()

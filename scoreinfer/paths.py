@@ -1,0 +1,428 @@
+"""Learning physics in reverse: ``fit(..., process=Physics("x"))``, and the posterior of paths it returns."""
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreinfer._errors import MisspecificationWarning, Offence, UnsupportedModel
+from scoreinfer._tree import in_batches
+from scoreinfer._typing import Key, Sites
+from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
+from scoreinfer.certificate import ForwardCheck, certify
+from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
+from scoreinfer.draws import Draws
+from scoreinfer.forward import ForwardBank
+from scoreinfer.model import from_numpyro, noisy_end, read_physics
+from scoreinfer.nets import ConditionalMLP
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
+from scoreinfer.problem import Problem
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import add_noise_stage
+from scoreinfer.proposal import Proposal
+from scoreinfer.simulation import check_finite, simulate
+from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths, last_state, pinned
+from scoreinfer.train import Budget, History, train
+
+NUM_PILOT = 8192
+PENALTY = 200.0
+"""Penalty of learned variances on a fixed budget of paths, times their number."""
+POOL = 8192
+"""Paths in a pool of fresh simulations: every one has many transitions."""
+MAX_NUMBERS = 1 << 26
+"""Numbers in a pool of simulated paths: bounds the memory."""
+TRANSITIONS = 2048
+"""Transitions per optimiser step."""
+NUM_BANK, NUM_PROPOSALS = 128, 24
+"""Simulated truths of the forward check, and proposals that each is held against."""
+NUM_ENDS = 2048
+"""Simulated ends that a given end's distance is compared with."""
+
+
+class Ends(NamedTuple):
+    """Standardised ends of simulated paths, and the distance of each to its nearest fellows."""
+
+    features: Float[Array, "num features"]
+    distance: Float[Array, " num"]
+
+    def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute the share of the ends that lie at least as far from the others as ``x`` does."""
+        return (self.distance >= _to_nearest(jnp.linalg.norm(self.features - x, axis=1))).mean()
+
+    def ratio(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute how many times as far from the ends ``x`` lies as these, by their median, from each other."""
+        return _to_nearest(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
+
+
+def _to_nearest(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
+    return -jax.lax.top_k(-distances, num_nearest)[0].mean()
+
+
+class PathPosterior(eqx.Module):
+    """The posterior of paths of a physical process, for any end: known exactly, or observed.
+
+    Args:
+        proposal: the learned sampler for what the model observes (for a model without observations: for known ends).
+        known_end: the learned sampler for ends known exactly.
+        bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
+            same kernels lead away from.
+        ends: simulated ends, to tell a far one by.
+        history: how it was trained.
+    """
+
+    proposal: PathProposal | StartedPaths
+    known_end: PathProposal
+    bank: ForwardBank
+    ends: Ends
+    history: History
+
+    @property
+    def problem(self) -> Problem:
+        """The problem this posterior answers."""
+        return self.proposal.problem
+
+    @property
+    def backward(self) -> LearnedBackward:
+        """The learned backward kernels."""
+        assert isinstance(self.proposal.backward, LearnedBackward)
+        return self.proposal.backward
+
+    @property
+    def process(self) -> PhysicsProcess:
+        """The physics (with the noise of an observation of the end as its last step)."""
+        return self.backward.process
+
+    def sample(
+        self,
+        key: Key,
+        num: int,
+        *args: Any,
+        end_state: Float[Array | np.ndarray, "..."] | None = None,
+        batch_size: int = 1024,
+        **kwargs: Any,
+    ) -> Draws:
+        """Draw paths that lead to an end, weigh every path, and certify the batch.
+
+        Args:
+            key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
+            num: number of paths.
+            *args: the model's own arguments, with the data; not looked at with ``end_state``.
+            end_state: the last state, where it is known exactly: then the posterior is that of the earlier states,
+                and the log evidence the log density of the process at this end.
+            batch_size: paths per compiled call: bounds the memory.
+            **kwargs: the model's own keyword arguments.
+
+        Returns:
+            `Draws`; the physics site has shape ``(num, times, *state)``.
+
+        Raises:
+            ValueError: where the end has a wrong shape or is not finite, or data are missing.
+
+        Exactness: exact weights against the model's own density of paths, whatever was learned.
+        """
+        start = time.perf_counter()
+        known = end_state is not None
+        proposal = self.known_end if known else self.proposal
+        y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
+        if not known and not self.problem.observed:
+            raise ValueError("This model observes nothing: give the last state as `end_state=`.")
+        drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
+        certificate = certify(drawn.log_weight, self._check(y, known))
+        sites = constrain(proposal.problem, drawn.values, batch_size)
+        info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
+        return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+
+    def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """Draw one path backwards from each of many known ends (batch axes first), without weights.
+
+        Exactness: biased, as good as the training; `sample` weighs its paths.
+        """
+        ends = self._flat(end_state)
+        return self._shaped(_reverse_rows(key, self.known_end, ends), end_state)
+
+    def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
+
+        Exactness: biased, as good as the training; see `scoreinfer.backward.probability_flow`.
+        """
+        return self._shaped(_flow_rows(self.known_end, self._flat(end_state)), end_state)
+
+    def _flat(self, ends: Any) -> Float[Array, "num dim"]:
+        return self.process.flatten(jnp.asarray(ends, jnp.result_type(float))).reshape(-1, self.process.dim)
+
+    def _shaped(self, paths: Float[Array, "num times dim"], ends: Any) -> Float[Array, "..."]:
+        state = self.process.shape
+        paths = self.process.unflatten(paths)
+        return paths.reshape(*np.shape(ends)[: np.ndim(ends) - len(state)], -1, *state)
+
+    def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
+        """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
+        if known and isinstance(self.proposal, StartedPaths):
+            return None  # its simulations lie in the space of observations
+        if known and isinstance(self.proposal, PathProposal):
+            y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
+        x = _features(self.proposal, y)
+        check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
+        if check.distance_rank <= 0.0:
+            warnings.warn(
+                f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as these from each other: "
+                "what was learned there is extrapolation.", MisspecificationWarning, stacklevel=3,
+            )  # fmt: skip
+        return check
+
+    def _checked(self, end_state: Any) -> Float[Array, "..."]:
+        end = jnp.asarray(end_state, jnp.result_type(float))
+        if end.shape != self.process.shape:
+            raise ValueError(f"`end_state` must have the state's shape {self.process.shape}, got {end.shape}.")
+        if not bool(jnp.isfinite(end).all()):
+            raise ValueError(
+                f"`end_state` must be finite, but {int((~jnp.isfinite(end)).sum())} of its numbers are not."
+            )
+        return end
+
+
+@eqx.filter_jit
+def _reverse_rows(key: Key, proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+    def one(key: Key, end: Float[Array, " dim"]) -> Float[Array, "times dim"]:
+        return draw_path(key, proposal.backward, end, proposal.num_steps)[0]
+
+    return jax.vmap(one)(jax.random.split(key, ends.shape[0]), ends)
+
+
+@eqx.filter_jit
+def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+    return jax.vmap(lambda end: probability_flow(proposal.backward, end, proposal.num_steps))(ends)
+
+
+@eqx.filter_jit
+def _features(proposal: PathProposal | StartedPaths, y: Sites) -> Float[Array, " features"]:
+    """Standardise an observation."""
+    if isinstance(proposal, StartedPaths):
+        return flatten(proposal.start.features(y))
+    assert isinstance(proposal.backward, LearnedBackward)
+    frame = proposal.backward.frame
+    return frame.standardise(proposal.num_steps - 1, proposal.context(y)).astype(jnp.float32)
+
+
+def fit_paths(
+    key: Key,
+    model: Callable,
+    *args: Any,
+    process: Physics,
+    trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    num_simulations: int | None = None,
+    num_steps: int = 10_000,
+    batch_size: int = 256,
+    learning_rate: float = 4e-3,
+    width: int = 32,
+    depth: int = 2,
+    windows: tuple[int, ...] = (),
+    learn_start: Callable[[Key, Problem], Proposal],
+    observed: tuple[str, ...] | None = None,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> PathPosterior:
+    """Learn the physics of a model in reverse; see `scoreinfer.fit`, whose ``process=`` leads here.
+
+    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise.
+
+    Raises:
+        UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
+        ValueError: where trajectories do not fit the process or are not finite.
+    """
+    problem = from_numpyro(model, *args, observed=observed, **kwargs)
+    _refuse_others(problem, process.site)
+    physics = read_physics(process, model, *args, **kwargs)
+    end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
+    if end is not None:
+        physics = add_noise_stage(physics, end.scale)
+    if max((1, *windows)) > physics.num_steps:
+        raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
+    for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
+
+    def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
+        return _simulated(key, problem, physics, end, num)
+
+    online = trajectories is None and num_simulations is None
+    if trajectories is None:
+        pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
+    else:
+        pilot = _recorded(for_pilot, trajectories, problem, physics, end)
+    held_out = max(pilot.shape[0] // 10, 1)
+    training, validation = pilot[held_out:], pilot[:held_out]
+    network = ConditionalMLP(for_net, physics.dim, 1, 2 * physics.dim, width=width, depth=depth)
+    untrained = LearnedBackward(physics, linear_frame(physics, training), network)
+    stages = (1, *windows)
+    per_stage = max(num_steps // len(stages), 1)
+    patience = None if online else 30
+    budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
+    fresh = (lambda key: paths(key, min(POOL, room))) if online else None
+    if num_steps == 0:
+        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training), 0.0, "finished")
+    else:
+        backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
+    known = PathProposal(backward, END_STATE, pinned(problem))
+    proposal: PathProposal | StartedPaths = known
+    if end is not None:
+        proposal = PathProposal(backward, end.site, problem)
+    elif problem.observed:
+        proposal = StartedPaths(learn_start(for_start, last_state(problem, physics)), backward, problem)
+    z, y = _joint(for_truths, proposal)
+    bank = _bank(for_bank, proposal, z[:NUM_BANK], jax.tree.map(lambda leaf: leaf[:NUM_BANK], y))
+    return PathPosterior(proposal, known, bank, _ends(proposal, y), history)
+
+
+def _learn(
+    key: Key,
+    backward: LearnedBackward,
+    training: Float[Array, "num times dim"],
+    validation: Float[Array, "held_out times dim"],
+    fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
+    stages: tuple[int, ...],
+    budget: Budget,
+    progress_bar: bool,
+) -> tuple[LearnedBackward, History]:
+    """Train the network, one stage for each length of windows (1: single transitions alone)."""
+    options: dict[str, Any] = {
+        "times": through_time(backward.process),
+        "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
+        "penalty": PENALTY / len(training) if fresh is None else 0.0,
+    }
+    network = backward.network
+    for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
+        prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
+        if window == 1:
+            loss: Callable = partial(transition_loss, **options)
+        else:
+            loss = partial(multistep_loss, **options, backward=backward, window=window)
+        seen = prepare(training)
+
+        def pools(key: Key, prepare: Callable = prepare, seen: Any = seen) -> Any:
+            return seen if fresh is None else prepare(fresh(key))
+
+        title = f"backward kernels, window {window}"
+        network, history = train(
+            for_stage, network, loss, pools, prepare(validation), budget, progress_bar=progress_bar, title=title
+        )
+    return eqx.tree_at(lambda tree: tree.network, backward, network), history
+
+
+def _refuse_others(problem: Problem, site: str) -> None:
+    others = [latent.name for latent in problem.latents if latent.name != site]
+    if others:
+        way_out = "Fix it, or infer it around this model"
+        raise UnsupportedModel(tuple(Offence(name, f"is latent beside {site!r}", way_out) for name in others))
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+
+
+def _simulated(key, problem, physics, end, num):
+    """Simulate paths, with the observation as their last state where the process ends in its noise."""
+    drawn = simulate(key, problem, num)
+    check_finite(drawn)
+    return _with_ends(physics, drawn.z, None if end is None else drawn.x[end.site])
+
+
+@eqx.filter_jit
+def _with_ends(physics, z, ends):
+    paths = z.reshape(z.shape[0], -1, *physics.shape)
+    if ends is not None:
+        paths = jnp.concatenate([paths, ends[:, None]], axis=1)
+    return physics.flatten(paths)
+
+
+def _recorded(key, trajectories, problem, physics, end):
+    """Check trajectories against the process, and observe their ends."""
+    trajectories = jnp.asarray(trajectories, jnp.result_type(float))
+    expected = (physics.num_steps + (end is None), *physics.shape)
+    if trajectories.shape[1:] != expected or trajectories.shape[0] < 2:
+        raise ValueError(
+            "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
+            f"{', '.join(map(str, expected))}), got {trajectories.shape}."
+        )
+    if not bool(jnp.isfinite(trajectories).all()):
+        raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
+    num = trajectories.shape[0]
+    ends = None
+    if end is not None:
+        keys = jax.random.split(key, num)
+        ends = jax.jit(jax.vmap(problem.simulate_observation))(keys, trajectories.reshape(num, -1))[end.site]
+    return _with_ends(physics, trajectories.reshape(num, -1), ends)
+
+
+def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+    num = paths.shape[0]
+    return in_batches(lambda i: _transition_rows(backward, paths[i]), num, min(num, 4096))
+
+
+def _path_batch(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> PathBatch:
+    return PathBatch(_transitions(backward, paths), paths)
+
+
+@eqx.filter_jit
+def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+    """Whiten transitions by the frame, so that training need not run the physics."""
+    frame = backward.frame
+
+    def one(k, old, new):
+        rest = old - jax.vmap(lambda x: frame.mean(backward.process, k, x))(new)
+        v = jax.vmap(lambda x: frame.standardise(k, x))(new)
+        factor = frame.factor[k]
+        rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
+        return v.astype(jnp.float32), rest.astype(jnp.float32)
+
+    steps = jnp.arange(backward.process.num_steps)
+    v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))
+    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1))
+
+
+@eqx.filter_jit
+def _joint(key: Key, proposal: PathProposal | StartedPaths) -> tuple[Float[Array, "num dim"], Sites]:
+    """Simulate paths and what is known of each."""
+    assert proposal.problem.simulate is not None
+    z, y = jax.lax.map(proposal.problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
+    if isinstance(proposal, PathProposal) and proposal.site == END_STATE:
+        y = {END_STATE: z.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
+    return z, y
+
+
+@eqx.filter_jit
+def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num dim"], y: Sites) -> ForwardBank:
+    """Hold simulated paths against the proposals for their own observations.
+
+    Exactness: log_excess estimates log p(path | y) - log q(path | y); exact as proposals grow in number.
+    """
+    rows = jnp.arange(NUM_PROPOSALS)
+
+    def one(inputs):
+        key, z, y = inputs
+        for_truth, for_draws = jax.random.split(key)
+        truth = weigh_rows(for_truth, proposal, y, rows[:1], z[None]).log_weight[0]
+        log_ws = draw_rows(for_draws, proposal, y, rows).log_weight
+        log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
+        total = jax.nn.logsumexp(log_ws)
+        log_share = 2 * total - jax.nn.logsumexp(2 * log_ws) - jnp.log(NUM_PROPOSALS)
+        return _features(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_share
+
+    features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
+    none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
+    return ForwardBank(features, none, excess, share, jnp.zeros((len(features), 0)))
+
+
+@eqx.filter_jit
+def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Ends:
+    features = jax.vmap(lambda y: _features(proposal, y))(y)
+
+    def lonely(i: Array) -> Float[Array, ""]:
+        return _to_nearest(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
+
+    return Ends(features, jax.lax.map(lonely, jnp.arange(len(features)), batch_size=64))

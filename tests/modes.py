@@ -1,0 +1,115 @@
+"""Oracles: linear physics of independent components (Ornstein-Uhlenbeck, heat in Fourier modes), seen at its end.
+
+Every component's path is Gaussian with a known covariance, so that the smoother (Rauch-Tung-Striebel), the evidence
+and the score are closed formulas.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+
+import scoreinfer as si
+from scoreinfer.model import read_physics
+from scoreinfer.process.physics import add_noise_stage
+
+
+class Modes(NamedTuple):
+    """dx = -rate x dt + g dW, component by component, with exact steps; y = x_N + noise."""
+
+    name: str
+    rates: np.ndarray
+    start_sd: np.ndarray
+    g: float
+    ts: np.ndarray
+    noise: float
+    step_scale: float | None = None  # noise of every step, where it is not that of the exact step
+
+    @property
+    def factors(self):
+        return np.exp(-np.diff(self.ts)[:, None] * self.rates)
+
+    @property
+    def scales(self):
+        h = np.diff(self.ts)[:, None]
+        if self.step_scale is not None:
+            return np.full((len(h), len(self.rates)), self.step_scale)
+        return self.g * np.sqrt(-np.expm1(-2 * h * self.rates) / (2 * self.rates))
+
+    def model(self, y=None):
+        x = numpyro.sample("x", self.path())
+        numpyro.sample("y", dist.Normal(x[-1], self.noise).to_event(1), obs=y)
+
+    def path_model(self):
+        numpyro.sample("x", self.path())
+
+    def path(self):
+        rates = jnp.asarray(self.rates)
+        start = dist.Normal(jnp.zeros(len(rates)), jnp.asarray(self.start_sd)).to_event(1)
+        return si.PhysicsPath(lambda t0, t1, x: x * jnp.exp(-rates * (t1 - t0)), self.scales, self.ts, start)
+
+    def process(self, noise_stage=True):
+        """Read the physics, with its exact inverse as reverse and the observation's noise as one more step."""
+        rates = jnp.asarray(self.rates)
+        physics = si.Physics("x", lambda t0, t1, x: x * jnp.exp(rates * (t1 - t0)))
+        process = read_physics(physics, self.model)
+        return add_noise_stage(process, jnp.full(len(rates), self.noise)) if noise_stage else process
+
+    def covariances(self, noise_stage=True):
+        """Covariance of every component's path and (last) its observation: ``(dim, times + 1, times + 1)``."""
+        factors, scales = self.factors, self.scales
+        if noise_stage:
+            factors = np.concatenate([factors, np.ones((1, len(self.rates)))])
+            scales = np.concatenate([scales, np.full((1, len(self.rates)), self.noise)])
+        return np.stack([self._joint(factors[:, i], scales[:, i], sd) for i, sd in enumerate(self.start_sd)])
+
+    def _joint(self, factors, scales, start_sd):
+        covariance = np.zeros((len(factors) + 1,) * 2)
+        covariance[0, 0] = start_sd**2
+        for k, (factor, scale) in enumerate(zip(factors, scales, strict=True)):
+            covariance[k + 1, : k + 1] = covariance[: k + 1, k + 1] = factor * covariance[k, : k + 1]
+            covariance[k + 1, k + 1] = factor**2 * covariance[k, k] + scale**2
+        return covariance
+
+    def score(self, noise_stage=True):
+        """The exact score at the times of the process's grid."""
+        variances = jnp.asarray(self.covariances(noise_stage).diagonal(axis1=1, axis2=2).T, jnp.float32)
+        ts = self.process(noise_stage).ts
+        return lambda t, x: -x / variances[jnp.argmin(jnp.abs(ts - t))]
+
+    def smoother(self, end, noise_stage=True):
+        """Means ``(times, dim)`` and covariances ``(dim, times, times)`` of the path before the end, and log p(end)."""
+        joint = self.covariances(noise_stage)
+        gain = joint[:, :-1, -1] / joint[:, -1, -1:]
+        covariance = joint[:, :-1, :-1] - gain[:, :, None] * joint[:, None, :-1, -1]
+        variance = joint[:, -1, -1]
+        log_evidence = -0.5 * np.sum(end**2 / variance + np.log(2 * np.pi * variance))
+        return gain.T * end, covariance, float(log_evidence)
+
+    def disagreement(self, paths, log_weight, end, noise_stage=True):
+        """Largest distance, in standard errors, of weighted paths' means, variances and cross-time covariances."""
+        mean, covariance, _ = self.smoother(end, noise_stage)
+        weight = np.exp(np.asarray(log_weight, np.float64) - np.max(log_weight))
+        weight /= weight.sum()
+        ess = 1 / np.sum(weight**2)
+        centred = np.asarray(paths, np.float64)[:, : mean.shape[0]] - mean
+        sd = np.sqrt(covariance.diagonal(axis1=1, axis2=2)).T
+        first = np.abs(np.einsum("n,nti->ti", weight, centred) / sd).max() * np.sqrt(ess)
+        found = np.einsum("n,nti,nsi->its", weight, centred, centred)
+        sds = sd.T[:, :, None] * sd.T[:, None, :]
+        second = np.abs((found - covariance) / np.sqrt(sds**2 + covariance**2)).max() * np.sqrt(ess)
+        return float(max(first, second))
+
+
+def ornstein_uhlenbeck(num_steps=8):
+    """Two components, one of them slow, on an irregular grid."""
+    ts = np.linspace(0.0, 1.0, num_steps + 1) ** 1.3
+    return Modes("ornstein_uhlenbeck", np.array([0.5, 3.0]), np.array([1.0, 0.6]), 0.7, ts, 0.3)
+
+
+def heat(num_steps=16, num_modes=32):
+    """The heat equation in sines and cosines: rates kappa^2, initial power kappa^-4."""
+    kappa = np.arange(num_modes) // 2 + 1.0
+    return Modes("heat", kappa**2, kappa**-2.0, 0.1, np.linspace(0.0, 0.2, num_steps + 1), 0.01)

@@ -1,0 +1,133 @@
+"""Losses of physics in reverse.
+
+The multi-step loss: one step of it is the one-step loss, gradients pass through the window, memory stays flat. Score
+losses: stationary at the exact score.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scoreinfer as si
+from modes import ornstein_uhlenbeck
+from scoreinfer.backward import Frame, LearnedBackward, LearnedScore, linear_frame
+from scoreinfer.nets import ConditionalMLP
+from scoreinfer.path_losses import implicit_score_loss, rollout_loss, transition_denoising_loss
+
+MODES = ornstein_uhlenbeck(32)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    process = dataclasses.replace(MODES.process(False), retreat=lambda t0, t1, x: x)
+    paths = MODES.path().sample(jax.random.key(0), (16,))
+    network = ConditionalMLP(jax.random.key(1), 2, 1, 4, width=16, depth=1)
+    weight = 0.3 * jax.random.normal(jax.random.key(2), network.last.weight.shape)
+    network = eqx.tree_at(lambda net: net.last.weight, network, weight)
+    return LearnedBackward(process, linear_frame(process, paths), network), paths
+
+
+def test_one_step_is_the_squared_residual(setting):
+    """All windows of one step, each by hand."""
+    backward, paths = setting
+    steps = jnp.arange(32)
+    means = jax.vmap(lambda path: jax.vmap(backward)(steps, path[1:]).mean)(paths)
+    residual = np.asarray((paths[:, :-1] - means) / backward.process.scale) ** 2
+    loss = jax.jit(lambda key: rollout_loss(backward.network, paths, key, backward=backward, window=1, num_windows=64))
+    losses = [loss(jax.random.key(i)) for i in range(8)]
+    assert abs(np.mean(losses) - residual.mean()) < 5 * residual.std() / np.sqrt(8 * 16 * 64)
+
+
+@pytest.mark.slow
+def test_windows_are_unrolled_from_their_true_end(setting):
+    """The whole path in one window, against a loop in Python."""
+    backward, paths = setting
+    errors, x = [], paths[:, -1]
+    mean = jax.jit(jax.vmap(lambda k, x: backward(k, x).mean, in_axes=(None, 0)))
+    for k in jnp.arange(31, -1, -1):
+        x = mean(k, x)
+        errors.append(np.asarray((x - paths[:, k]) / backward.process.scale[k]) ** 2)
+    found = rollout_loss(backward.network, paths, jax.random.key(0), backward=backward, window=32, num_windows=1)
+    np.testing.assert_allclose(found, np.mean(errors), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_pass_through_the_window_unless_truncated(setting):
+    backward, paths = setting
+
+    def gradient(truncate):
+        loss = lambda net: rollout_loss(  # noqa: E731
+            net, paths, jax.random.key(0), backward=backward, window=32, num_windows=1, truncate=truncate
+        )
+        return jax.flatten_util.ravel_pytree(eqx.filter_grad(loss)(backward.network))[0]
+
+    full, same, cut = gradient(None), gradient(64), gradient(1)
+    np.testing.assert_allclose(full, same, rtol=1e-5, atol=1e-6)
+    assert jnp.linalg.norm(full - cut) > 0.1 * jnp.linalg.norm(full)
+
+
+def test_memory_does_not_grow_with_the_network_along_the_window(setting):
+    """From 4 to 32 steps the gradient keeps 28 more states, not 28 more sets of activations."""
+    backward, paths = setting
+
+    def memory(window):
+        loss = lambda net: rollout_loss(  # noqa: E731
+            net, paths, jax.random.key(0), backward=backward, window=window, num_windows=8
+        )
+        compiled = jax.jit(jax.grad(loss)).lower(backward.network).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    state = 4 * 2 * 16 * 8  # float32, components, paths, windows
+    assert memory(32) - memory(4) < 28 * 8 * state
+
+
+@pytest.mark.parametrize(
+    "sliced",
+    [
+        pytest.param(None, id="denoising"),
+        pytest.param(False, id="implicit"),
+        pytest.param(True, id="sliced", marks=pytest.mark.slow),
+    ],
+)
+def test_score_losses_are_stationary_at_the_exact_score(sliced):
+    """Scores c times the exact one: the loss is a parabola in c with its minimum at 1, not at 2 or at one half."""
+    modes = ornstein_uhlenbeck()
+    process, batches = modes.process(False), 64
+    sd = jnp.asarray(np.sqrt(modes.covariances(False).diagonal(axis1=1, axis2=2))[:, 1:].T, jnp.float32)
+    none = jnp.zeros_like(sd)
+    score = LearnedScore(process, Frame(none, sd, none, none, process.scale), lambda v, *_: v)
+
+    def slope(key):
+        for_paths, for_loss = jax.random.split(key)
+        paths = modes.path().sample(for_paths, (64,))
+        options = {"score": score, "num_pairs": 8}
+
+        def loss(c):
+            network = jax.tree_util.Partial(lambda c, v, *_: (1 - c) * v, c)
+            if sliced is None:
+                return transition_denoising_loss(network, paths, for_loss, **options)
+            return implicit_score_loss(network, paths, for_loss, sliced=sliced, **options)
+
+        return jax.grad(loss)(1.0), jax.grad(jax.grad(loss))(1.0)
+
+    first, second = map(np.asarray, jax.jit(jax.vmap(slope))(jax.random.split(jax.random.key(4), batches)))
+    distance, error = first.mean() / second.mean(), first.std() / second.mean() / batches**0.5
+    assert error < 0.05 and second.mean() > 0
+    assert abs(distance) < 5 * error
+
+
+@pytest.mark.slow
+def test_learning_with_windows_keeps_the_weights_exact():
+    options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False, "windows": (2, 4)}
+    modes = ornstein_uhlenbeck()
+    posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options)
+    end = jnp.array([-1.0, 0.5])
+    draws = posterior.sample(jax.random.key(1), 4000, y=end)
+    assert draws.certificate.ess > 0.9 * 4000
+    assert abs(draws.certificate.log_evidence - modes.smoother(end)[2]) < 5 * draws.certificate.log_evidence_se + 2e-3
+    with pytest.raises(ValueError, match="not be longer than the process, 9 steps"):
+        si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options | {"windows": (2, 10)})
