@@ -363,8 +363,8 @@ def fit(
             bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
             goes on; without a folder an interrupted training keeps the best weights so far.
         process: the site of the model that is a physical process. Then its reverse is learned, transition by
-            transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``, ``simulations``
-            and ``checkpoint`` are of no use to it.
+            transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``,
+            ``simulations`` and ``checkpoint`` are of no use to it.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
