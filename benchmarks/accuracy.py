@@ -7,6 +7,7 @@
     python benchmarks/accuracy.py --suite unimodal
     python benchmarks/accuracy.py --suite deceived
     python benchmarks/accuracy.py --suite honesty
+    python benchmarks/accuracy.py --suite k2_24
     python benchmarks/accuracy.py --suite lynx_hare
     python benchmarks/accuracy.py --suite smdp
 
@@ -319,6 +320,25 @@ def run_honesty(args) -> Iterator[Row]:
     yield "sabotaged", dict(totals)
 
 
+def run_k2_24(args) -> Iterator[Row]:
+    """Hold the periods of K2-24's planets under three kernels against the exact answer on a grid."""
+    import k2_24_velocities
+
+    folder = Path("outputs/k2_24")
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in ((1, "one_planet"), (2, "two_planets")):
+        if not _chosen(name, args.tasks):
+            continue
+        settings = argparse.Namespace(smoke=False, seed=args.seed, output_dir=folder)
+        aliases, log_evidence, comparison = k2_24_velocities.run(number, settings)
+        found = comparison.certificates["ScoreSDE"]
+        errors = k2_24_velocities.largest_errors(aliases, comparison)
+        figures = {f"{kernel.lower()}_mode_error": float(error) for kernel, error in errors.items()}
+        figures["log_evidence_error"] = abs(found.weights.log_evidence - log_evidence)
+        figures |= {"ess_share": found.weights.ess / found.weights.num, "k_hat": found.weights.k_hat}
+        yield name, figures | {"r_hat": found.r_hat, "certified": float(found.certified)}
+
+
 def run_lynx_hare(args) -> Iterator[Row]:
     """Compare corrected draws of the lynx-hare model with long NUTS, parameter by parameter."""
     import lynx_hare
@@ -396,7 +416,8 @@ def run_smdp(args) -> Iterator[Row]:
 
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
-    "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "lynx_hare": run_lynx_hare,
+    "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
+    "lynx_hare": run_lynx_hare,
     "smdp": run_smdp,
 }  # fmt: skip
 

@@ -128,16 +128,29 @@ class Aliases:
 # --- the demo
 
 
-def print_shares(aliases, comparison, smallest=0.01):
-    """Print the exact share of every mode above ``smallest`` beside each kernel's, and the largest error of each."""
-    numbers = [number for number in np.argsort(-aliases.shares) if aliases.shares[number] > smallest]
+SMALLEST = 0.01
+"""Share of the posterior above which a mode is looked at."""
+
+
+def largest_errors(aliases, comparison):
+    """Compute the largest error of any looked-at mode's share, kernel by kernel."""
+    numbers = np.flatnonzero(aliases.shares > SMALLEST)
+    return {
+        name: max(abs(result.modes.get(int(n), 0.0) - aliases.shares[n]) for n in numbers)
+        for name, result in comparison.results.items()
+    }
+
+
+def print_shares(aliases, comparison):
+    """Print the exact share of every mode that is looked at beside each kernel's, and the largest error of each."""
+    numbers = [number for number in np.argsort(-aliases.shares) if aliases.shares[number] > SMALLEST]
     names = list(comparison.results)
     print(f"\n{'period':24s}{'exact':>8s}" + "".join(f"{name:>14s}" for name in names))
     found = {name: result.modes for name, result in comparison.results.items()}
     for number in numbers:
         shares = "".join(f"{found[name].get(number, 0.0):14.3f}" for name in names)
         print(f"{aliases.name(number):24s}{aliases.shares[number]:8.3f}{shares}")
-    errors = {name: max(abs(found[name].get(n, 0.0) - aliases.shares[n]) for n in numbers) for name in names}
+    errors = largest_errors(aliases, comparison)
     print(f"{'largest error':32s}" + "".join(f"{errors[name]:14.3f}" for name in names))
 
 
@@ -163,12 +176,12 @@ def plot(path, aliases, comparison):
 
 
 def run(num_planets, args):
-    """Compare kernels on the model with this many planets, and with the exact answer."""
+    """Compare kernels on the model with this many planets, and with the exact answer; return both."""
     print(f"\n=== {num_planets} planet{'s' * (num_planets > 1)}: the exact answer\n")
     frequencies = {1: 20_001, 2: 1226} if not args.smoke else {1: 2001, 2: 301}
     *grid, log_evidence = exact(num_planets, frequencies[num_planets])
     aliases = Aliases(*grid)
-    print(f"log evidence {log_evidence:.3f}; modes above 1 %: {(aliases.shares > 0.01).sum()}")
+    print(f"log evidence {log_evidence:.3f}; modes above 1 %: {(aliases.shares > SMALLEST).sum()}")
 
     print("\n=== The same model under three kernels\n")
     planets = partial(model, num_planets=num_planets)
@@ -188,6 +201,7 @@ def run(num_planets, args):
     stem = args.output_dir / f"planets_{num_planets}"
     table.to_csv(f"{stem}.csv")
     plot(f"{stem}.png", aliases, comparison)
+    return aliases, log_evidence, comparison
 
 
 def main():

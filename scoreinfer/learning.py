@@ -37,7 +37,7 @@ MAX_TEMPERATURES = 1000
 EPOCH_STEPS = 250
 MAX_OCTAVES, MAX_WAVES = 6, 40
 """Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
-DETAIL = 50.0
+DETAIL = 10.0
 """Fisher information of a whitened coordinate (1 for a normal one) from which it gets sine features at all."""
 ROUNDS = 4
 """Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
@@ -119,7 +119,8 @@ def learn(
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
     pools = Pools(reference, target, particles, whitening, nothing, effort.num_moves)
-    octaves = choose_octaves(pools.batch(particles))
+    bent = bool((whitening.tails.bend > 0).any())
+    octaves = () if bent else choose_octaves(pools.batch(particles))
     module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
@@ -254,10 +255,11 @@ def explore(
 def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
     """Choose how many octaves of sine features each input of the score gets: down to the width of its details.
 
-    Where the density's details are a share s of its whole, the mean square of its score is about 1 / s^2.
+    Where the density's details are a share s of its whole, the mean square of its score is about 1 / s^2. (Where tails
+    have been bent, narrow places are no details any more, and there are none.)
     """
     information = np.asarray((batch.gradient**2).mean(0), np.float64)
-    wanted = np.where(information > DETAIL, np.rint(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
+    wanted = np.where(information > DETAIL, 1 + np.ceil(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
     most = next(most for most in range(MAX_OCTAVES, -1, -1) if np.minimum(wanted, most).sum() <= MAX_WAVES)
     return tuple(np.minimum(wanted, most).tolist())
 
