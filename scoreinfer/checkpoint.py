@@ -34,7 +34,16 @@ from scoreinfer.proposal import Proposal
 from scoreinfer.refinement import AmortisedProposal, RefinedProposal
 from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.simulation import Standardiser, encode
-from scoreinfer.storage import Arrays, check_seal, read_arrays, read_record, seal, write_arrays, write_record
+from scoreinfer.storage import (
+    Arrays,
+    check_seal,
+    read_arrays,
+    read_record,
+    remove_leftovers,
+    seal,
+    write_arrays,
+    write_record,
+)
 from scoreinfer.train import Budget, History, TrainingHistory
 from scoreinfer.validity import Validity, validity_network
 from scoreinfer.whitening import Whitening, identity, whitening_network
@@ -62,7 +71,9 @@ def write_posterior(path: Path, parts: Parts) -> None:
     Raises:
         ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
     """
-    strangers = {entry.name for entry in path.iterdir()} - {CONFIG, WEIGHTS} if path.is_dir() else set()
+    remove_leftovers(path, CONFIG, WEIGHTS)
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    strangers = {name for name in entries - {CONFIG, WEIGHTS} if not name.endswith(".tmp")}
     if strangers or (path.exists() and not path.is_dir()):
         raise ValueError(
             f"`{path}` must be a new folder or hold a saved posterior and nothing else, got "
@@ -205,7 +216,7 @@ def _check_sites(stored: dict[str, Any], problem: Problem) -> None:
 
 
 def _probe(problem: Problem) -> dict[str, Any]:
-    """Compute the model's densities at three places: they tell a design from another with the same sites."""
+    """Compute densities and parameters at three places: they tell a design from another with the same sites."""
     if problem.simulate is not None and problem.has_density:
         z, y = jax.vmap(problem.simulate)(jax.vmap(jax.random.key)(jnp.arange(3)))
     else:
@@ -216,6 +227,7 @@ def _probe(problem: Problem) -> dict[str, Any]:
 @eqx.filter_jit
 def _densities(problem: Problem, z: Any, y: Sites) -> dict[str, Any]:
     densities = {"log_prior": jax.vmap(problem.log_prior)(z)}
+    densities |= {f"site {name}": value for name, value in jax.vmap(problem.latent_sites)(z).items()}
     return densities | ({"log_likelihood": jax.vmap(problem.log_likelihood)(z, y)} if y else {})
 
 
@@ -227,9 +239,9 @@ def _check_density(arrays: Arrays, problem: Problem) -> None:
         stored = arrays[f"probe.{name}"]
         if not np.allclose(value, stored, rtol=1e-2, atol=1e-2, equal_nan=True):
             raise ValueError(
-                f"This posterior was learned for a model with other densities: expected {name} {stored} at three "
-                f"stored places, got {np.asarray(value)}. Covariates or constants differ: pass the arguments it was "
-                "fitted with, or fit again."
+                f"This posterior was learned for a model with other densities or bounds: expected {name} {stored} at "
+                f"three stored places, got {np.asarray(value)}. Covariates or constants differ: pass the arguments it "
+                "was fitted with, or fit again."
             )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import UnsupportedModel
+from scoreinfer._errors import UnreadableFile, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model import from_numpyro
@@ -142,12 +142,17 @@ class _Task(NamedTuple):
 
 def _manifest(key: Key, problem: Problem, num: int) -> dict[str, Any]:
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    z, _, seeds = _prior_rows(key, problem, jnp.arange(4))
+    z, sites, seeds = _prior_rows(key, problem, jnp.arange(4))
     return {
         "num": num, "key": np.asarray(data).tolist(), "dim": problem.dim,
         "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents],
         "first": [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()],
+        "parameters": _rounded(sites),
     }  # fmt: skip
+
+
+def _rounded(sites: Sites) -> dict[str, list]:
+    return {name: np.asarray(value, np.float64).round(4).tolist() for name, value in sites.items()}
 
 
 @eqx.filter_jit
@@ -237,8 +242,9 @@ def _run(
                 write_shard(path, finished)
                 finished, flushed = [], now
     finally:
-        for future in running:
-            future.cancel()
+        for future, (task, _) in running.items():
+            if not future.cancel() and future.done() and future.exception() is None:
+                settle(task, future.result())
         if finished:
             write_shard(path, finished)
 
@@ -368,6 +374,7 @@ def stored_simulations(prior: Problem, store: Store | str | os.PathLike[str]) ->
             f"The store's parameters are {', '.join(store.manifest['latents'])}, this prior's are {', '.join(own)}. "
             "Pass the prior that the simulations were made with."
         )
+    _check_bounds(prior, store)
     rows = store.read()
     if not rows.valid.any():
         raise ValueError(f"No simulation in `{store.path}` is valid: {store}. Nothing can be learned.")
@@ -375,3 +382,22 @@ def stored_simulations(prior: Problem, store: Store | str | os.PathLike[str]) ->
     problem = with_outputs(prior, {name: value.shape[1:] for name, value in outputs.items()})
     z = jnp.asarray(rows.z, float)
     return StoredSimulations(problem, z[rows.valid], outputs, z, rows.valid)
+
+
+def _check_bounds(prior: Problem, store: Store) -> None:
+    """Refuse a prior whose parameters differ from the store's at the same places of the unconstrained space."""
+    try:
+        places = np.asarray(store.manifest["first"][0], float).reshape(-1, prior.dim)
+        told = {site.name: np.asarray(store.manifest["parameters"][site.name], float) for site in prior.latents}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UnreadableFile(
+            store.path, f"its manifest does not say what the first parameters are ({error!r})"
+        ) from error
+    for name, values in jax.vmap(prior.latent_sites)(jnp.asarray(places, float)).items():
+        stored = told[name]
+        if values.shape != stored.shape or not np.allclose(values, stored, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"The store's first parameters are {name} = {stored}, under this prior they would be "
+                f"{np.asarray(values).tolist()}: its bounds are others. Pass the prior that the "
+                "simulations were made with."
+            )

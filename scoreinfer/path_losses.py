@@ -91,8 +91,9 @@ def rollout_loss(
     """
     backward = eqx.tree_at(lambda tree: tree.network, backward, network)
     last = backward.process.num_steps - window
-    starts = jax.random.randint(key, (paths.shape[0], num_windows), 0, last + 1)
-    for_noise = jax.random.split(jax.random.fold_in(key, 1), starts.shape)
+    for_starts, for_noise = jax.random.split(key)
+    starts = jax.random.randint(for_starts, (paths.shape[0], num_windows), 0, last + 1)
+    for_noise = jax.random.split(for_noise, starts.shape)
 
     def one(path: Array, start: Array, key: Key) -> Array:
         truth = jax.lax.dynamic_slice_in_dim(path, start, window + 1)

@@ -16,7 +16,7 @@ from scoreinfer._errors import MisspecificationWarning, Offence, UnsupportedMode
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
-from scoreinfer.certificate import ForwardCheck, certify
+from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
@@ -171,7 +171,7 @@ class PathPosterior(eqx.Module):
             y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
         x = _features(self.proposal, y)
         check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
-        if check.distance_rank <= 0.0:
+        if check.distance_rank <= MAX_OUTLYING:
             warnings.warn(
                 f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as these from each other: "
                 "what was learned there is extrapolation.", MisspecificationWarning, stacklevel=3,
@@ -234,6 +234,9 @@ def fit_paths(
 
     ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise.
 
+    The backward kernels keep to the budget; the learned start takes simulations of its own, and 2048 more paths tell
+    how far simulated ends lie from each other.
+
     Raises:
         UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
         ValueError: where trajectories do not fit the process or are not finite.
@@ -252,6 +255,8 @@ def fit_paths(
     def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
         return _simulated(key, problem, physics, end, num)
 
+    if trajectories is not None and num_simulations is not None:
+        raise ValueError("Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget.")
     online = trajectories is None and num_simulations is None
     if trajectories is None:
         pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
@@ -297,7 +302,7 @@ def _learn(
         "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
         "penalty": PENALTY / len(training) if fresh is None else 0.0,
     }
-    network = backward.network
+    network, histories = backward.network, []
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
         prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
         if window == 1:
@@ -313,7 +318,18 @@ def _learn(
         network, history = train(
             for_stage, network, loss, pools, prepare(validation), budget, progress_bar=progress_bar, title=title
         )
-    return eqx.tree_at(lambda tree: tree.network, backward, network), history
+        histories.append(history)
+        if history.stopped == "interrupted":
+            break
+    return eqx.tree_at(lambda tree: tree.network, backward, network), _joined(histories)
+
+
+def _joined(histories: list[History]) -> History:
+    """Make one history of several stages."""
+    loss, validation = (np.concatenate([getattr(h, name) for h in histories]) for name in ("loss", "validation"))
+    num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
+    seconds = sum(h.seconds for h in histories)
+    return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
 
 
 def _refuse_others(problem: Problem, site: str) -> None:

@@ -385,9 +385,12 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
-    if process is not None or trajectories is not None:
+    if process is not None or trajectories is not None or windows:
         if process is None or isinstance(model, Problem):
-            raise ValueError("Physics is learned from a NumPyro model with `process=Physics(site)`.")
+            raise ValueError(
+                "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `trajectories` "
+                "and `windows` are."
+            )
         of_no_use = {
             "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
             "checkpoint": checkpoint,

@@ -116,7 +116,7 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
     """Begin a store, or open the one that is there for more rows of the same stream.
 
     Raises:
-        ValueError: where the store that is there is of another key, prior or simulator's name.
+        ValueError: where the store that is there is of another key or prior (whose simulator ran is not recorded).
     """
     record = {"format": FORMAT, "schema": SCHEMA} | record
     path.mkdir(parents=True, exist_ok=True)

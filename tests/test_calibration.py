@@ -10,7 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import NUTS
+from numpyro.infer import HMCECS, MCMC, NUTS
 from scipy import stats
 
 import scoreinfer as si
@@ -149,9 +149,13 @@ def test_kernels_are_calibrated_where_they_are_exact(problem):
 
 @pytest.mark.slow
 def test_more_kernels_are_calibrated(problem, learned):
-    """One that learned before, one that learns from every data set, and NumPyro's own."""
+    """One that learned before, one that learns from every data set, and NumPyro's own, used before."""
+    used = NUTS(linear)
+    MCMC(used, num_warmup=5, num_samples=5, progress_bar=False).run(jax.random.key(0), y=np.full(2, 9.0))
+    with pytest.raises(ValueError, match="runs another kernel"):
+        si.sbc(jax.random.key(4), HMCECS(NUTS(linear)), problem, 10, **CHAIN)
     cases = (
-        (NUTS(linear), problem, 100), (si.ScoreSDE(posterior=learned), learned.problem, 100),
+        (used, problem, 100), (si.ScoreSDE(posterior=learned), learned.problem, 100),
         (si.ScoreSDE(linear, **QUIET), problem, 10),
     )  # fmt: skip
     for kernel, model, num in cases:

@@ -229,6 +229,14 @@ def test_more_rows_continue_the_stream_and_others_are_refused(problem, reference
     other = si.from_numpyro(lambda: numpyro.sample("b", dist.Normal(0.0, 1.0)))
     with pytest.raises(ValueError, match="`latents` is"):
         si.simulate(jax.random.key(0), other, simulators.noisy, 40, store=tmp_path, **QUIET)
+    narrow, wide = (
+        si.from_numpyro(lambda high=high: numpyro.sample("a", dist.Uniform(0.0, high))) for high in (1.0, 10.0)
+    )  # the same in the unconstrained space, prior and all
+    store = si.simulate(jax.random.key(0), narrow, simulators.noisy, 4, store=tmp_path / "narrow", **QUIET)
+    with pytest.raises(ValueError, match="`parameters` is"):
+        si.simulate(jax.random.key(0), wide, simulators.noisy, 8, store=tmp_path / "narrow", **QUIET)
+    with pytest.raises(ValueError, match="bounds are others"):
+        foreign.stored_simulations(wide, store)
     with foreign.only_writer(tmp_path), pytest.raises(RuntimeError, match="Another process"):
         si.simulate(*args, 41, store=tmp_path, **QUIET)
 

@@ -12,6 +12,7 @@ from scipy import stats
 import scoreinfer as si
 from modes import Modes, heat, ornstein_uhlenbeck
 from scoreinfer.correct import effective_sample_size
+from scoreinfer.kernels.score_sde import with_problem
 from scoreinfer.process.physics import hartley
 
 MODES = ornstein_uhlenbeck()
@@ -146,6 +147,8 @@ def test_double_well_seen_through_its_square():
             truth = exact @ f(grid)
             spread = np.sqrt(exact @ (f(grid) - truth) ** 2)
             assert abs(weight @ f(paths[:, k]) - truth) < 5 * spread / np.sqrt(found.ess)
+    again = with_problem(posterior.proposal, posterior.problem)
+    assert again.start.problem.dim == 1 and again.problem is posterior.problem  # the start keeps one of its own
 
 
 @pytest.mark.slow

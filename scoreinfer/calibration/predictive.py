@@ -52,6 +52,7 @@ def predictive_check(key: Key, problem: Problem, draws: Draws, num: int = 1000) 
 
     Raises:
         UnsupportedModel: where data cannot be simulated from given parameters.
+        ValueError: where the draws are for anything else than the observed sites (an end state).
 
     Exactness: conservative: the data have been used twice, so p-values of a right model crowd around one half.
 
@@ -59,6 +60,9 @@ def predictive_check(key: Key, problem: Problem, draws: Draws, num: int = 1000) 
     """
     if problem.simulate_observation is None:
         raise UnsupportedModel(f"Predictive checks simulate data from parameters: {problem.not_simulable}")
+    strange = sorted(draws.observed.keys() - {site.name for site in problem.observed})
+    if strange:
+        raise ValueError(f"Expected draws for what the model observes, got draws for {', '.join(strange)}.")
     for_rows, for_data = jax.random.split(key)
     log_weight = np.zeros(draws.num) if draws.log_weight is None else pareto_smooth(draws.log_weight)[0]
     values = draws.values[resample_indices(for_rows, log_weight, num)]

@@ -93,7 +93,7 @@ def calibrate(
         rows = tuple(predictive_check(for_data, problem, draws))
     verdict = [_of_ranks(ranks), *_of_data(draws.certificate, rows)]
     outlying = draws.certificate.distance_rank <= MAX_OUTLYING
-    refused = draws.log_weight is not None and not draws.certificate.certified
+    refused = draws.log_joint is not None and not draws.certificate.certified
     trusted = ranks.calibrated and not outlying and not refused
     return CalibrationReport(trusted, tuple(verdict), ranks, draws.certificate, rows)
 

@@ -84,7 +84,10 @@ class AnnealedLangevin(MCMCKernel):
         if (posterior is None) == (score is None) or (score is None) != (dim is None):
             raise ValueError("Expected either a `posterior`, or a `score` and its `dim`.")
         if posterior is not None and not isinstance(posterior.proposal, Proposal):
-            raise ValueError("Expected a posterior as `fit` returns it, got a focused one, whose density is a mixture.")
+            raise ValueError(
+                "Expected a posterior of parameters as `fit` returns it, got a focused one, whose density is a "
+                "mixture, or one of paths."
+            )
         self.posterior, self.score, self.dim = posterior, score, dim
         self.max_level, self.min_level, self.num_levels = max_level, min_level, num_levels
         self.num_steps, self.step_size = num_steps, step_size

@@ -42,7 +42,7 @@ def chain_sampler(
         thinning: steps between two of them.
 
     Raises:
-        ValueError: for a kernel of a bare density, which has no data to be given.
+        ValueError: for a kernel of a bare density, which has no data to be given, and for one around another kernel.
 
     Exactness: that of the kernel.
     """
@@ -85,5 +85,13 @@ def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dic
         return kernel, True
     if isinstance(kernel, AbstractLangevin):  # has its problem, and need not read the model while it is traced
         kernel._problems = [opened]
+    if hasattr(kernel, "inner_kernel"):
+        raise ValueError(
+            f"A {type(kernel).__name__} runs another kernel on a model of its own, to which no other data can be "
+            "given. Calibrate that kernel instead."
+        )
     setattr(kernel, "_model" if hasattr(kernel, "_model") else "model", conditioned)
+    for made in ("_init_fn", "_sample_fn", "_potential_fn_gen", "_postprocess_fn"):  # by an earlier run, for its data
+        if hasattr(kernel, made):
+            setattr(kernel, made, None)
     return kernel, False

@@ -34,6 +34,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem, from_potential
 from scoreinfer.proposal import Proposer
+from scoreinfer.smoothing import StartedPaths, last_state
 
 
 class Fit(NamedTuple):
@@ -59,13 +60,15 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
 
     (An Equinox module is frozen, and its problem is static.)
     """
-    copy = object.__new__(type(proposer))
+    copy, own = object.__new__(type(proposer)), problem
     for field in dataclasses.fields(proposer):
         value = getattr(proposer, field.name)
         if field.name == "problem":
             value = problem
         elif isinstance(value, Proposer):
-            value = with_problem(value, problem)
+            if isinstance(proposer, StartedPaths) and problem is not None:
+                own = last_state(problem, proposer.backward.process)
+            value = with_problem(value, own)
         object.__setattr__(copy, field.name, value)
     return copy
 
