@@ -80,7 +80,7 @@ def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dic
         return condition(model, data=y)(*args, **kwargs)
 
     if isinstance(kernel, ScoreSDE):  # learns this posterior from its data, which it has to see
-        kernel = kernel.wrap_model(conditioned)
+        kernel = kernel.wrap_model(lambda _: conditioned)
         kernel._is_block = False
         return kernel, True
     if isinstance(kernel, AbstractLangevin):  # has its problem, and need not read the model while it is traced
