@@ -127,7 +127,8 @@ class Posterior(eqx.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
 
-        A saved posterior that is already there is replaced; each file is written whole or not at all. What was
+        A saved posterior that is already there is replaced; each file is written whole or not at all (a process killed
+        between the two leaves neither the old nor the new one, and `load` says so). What was
         adapted to one observation (`focus`) is saved as it is. The model is not saved: it is code.
 
         Args:
