@@ -21,6 +21,7 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem, Site
+from scoreinfer.resuming import key_bits
 from scoreinfer.store import FAILED, INVALID, OK, TIMEOUT, Row, Store, only_writer, open_store, write_shard
 
 Simulator = Callable[[dict[str, Any], int], Any]
@@ -141,10 +142,9 @@ class _Task(NamedTuple):
 
 
 def _manifest(key: Key, problem: Problem, num: int) -> dict[str, Any]:
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     z, sites, seeds = _prior_rows(key, problem, jnp.arange(4))
     return {
-        "num": num, "key": np.asarray(data).tolist(), "dim": problem.dim,
+        "num": num, "key": key_bits(key), "dim": problem.dim,
         "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents],
         "first": [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()],
         "parameters": _rounded(sites),

@@ -124,7 +124,7 @@ def learn(
     module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
-        return SingleProposal(whitening, module.score, default_sampler(problem), problem)
+        return SingleProposal(whitening, module.score, default_sampler(problem.dim, weighed=True), problem)
 
     best, _, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
     num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles

@@ -38,7 +38,7 @@ from scoreinfer.process import Physics
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.resuming import open_run
-from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
+from scoreinfer.sampling import AbstractSampler
 from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
@@ -401,7 +401,7 @@ def fit(
             raise ValueError(f"Expected none of the options that are of no use with `process`, got {given}.")
 
         def learn_start(key: Key, last: Problem) -> Proposal:
-            by = ProbabilityFlow(inflation=0.15) if last.dim <= 16 else ReverseSDE()
+            by = default_sampler(last.dim, weighed=True)  # within the weights of whole paths
             start = fit(key, last, num_steps=max(num_steps, 1), sampler=by, progress_bar=progress_bar)
             assert isinstance(start.proposal, Proposal)
             return start.proposal
@@ -479,7 +479,7 @@ def fit(
         title="score",
         checkpoint=stages[1],
     )
-    sampler = sampler or default_sampler(problem)
+    sampler = sampler or default_sampler(problem.dim, weighed=problem.has_density)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     history = TrainingHistory(white_history, score_history, budget)

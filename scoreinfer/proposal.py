@@ -156,6 +156,6 @@ def _log_joint(problem, z, y):
     return problem.log_joint(z, y) if problem.has_density else jnp.full((), jnp.nan, z.dtype)
 
 
-def default_sampler(problem: Problem) -> AbstractSampler:
+def default_sampler(dim: int, *, weighed: bool) -> AbstractSampler:
     """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
-    return ProbabilityFlow(inflation=0.15 if problem.has_density else 0.0) if problem.dim <= 16 else ReverseSDE()
+    return ProbabilityFlow(inflation=0.15 if weighed else 0.0) if dim <= 16 else ReverseSDE()

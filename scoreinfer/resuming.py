@@ -97,7 +97,7 @@ def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
         ValueError: where another run is kept there; the message says in what they differ.
         UnreadableFile: where what is there is damaged, newer, or no training run.
     """
-    record = {"format": FORMAT, "schema": SCHEMA, "key": _key_bits(key)} | settings
+    record = {"format": FORMAT, "schema": SCHEMA, "key": key_bits(key)} | settings
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, IDENTITY, "*.safetensors")
     path = folder / IDENTITY
@@ -119,7 +119,8 @@ def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
         )
 
 
-def _key_bits(key: Key) -> list[int]:
+def key_bits(key: Key) -> list[int]:
+    """Write a random key, of either style, as plain numbers."""
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return np.asarray(data).tolist()
 
