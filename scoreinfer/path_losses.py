@@ -22,10 +22,12 @@ class Transitions(NamedTuple):
     Args:
         v: standardised state at the end of every step.
         rest: what regression leaves of the state before, in units of its residual factor.
+        context: what the kernels are conditioned on besides.
     """
 
     v: Float[Array, "num steps dim"]
     rest: Float[Array, "num steps dim"]
+    context: Float[Array, "num context"]
 
 
 def transition_loss(
@@ -49,12 +51,12 @@ def transition_loss(
     num, steps, _ = batch.v.shape
     k = jax.random.randint(key, (num, num_pairs), 0, steps)
 
-    def one(v, rest, k):
-        move, log_scale = heads(network, v[k], times[0][k], times[1][k])
+    def one(v, rest, context, k):
+        move, log_scale = heads(network, v[k], times[0][k], jnp.concatenate([times[1][k], context]))
         fit = 0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale
         return (fit + penalty * log_scale**2).mean()
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)))(batch.v, batch.rest, k).mean()
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, None, 0)))(*batch, k).mean()
 
 
 def rollout_loss(
@@ -67,6 +69,7 @@ def rollout_loss(
     num_windows: int,
     noisy: bool = False,
     truncate: int | None = None,
+    contexts: Float[Array, "num context"] | None = None,
 ) -> Float[Array, ""]:
     """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
 
@@ -83,6 +86,7 @@ def rollout_loss(
         num_windows: windows picked at random from each path.
         noisy: draw from the kernels instead of taking their means.
         truncate: pass gradients back through this many steps at a time; None: through the whole window.
+        contexts: what the kernels are conditioned on besides, for each path.
 
     Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
         far states. It makes an unstable reverse solver stable; the score is what `transition_loss` learns.
@@ -95,7 +99,8 @@ def rollout_loss(
     starts = jax.random.randint(for_starts, (paths.shape[0], num_windows), 0, last + 1)
     for_noise = jax.random.split(for_noise, starts.shape)
 
-    def one(path: Array, start: Array, key: Key) -> Array:
+    def one(path: Array, context: Array, start: Array, key: Key) -> Array:
+        given = backward.given(context)
         truth = jax.lax.dynamic_slice_in_dim(path, start, window + 1)
 
         @jax.checkpoint
@@ -103,14 +108,16 @@ def rollout_loss(
             i, target, key = inputs
             if truncate is not None:
                 x = jnp.where((i + 1) % truncate == 0, jax.lax.stop_gradient(x), x)
-            kernel = backward(start + i, x)
+            kernel = given(start + i, x)
             new = kernel.draw(key)[0] if noisy else kernel.mean
             return new, (((new - target) / backward.process.scale[start + i]) ** 2).mean()
 
         inputs = (jnp.arange(window), truth[:-1], jax.random.split(key, window))
         return jax.lax.scan(back, truth[-1], inputs, reverse=True)[1].mean()
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(paths, starts, for_noise).mean()
+    if contexts is None:
+        contexts = jnp.zeros((paths.shape[0], 0), jnp.float32)
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0, 0)))(paths, contexts, starts, for_noise).mean()
 
 
 class PathBatch(NamedTuple):
@@ -136,8 +143,9 @@ def multistep_loss(
     single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
     num_windows = max(num_pairs // window, 1)
     unrolled = rollout_loss(
-        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows
-    )
+        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows,
+        contexts=batch.transitions.context,
+    )  # fmt: skip
     return single + ROLLOUT_SHARE * unrolled
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._errors import MisspecificationWarning, Offence, UnsupportedModel
+from scoreinfer._errors import MisspecificationWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
@@ -20,7 +20,7 @@ from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
-from scoreinfer.model import from_numpyro, noisy_end, read_physics
+from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
@@ -28,8 +28,8 @@ from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
 from scoreinfer.proposal import Proposal
-from scoreinfer.simulation import check_finite, simulate
-from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths, last_state, pinned
+from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
+from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, beginning, pinned
 from scoreinfer.train import Budget, History, train
 
 NUM_PILOT = 8192
@@ -45,6 +45,20 @@ NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
 NUM_ENDS = 2048
 """Simulated ends that a given end's distance is compared with."""
+
+
+class Simulated(NamedTuple):
+    """Paths in components, and what the kernels of each are conditioned on, encoded."""
+
+    states: Float[Array, "num times dim"]
+    conditions: Sites
+
+
+class Conditioned(NamedTuple):
+    """Paths in components, and what the kernels of each are conditioned on, as they see it."""
+
+    states: Float[Array, "num times dim"]
+    context: Float[Array, "num context"]
 
 
 class Ends(NamedTuple):
@@ -71,7 +85,8 @@ class PathPosterior(eqx.Module):
 
     Args:
         proposal: the learned sampler for what the model observes (for a model without observations: for known ends).
-        known_end: the learned sampler for ends known exactly.
+        known_end: the learned sampler for ends known exactly; None where the model observes something and has unknown
+            parameters, or observes earlier states: known ends then are another model's business.
         bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
             same kernels lead away from.
         ends: simulated ends, to tell a far one by.
@@ -79,7 +94,7 @@ class PathPosterior(eqx.Module):
     """
 
     proposal: PathProposal | StartedPaths
-    known_end: PathProposal
+    known_end: PathProposal | StartedPaths | None
     bank: ForwardBank
     ends: Ends
     history: History
@@ -109,7 +124,7 @@ class PathPosterior(eqx.Module):
         batch_size: int = 1024,
         **kwargs: Any,
     ) -> Draws:
-        """Draw paths that lead to an end, weigh every path, and certify the batch.
+        """Draw paths (and parameters) that lead to an end, weigh every draw, and certify the batch.
 
         Args:
             key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
@@ -124,13 +139,14 @@ class PathPosterior(eqx.Module):
             `Draws`; the physics site has shape ``(num, times, *state)``.
 
         Raises:
-            ValueError: where the end has a wrong shape or is not finite, or data are missing.
+            ValueError: where the end has a wrong shape or is not finite, data are missing, or an end is given that
+                these kernels do not start from (see ``known_end``).
 
         Exactness: exact weights against the model's own density of paths, whatever was learned.
         """
         start = time.perf_counter()
         known = end_state is not None
-        proposal = self.known_end if known else self.proposal
+        proposal = self._from_known() if known else self.proposal
         y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
         if not known and not self.problem.observed:
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
@@ -143,17 +159,37 @@ class PathPosterior(eqx.Module):
     def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Draw one path backwards from each of many known ends (batch axes first), without weights.
 
+        Raises:
+            ValueError: where kernels are conditioned on more than a known end.
+
         Exactness: biased, as good as the training; `sample` weighs its paths.
         """
         ends = self._flat(end_state)
-        return self._shaped(_reverse_rows(key, self.known_end, ends), end_state)
+        return self._shaped(_reverse_rows(key, self._unconditioned(), ends), end_state)
 
     def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
 
+        Raises:
+            ValueError: where kernels are conditioned on more than a known end.
+
         Exactness: biased, as good as the training; see `scoreinfer.backward.probability_flow`.
         """
-        return self._shaped(_flow_rows(self.known_end, self._flat(end_state)), end_state)
+        return self._shaped(_flow_rows(self._unconditioned(), self._flat(end_state)), end_state)
+
+    def _from_known(self) -> PathProposal | StartedPaths:
+        if self.known_end is None:
+            raise ValueError(
+                "`end_state=` asks for kernels that start from it, and these are for what the model observes, beside "
+                "parameters or earlier states. Give its data, or fit the model without its observed sites."
+            )
+        return self.known_end
+
+    def _unconditioned(self) -> PathProposal:
+        known = self._from_known()
+        if isinstance(known, StartedPaths):
+            raise ValueError("These kernels need the parameters' values: `sample` draws parameters and paths.")
+        return known
 
     def _flat(self, ends: Any) -> Float[Array, "num dim"]:
         return self.process.flatten(jnp.asarray(ends, jnp.result_type(float))).reshape(-1, self.process.dim)
@@ -165,7 +201,7 @@ class PathPosterior(eqx.Module):
 
     def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
         """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
-        if known and isinstance(self.proposal, StartedPaths):
+        if known and self.problem.observed and isinstance(self.proposal, StartedPaths):
             return None  # its simulations lie in the space of observations
         if known and isinstance(self.proposal, PathProposal):
             y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
@@ -232,19 +268,27 @@ def fit_paths(
 ) -> PathPosterior:
     """Learn the physics of a model in reverse; see `scoreinfer.fit`, whose ``process=`` leads here.
 
-    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise.
+    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise,
+    and of other latent sites than the process, its unknown parameters. The kernels are conditioned on parameters, and
+    on the observation where it sees earlier states; the reverse physics that they start from is that of one value of
+    the parameters.
 
     The backward kernels keep to the budget; the learned start takes simulations of its own, and 2048 more paths tell
     how far simulated ends lie from each other.
 
     Raises:
-        UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
-        ValueError: where trajectories do not fit the process or are not finite.
+        UnsupportedModel: where the model cannot be simulated.
+        ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside them.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
-    _refuse_others(problem, process.site)
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
     physics = read_physics(process, model, *args, **kwargs)
+    has_parameters = len(problem.latents) > 1
+    if has_parameters and trajectories is not None:
+        raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
     end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
+    conditioned = end is None and sees_path(problem, process.site, physics.num_steps + 1)
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
     if max((1, *windows)) > physics.num_steps:
@@ -252,8 +296,8 @@ def fit_paths(
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
 
-    def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
-        return _simulated(key, problem, physics, end, num)
+    def paths(key: Key, num: int) -> Simulated:
+        return _simulated(key, problem, process.site, physics, end, conditioned, num)
 
     if trajectories is not None and num_simulations is not None:
         raise ValueError("Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget.")
@@ -261,26 +305,42 @@ def fit_paths(
     if trajectories is None:
         pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
     else:
-        pilot = _recorded(for_pilot, trajectories, problem, physics, end)
-    held_out = max(pilot.shape[0] // 10, 1)
-    training, validation = pilot[held_out:], pilot[:held_out]
-    network = ConditionalMLP(for_net, physics.dim, 1, 2 * physics.dim, width=width, depth=depth)
-    untrained = LearnedBackward(physics, linear_frame(physics, training), network)
+        pilot = _recorded(for_pilot, trajectories, problem, physics, end, conditioned)
+    scale = standardiser(pilot.conditions)
+    standardised = _condition(scale, pilot)
+    held_out = max(len(pilot.states) // 10, 1)
+    training, validation = (
+        jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
+    )
+    usual = jnp.zeros(training.context.shape[1], jnp.float32)
+    network = ConditionalMLP(for_net, physics.dim, 1 + usual.size, 2 * physics.dim, width=width, depth=depth)
+    untrained = LearnedBackward(physics, linear_frame(physics, *training), network, usual)
     stages = (1, *windows)
     per_stage = max(num_steps // len(stages), 1)
     patience = None if online else 30
-    budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
-    fresh = (lambda key: paths(key, min(POOL, room))) if online else None
+    budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
+    fresh = (lambda key: _condition(scale, paths(key, min(POOL, room)))) if online else None
     if num_steps == 0:
-        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training), 0.0, "finished")
+        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
     else:
         backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
-    known = PathProposal(backward, END_STATE, pinned(problem))
-    proposal: PathProposal | StartedPaths = known
-    if end is not None:
-        proposal = PathProposal(backward, end.site, problem)
+
+    def started(site: str | None, problem: Problem) -> StartedPaths:
+        start = learn_start(for_start, beginning(problem, physics, process.site, site))
+        return StartedPaths(start, backward, scale, site, process.site, problem)
+
+    known: PathProposal | StartedPaths | None = None
+    if not has_parameters and not conditioned:
+        known = PathProposal(backward, END_STATE, pinned(problem))
+    elif not problem.observed:
+        known = started(END_STATE, pinned(problem))
+    if end is not None and not has_parameters:
+        proposal: PathProposal | StartedPaths = PathProposal(backward, end.site, problem)
     elif problem.observed:
-        proposal = StartedPaths(learn_start(for_start, last_state(problem, physics)), backward, problem)
+        proposal = started(None if end is None else end.site, problem)
+    else:
+        assert known is not None
+        proposal = known
     z, y = _joint(for_truths, proposal)
     bank = _bank(for_bank, proposal, z[:NUM_BANK], jax.tree.map(lambda leaf: leaf[:NUM_BANK], y))
     return PathPosterior(proposal, known, bank, _ends(proposal, y), history)
@@ -289,9 +349,9 @@ def fit_paths(
 def _learn(
     key: Key,
     backward: LearnedBackward,
-    training: Float[Array, "num times dim"],
-    validation: Float[Array, "held_out times dim"],
-    fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
+    training: Conditioned,
+    validation: Conditioned,
+    fresh: Callable[[Key], Conditioned] | None,
     stages: tuple[int, ...],
     budget: Budget,
     progress_bar: bool,
@@ -300,7 +360,7 @@ def _learn(
     options: dict[str, Any] = {
         "times": through_time(backward.process),
         "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
-        "penalty": PENALTY / len(training) if fresh is None else 0.0,
+        "penalty": PENALTY / len(training.states) if fresh is None else 0.0,
     }
     network, histories = backward.network, []
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
@@ -332,20 +392,20 @@ def _joined(histories: list[History]) -> History:
     return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
 
 
-def _refuse_others(problem: Problem, site: str) -> None:
-    others = [latent.name for latent in problem.latents if latent.name != site]
-    if others:
-        way_out = "Fix it, or infer it around this model"
-        raise UnsupportedModel(tuple(Offence(name, f"is latent beside {site!r}", way_out) for name in others))
-    if problem.simulate is None:
-        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+@eqx.filter_jit
+def _condition(scale: Standardiser, drawn: Simulated) -> Conditioned:
+    if not drawn.conditions:
+        return Conditioned(drawn.states, jnp.zeros((len(drawn.states), 0), jnp.float32))
+    return Conditioned(drawn.states, jax.vmap(lambda conditions: flatten(scale(conditions)))(drawn.conditions))
 
 
-def _simulated(key, problem, physics, end, num):
+def _simulated(key, problem, site, physics, end, conditioned, num):
     """Simulate paths, with the observation as their last state where the process ends in its noise."""
     drawn = simulate(key, problem, num)
     check_finite(drawn)
-    return _with_ends(physics, drawn.z, None if end is None else drawn.x[end.site])
+    parameters, paths = jax.vmap(unknowns(problem, site).parts)(drawn.z)
+    conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (drawn.x if conditioned else {})
+    return Simulated(_with_ends(physics, paths, None if end is None else drawn.x[end.site]), conditions)
 
 
 @eqx.filter_jit
@@ -356,7 +416,7 @@ def _with_ends(physics, z, ends):
     return physics.flatten(paths)
 
 
-def _recorded(key, trajectories, problem, physics, end):
+def _recorded(key, trajectories, problem, physics, end, conditioned):
     """Check trajectories against the process, and observe their ends."""
     trajectories = jnp.asarray(trajectories, jnp.result_type(float))
     expected = (physics.num_steps + (end is None), *physics.shape)
@@ -368,29 +428,31 @@ def _recorded(key, trajectories, problem, physics, end):
     if not bool(jnp.isfinite(trajectories).all()):
         raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
     num = trajectories.shape[0]
-    ends = None
-    if end is not None:
+    paths, x = trajectories.reshape(num, -1), {}
+    if end is not None or conditioned:
         keys = jax.random.split(key, num)
-        ends = jax.jit(jax.vmap(problem.simulate_observation))(keys, trajectories.reshape(num, -1))[end.site]
-    return _with_ends(physics, trajectories.reshape(num, -1), ends)
+        x = jax.jit(jax.vmap(lambda key, path: encode(problem, problem.simulate_observation(key, path))))(keys, paths)
+    return Simulated(_with_ends(physics, paths, None if end is None else x[end.site]), x if conditioned else {})
 
 
-def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
-    num = paths.shape[0]
-    return in_batches(lambda i: _transition_rows(backward, paths[i]), num, min(num, 4096))
+def _transitions(backward: LearnedBackward, paths: Conditioned) -> Transitions:
+    num = len(paths.states)
+    return in_batches(lambda i: _transition_rows(backward, paths.states[i], paths.context[i]), num, min(num, 4096))
 
 
-def _path_batch(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> PathBatch:
-    return PathBatch(_transitions(backward, paths), paths)
+def _path_batch(backward: LearnedBackward, paths: Conditioned) -> PathBatch:
+    return PathBatch(_transitions(backward, paths), paths.states)
 
 
 @eqx.filter_jit
-def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+def _transition_rows(
+    backward: LearnedBackward, paths: Float[Array, "num times dim"], context: Float[Array, "num context"]
+) -> Transitions:
     """Whiten transitions by the frame, so that training need not run the physics."""
     frame = backward.frame
 
     def one(k, old, new):
-        rest = old - jax.vmap(lambda x: frame.mean(backward.process, k, x))(new)
+        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, context)
         v = jax.vmap(lambda x: frame.standardise(k, x))(new)
         factor = frame.factor[k]
         rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
@@ -398,7 +460,7 @@ def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times d
 
     steps = jnp.arange(backward.process.num_steps)
     v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))
-    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1))
+    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1), context)
 
 
 @eqx.filter_jit
@@ -406,8 +468,11 @@ def _joint(key: Key, proposal: PathProposal | StartedPaths) -> tuple[Float[Array
     """Simulate paths and what is known of each."""
     assert proposal.problem.simulate is not None
     z, y = jax.lax.map(proposal.problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
-    if isinstance(proposal, PathProposal) and proposal.site == END_STATE:
-        y = {END_STATE: z.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
+    if proposal.site == END_STATE:
+        path = z
+        if isinstance(proposal, StartedPaths):
+            path = jax.vmap(proposal.unknowns.parts)(z)[1]
+        y = {END_STATE: path.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
     return z, y
 
 

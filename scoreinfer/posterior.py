@@ -363,7 +363,8 @@ def fit(
             there. A run that was killed and started again with the same arguments ends with the weights, to the last
             bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
             goes on; without a folder an interrupted training keeps the best weights so far.
-        process: the site of the model that is a physical process. Then its reverse is learned, transition by
+        process: the site of the model that is a physical process; other latent sites are unknown parameters, drawn and
+            weighed jointly with its paths, and any states may be observed. Then its reverse is learned, transition by
             transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``,
             ``simulations`` and ``checkpoint`` are of no use to it.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh

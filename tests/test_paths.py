@@ -215,12 +215,3 @@ def test_bad_trajectories_are_refused():
         si.fit(jax.random.key(0), MODES.model, trajectories=paths)
     with pytest.raises(ValueError, match="of no use with `process`"):
         si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), target_score=True)
-
-
-def test_other_latent_sites_are_refused():
-    def another_latent(y=None):
-        numpyro.sample("rate", dist.Exponential(1.0))
-        numpyro.sample("x", MODES.path())
-
-    with pytest.raises(si.UnsupportedModel, match="'rate': is latent beside 'x'"):
-        si.fit(jax.random.key(0), another_latent, process=si.Physics("x"), **SMALL)

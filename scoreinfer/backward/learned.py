@@ -4,6 +4,7 @@ The network sees standardised states and answers in units of what the regression
 order one at all times; its last layer starts at zero, so that what is untrained is the regression.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -14,6 +15,9 @@ from jaxtyping import Array, Float, Int
 from scoreinfer.backward.kernels import AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
 from scoreinfer.process import PhysicsProcess
+
+Context = Float[Array, " context"]
+"""Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
 
 
 class Frame(eqx.Module):
@@ -26,6 +30,7 @@ class Frame(eqx.Module):
         slope: its regression on the standardised state; a vector per step where components are regressed on
             themselves alone.
         factor: square root of the covariance of what is left (a vector: of its variances).
+        tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
     """
 
     centre: Float[Array, "steps dim"]
@@ -33,6 +38,7 @@ class Frame(eqx.Module):
     shift: Float[Array, "steps dim"]
     slope: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
     factor: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
+    tilt: Float[Array, "steps dim context"] | None = None
 
     def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
         """Compute the standardised state at the end of step k."""
@@ -43,9 +49,10 @@ class Frame(eqx.Module):
         reach = FARTHEST * self.spread[k]
         return self.centre[k] - reach, self.centre[k] + reach
 
-    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State) -> State:
+    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State, context: Context) -> State:
         """Compute reverse physics plus regression."""
-        return process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+        mean = process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+        return mean if self.tilt is None else mean + self.tilt[k] @ context
 
 
 class LearnedBackward(AbstractBackward):
@@ -53,14 +60,16 @@ class LearnedBackward(AbstractBackward):
 
     With v the standardised state and L the regression's residual factor,
 
-        B_k = N(reverse physics + regression + L f(v, t), L diag(exp(2 h(v, t))) L^T).
+        B_k = N(reverse physics + regression + L f(v, t, c), L diag(exp(2 h(v, t, c))) L^T),
 
+    c being whatever else decides where the state came from: unknown parameters, observations of earlier states.
     The likelihood of transitions is what the effective sample size depends on, and needs no inverse of the step.
 
     Args:
         process: the physics.
         frame: the regression.
-        network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> 2 dim`` numbers, f and h.
+        network: ``(v, log of elapsed time, (elapsed time in [-1, 1], *c)) -> 2 dim`` numbers, f and h.
+        context: c, of one observation and one value of the parameters (see `given`); none, or zeros: their mean.
 
     Exactness: exact weights whatever was learned; without weights biased, as good as the training.
 
@@ -71,12 +80,18 @@ class LearnedBackward(AbstractBackward):
     process: PhysicsProcess
     frame: Frame
     network: Callable[[Array, Array, Array], Array]
+    context: Context = eqx.field(default_factory=lambda: jnp.zeros(0, jnp.float32))
+
+    def given(self, context: Context) -> "LearnedBackward":
+        """Condition the kernels."""
+        return dataclasses.replace(self, context=context)
 
     def __call__(self, k, x):
         """Make the kernel of step k."""
         v = self.frame.standardise(k, x).astype(jnp.float32)
-        move, log_scale = heads(self.network, v, *elapsed(self.process, k))
-        mean, factor = self.frame.mean(self.process, k, x), self.frame.factor[k]
+        log_time, time = elapsed(self.process, k)
+        move, log_scale = heads(self.network, v, log_time, jnp.concatenate([time, self.context]))
+        mean, factor = self.frame.mean(self.process, k, x, self.context), self.frame.factor[k]
         # A reverse solver that blows up far out is stopped there, so that every density stays finite.
         mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
@@ -100,9 +115,9 @@ FARTHEST = 1e4
 """Standard deviations of the state at which kernels' means are stopped."""
 
 
-def heads(network: Callable, v: State, log_time: Array, time: Array) -> tuple[State, State]:
+def heads(network: Callable, v: State, log_time: Array, context: Context) -> tuple[State, State]:
     """Compute the learned move of the mean and the log scale, in the frame."""
-    output = network(v, log_time, time)
+    output = network(v, log_time, context)
     return output[: v.size], MAX_LOG_SCALE * jnp.tanh(output[v.size :] / MAX_LOG_SCALE)
 
 
@@ -125,16 +140,22 @@ ENOUGH_WAVES = 100
 """The same for Fourier coefficients, each regressed on itself alone."""
 SURE = 3.5
 """Standard errors below which an entry of the regression counts as zero."""
+MAX_CONTEXT = 256
+"""Largest number of conditions that regression takes in; more are left to the network."""
 
 
 @eqx.filter_jit
-def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> Frame:
-    """Make the frame of simulated paths.
+def linear_frame(
+    process: PhysicsProcess, paths: Float[Array, "num times dim"], contexts: Float[Array, "num context"] | None = None
+) -> Frame:
+    """Make the frame of simulated paths, and of what else is known of each.
 
     Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
     """
     num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
     enough = ENOUGH_WAVES if process.waves else ENOUGH_PATHS
+    conditions = jnp.zeros((num, 0)) if contexts is None or contexts.shape[1] > MAX_CONTEXT else contexts
+    usual = conditions.mean(0)
 
     def one(k: Array) -> tuple[Array, ...]:
         old, new = paths[:, k], paths[:, k + 1]
@@ -142,26 +163,33 @@ def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) 
         centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
         if num < enough:
             none = jnp.zeros(process.dim)
-            return centre, spread, none, none, process.scale[k]
+            return centre, spread, none, none, process.scale[k], jnp.zeros((process.dim, usual.size))
         v, shift = (new - centre) / spread, rest.mean(0)
         if not dense:
             slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
-            return centre, spread, shift, slope, jnp.maximum((rest - shift - slope * v).std(0), 1e-3 * process.scale[k])
-        slope = _regress(v, rest - shift)
-        error = rest - shift - v @ slope.T
+            error = rest - shift - slope * v
+            tilt = _regress(conditions - usual, error) if usual.size else jnp.zeros((process.dim, 0))
+            left = (error - (conditions - usual) @ tilt.T).std(0)
+            return centre, spread, shift - tilt @ usual, slope, jnp.maximum(left, 1e-3 * process.scale[k]), tilt
+        regressors = jnp.concatenate([v, conditions - usual], axis=1)
+        slopes = _regress(regressors, rest - shift)
+        error = rest - shift - regressors @ slopes.T
+        slope, tilt = slopes[:, : process.dim], slopes[:, process.dim :]
         covariance = error.T @ error / num
         sd = jnp.sqrt(covariance.diagonal())
         certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
         floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
         factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
-        return centre, spread, shift, slope, factor
+        return centre, spread, shift - tilt @ usual, slope, factor, tilt
 
-    return Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
+    frame = Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
+    return frame if usual.size else dataclasses.replace(frame, tilt=None)
 
 
-def _regress(v: Float[Array, "num dim"], rest: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
-    num, dim = v.shape
-    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(dim))
+def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
+    """Regress on centred numbers; entries that could be noise are zero."""
+    num = v.shape[0]
+    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(v.shape[1]))
     slope = rest.T @ v / num @ inverse
     variance = (rest - v @ slope.T).var(0)
     error = jnp.sqrt(variance[:, None] * inverse.diagonal() / num)

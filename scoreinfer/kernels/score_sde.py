@@ -34,7 +34,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem, from_potential
 from scoreinfer.proposal import Proposer
-from scoreinfer.smoothing import StartedPaths, last_state
+from scoreinfer.smoothing import StartedPaths, beginning
 
 
 class Fit(NamedTuple):
@@ -67,7 +67,7 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
             value = problem
         elif isinstance(value, Proposer):
             if isinstance(proposer, StartedPaths) and problem is not None:
-                own = last_state(problem, proposer.backward.process)
+                own = beginning(problem, proposer.backward.process, proposer.physics, proposer.site)
             value = with_problem(value, own)
         object.__setattr__(copy, field.name, value)
     return copy
