@@ -1,5 +1,6 @@
 """Learning physics in reverse: ``fit(..., process=Physics("x"))``, and the posterior of paths it returns."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -17,17 +18,19 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
+from scoreinfer.correct import effective_sample_size
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
 from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.particles import ResampledPaths
 from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
-from scoreinfer.proposal import Proposal
+from scoreinfer.proposal import Proposal, Weighted
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
 from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, beginning, pinned
 from scoreinfer.train import Budget, History, train
@@ -43,6 +46,8 @@ TRANSITIONS = 2048
 """Transitions per optimiser step."""
 NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
+NUM_PARTICLES = 32
+"""Particles of each draw where the weights of single paths are poor."""
 NUM_ENDS = 2048
 """Simulated ends that a given end's distance is compared with."""
 
@@ -84,36 +89,64 @@ class PathPosterior(eqx.Module):
     """The posterior of paths of a physical process, for any end: known exactly, or observed.
 
     Args:
-        proposal: the learned sampler for what the model observes (for a model without observations: for known ends).
+        paths: the learned sampler for what the model observes (for a model without observations: for known ends).
         known_end: the learned sampler for ends known exactly; None where the model observes something and has unknown
             parameters, or observes earlier states: known ends then are another model's business.
         bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
             same kernels lead away from.
         ends: simulated ends, to tell a far one by.
         history: how it was trained.
+        num_particles: particles of each draw (see `resampled`); None: one, and more where their weights are poor.
     """
 
-    proposal: PathProposal | StartedPaths
+    paths: PathProposal | StartedPaths
     known_end: PathProposal | StartedPaths | None
     bank: ForwardBank
     ends: Ends
     history: History
+    num_particles: int | None = eqx.field(static=True, default=None)
+
+    @property
+    def proposal(self) -> PathProposal | StartedPaths | ResampledPaths:
+        """The learned sampler, resampling along the path where that was asked for."""
+        return _with_particles(self.paths, self.num_particles or 1)
 
     @property
     def problem(self) -> Problem:
         """The problem this posterior answers."""
-        return self.proposal.problem
+        return self.paths.problem
 
     @property
     def backward(self) -> LearnedBackward:
         """The learned backward kernels."""
-        assert isinstance(self.proposal.backward, LearnedBackward)
-        return self.proposal.backward
+        assert isinstance(self.paths.backward, LearnedBackward)
+        return self.paths.backward
 
     @property
     def process(self) -> PhysicsProcess:
         """The physics (with the noise of an observation of the end as its last step)."""
         return self.backward.process
+
+    def resampled(self, num_particles: int) -> "PathPosterior":
+        """Copy the posterior, each draw picked from many that are resampled along the path.
+
+        See `scoreinfer.particles`. Each draw then costs ``num_particles`` paths, which pays where the weights of single
+        paths are worse than one in that many. ``ScoreSDE(posterior=posterior.resampled(32))`` moves whole paths by
+        particle independent Metropolis, and weighs those that local moves have changed by conditional SMC. 1: plain
+        weights, always.
+
+        Args:
+            num_particles: particles of each draw.
+
+        Raises:
+            ValueError: where kernels are conditioned on parameters or earlier observations.
+
+        Exactness: exact weights, the evidence unbiased, as without.
+
+        References: Andrieu, Doucet and Holenstein 2010, "Particle Markov chain Monte Carlo methods".
+        """
+        _with_particles(self.paths, num_particles)
+        return dataclasses.replace(self, num_particles=num_particles)
 
     def sample(
         self,
@@ -128,7 +161,8 @@ class PathPosterior(eqx.Module):
 
         Args:
             key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
-            num: number of paths.
+            num: number of paths. Where their effective share is below one in 32 they are drawn again, each resampled
+                from 32 (see `resampled`; ``info["num_particles"]`` says so), and the better batch is kept.
             *args: the model's own arguments, with the data; not looked at with ``end_state``.
             end_state: the last state, where it is known exactly: then the posterior is that of the earlier states,
                 and the log evidence the log density of the process at this end.
@@ -142,18 +176,35 @@ class PathPosterior(eqx.Module):
             ValueError: where the end has a wrong shape or is not finite, data are missing, or an end is given that
                 these kernels do not start from (see ``known_end``).
 
-        Exactness: exact weights against the model's own density of paths, whatever was learned.
+        Exactness: exact weights against the model's own density of paths, whatever was learned. Batches that are drawn
+            again are chosen by their weights: their evidence is consistent, and unbiased on request (`resampled`).
         """
         start = time.perf_counter()
         known = end_state is not None
-        proposal = self._from_known() if known else self.proposal
+        proposal = self._from_known() if known else self.paths
         y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
         if not known and not self.problem.observed:
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
-        drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
+        for_again = jax.random.fold_in(key, 2**32 - 1)  # rows of the stream count from zero
+
+        def draw(key: Key, num_particles: int) -> Weighted:
+            by = _with_particles(proposal, num_particles)
+            return weighted_draws(key, by, y, max(batch_size // num_particles, 1), 0.0, 0, num)
+
+        num_particles = self.num_particles or 1
+        drawn = draw(key, num_particles)
+        share = effective_sample_size(drawn.log_weight) / num
+        if self.num_particles is None and 0.0 < share < 1 / NUM_PARTICLES and not self.backward.context.size:
+            again = draw(for_again, NUM_PARTICLES)
+            if effective_sample_size(again.log_weight) / num > share:
+                drawn, num_particles = again, NUM_PARTICLES
         certificate = certify(drawn.log_weight, self._check(y, known))
         sites = constrain(proposal.problem, drawn.values, batch_size)
-        info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
+        info = {
+            "seconds": time.perf_counter() - start,
+            "num_simulations": self.history.num_simulations,
+            "num_particles": num_particles,
+        }
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
 
     def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
@@ -201,11 +252,11 @@ class PathPosterior(eqx.Module):
 
     def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
         """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
-        if known and self.problem.observed and isinstance(self.proposal, StartedPaths):
+        if known and self.problem.observed and isinstance(self.paths, StartedPaths):
             return None  # its simulations lie in the space of observations
-        if known and isinstance(self.proposal, PathProposal):
-            y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
-        x = _features(self.proposal, y)
+        if known and isinstance(self.paths, PathProposal):
+            y = {self.paths.site: y[END_STATE]}  # the observation it would be without noise
+        x = _features(self.paths, y)
         check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
         if check.distance_rank <= MAX_OUTLYING:
             warnings.warn(
@@ -223,6 +274,10 @@ class PathPosterior(eqx.Module):
                 f"`end_state` must be finite, but {int((~jnp.isfinite(end)).sum())} of its numbers are not."
             )
         return end
+
+
+def _with_particles(paths: PathProposal | StartedPaths, num_particles: int) -> Any:
+    return paths if num_particles == 1 else ResampledPaths(paths, num_particles)
 
 
 @eqx.filter_jit

@@ -23,7 +23,8 @@ tempering
 losses sampling foreign path_losses
 train certificate proposal
 drawing forward validity smoothing
-focus learning paths
+particles focus learning
+paths
 refinement
 exploration
 checkpoint

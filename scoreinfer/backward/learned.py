@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from scoreinfer.backward.kernels import AbstractBackward, Kernel, State
+from scoreinfer.backward.kernels import LOG_2PI, AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
 from scoreinfer.process import PhysicsProcess
 
@@ -31,6 +31,7 @@ class Frame(eqx.Module):
             themselves alone.
         factor: square root of the covariance of what is left (a vector: of its variances).
         tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
+        root: square root of the correlation of the state at the end of the step; None: components apart.
     """
 
     centre: Float[Array, "steps dim"]
@@ -39,10 +40,22 @@ class Frame(eqx.Module):
     slope: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
     factor: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
     tilt: Float[Array, "steps dim context"] | None = None
+    root: Float[Array, "steps dim dim"] | None = None
 
     def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
         """Compute the standardised state at the end of step k."""
         return (x - self.centre[k]) / self.spread[k]
+
+    def log_marginal(self, k: Int[Array, ""] | int, x: State) -> Float[Array, ""]:
+        """Compute the log density of the Gaussian with the moments of the state at the end of step k.
+
+        Exactness: biased, as far as the state's distribution is not Gaussian.
+        """
+        v, log_det = self.standardise(k, x), jnp.log(self.spread[k]).sum()
+        if self.root is not None:
+            v = jax.scipy.linalg.solve_triangular(self.root[k], v, lower=True)
+            log_det += jnp.log(self.root[k].diagonal()).sum()
+        return -0.5 * (v**2 + LOG_2PI).sum() - log_det
 
     def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
         """Compute how far out a kernel's mean may lie."""
@@ -161,16 +174,17 @@ def linear_frame(
         old, new = paths[:, k], paths[:, k + 1]
         rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
         centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
+        root = jnp.eye(process.dim if dense else 0)
         if num < enough:
             none = jnp.zeros(process.dim)
-            return centre, spread, none, none, process.scale[k], jnp.zeros((process.dim, usual.size))
+            return centre, spread, none, none, process.scale[k], jnp.zeros((process.dim, usual.size)), root
         v, shift = (new - centre) / spread, rest.mean(0)
         if not dense:
             slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
             error = rest - shift - slope * v
             tilt = _regress(conditions - usual, error) if usual.size else jnp.zeros((process.dim, 0))
             left = (error - (conditions - usual) @ tilt.T).std(0)
-            return centre, spread, shift - tilt @ usual, slope, jnp.maximum(left, 1e-3 * process.scale[k]), tilt
+            return centre, spread, shift - tilt @ usual, slope, jnp.maximum(left, 1e-3 * process.scale[k]), tilt, root
         regressors = jnp.concatenate([v, conditions - usual], axis=1)
         slopes = _regress(regressors, rest - shift)
         error = rest - shift - regressors @ slopes.T
@@ -180,10 +194,11 @@ def linear_frame(
         certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
         floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
         factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
-        return centre, spread, shift - tilt @ usual, slope, factor, tilt
+        root = jnp.linalg.cholesky(v.T @ v / num + 1e-4 * root)
+        return centre, spread, shift - tilt @ usual, slope, factor, tilt, root
 
-    frame = Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
-    return frame if usual.size else dataclasses.replace(frame, tilt=None)
+    *frame, tilt, root = jax.lax.map(one, jnp.arange(process.num_steps))
+    return Frame(*frame, tilt if usual.size else None, root if dense else None)  # type: ignore[call-arg]
 
 
 def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
