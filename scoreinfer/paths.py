@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from scoreinfer._errors import MisspecificationWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
+from scoreinfer.backward import LearnedBackward, corrected_path, draw_path, linear_frame, probability_flow, through_time
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.correct import effective_sample_size
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
@@ -207,8 +207,13 @@ class PathPosterior(eqx.Module):
         }
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
 
-    def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    def reverse_sde(
+        self, key: Key, end_state: Float[Array | np.ndarray, "..."], num_corrections: int = 0
+    ) -> Float[Array, "..."]:
         """Draw one path backwards from each of many known ends (batch axes first), without weights.
+
+        ``num_corrections`` Langevin steps with the learned score follow every step (predictor-corrector, see
+        `scoreinfer.backward.corrected_path`).
 
         Raises:
             ValueError: where kernels are conditioned on more than a known end.
@@ -216,7 +221,7 @@ class PathPosterior(eqx.Module):
         Exactness: biased, as good as the training; `sample` weighs its paths.
         """
         ends = self._flat(end_state)
-        return self._shaped(_reverse_rows(key, self._unconditioned(), ends), end_state)
+        return self._shaped(_reverse_rows(key, self._unconditioned(), ends, num_corrections), end_state)
 
     def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
@@ -281,9 +286,16 @@ def _with_particles(paths: PathProposal | StartedPaths, num_particles: int) -> A
 
 
 @eqx.filter_jit
-def _reverse_rows(key: Key, proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+def _reverse_rows(
+    key: Key, proposal: PathProposal, ends: Float[Array, "num dim"], num_corrections: int
+) -> Float[Array, "num times dim"]:
+    backward, num_steps = proposal.backward, proposal.num_steps
+    assert isinstance(backward, LearnedBackward)
+
     def one(key: Key, end: Float[Array, " dim"]) -> Float[Array, "times dim"]:
-        return draw_path(key, proposal.backward, end, proposal.num_steps)[0]
+        if num_corrections == 0:
+            return draw_path(key, backward, end, num_steps)[0]
+        return corrected_path(key, backward, end, num_steps, num_corrections)
 
     return jax.vmap(one)(jax.random.split(key, ends.shape[0]), ends)
 

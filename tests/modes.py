@@ -131,7 +131,7 @@ class UnknownRate(NamedTuple):
     modes: Modes
     times: tuple[int, ...]
 
-    def model(self, y=None):
+    def path_model(self):
         modes = self.modes
         rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
         start = dist.Normal(jnp.zeros(len(modes.start_sd)), jnp.asarray(modes.start_sd)).to_event(1)

@@ -75,12 +75,7 @@ def test_unknown_rate_seen_at_a_noisy_end():
 def test_unknown_rate_and_a_known_end():
     """An end without noise, of a model that observes nothing."""
     rate = RATE._replace(times=(6,), modes=RATE.modes._replace(noise=1e-4))
-
-    def model():
-        with numpyro.handlers.block(hide=["y"]):
-            rate.model()
-
-    posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), num_steps=200, **SMALL)
+    posterior = si.fit(jax.random.key(0), rate.path_model, process=si.Physics("x"), num_steps=200, **SMALL)
     end = np.array([0.8], np.float32)
     draws = posterior.sample(jax.random.key(1), 4000, end_state=end)
     centre, sd, log_evidence, mean, covariance = rate.truth(end)

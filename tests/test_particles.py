@@ -49,6 +49,18 @@ def test_conditional_runs_are_the_rest_of_a_run(posterior):
     assert abs(inverse + evidence) < 5 * error
 
 
+def test_corrector_narrows_what_was_drawn_too_broadly(posterior):
+    """Langevin steps with the score and the transition: the smoother's means and variances, but for the first state."""
+    mean, covariance, _ = MODES.smoother(END, False)
+    variance = covariance.diagonal(axis1=1, axis2=2).T[1:]
+    ends = np.broadcast_to(END, (NUM, 2))
+    plain, corrected = (np.asarray(posterior.reverse_sde(jax.random.key(3), ends, num))[:, 1:-1] for num in (0, 15))
+    ratio = ((corrected - mean[1:]) ** 2).mean(0) / variance
+    assert (((plain - mean[1:]) ** 2).mean(0) / variance).min() > 2
+    assert np.abs(np.log(ratio)).max() < 0.1 + 5 * (2 / NUM) ** 0.5  # a step of finite length adds about 5 %
+    assert np.abs((corrected.mean(0) - mean[1:]) / variance**0.5).max() < 5 / NUM**0.5
+
+
 @pytest.mark.slow
 def test_poor_weights_are_resampled_and_said_so(posterior):
     draws = posterior.sample(jax.random.key(1), NUM, end_state=END)
