@@ -1,6 +1,7 @@
 """Learning physics in reverse: ``fit(..., process=Physics("x"))``, and the posterior of paths it returns."""
 
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -147,6 +148,17 @@ class PathPosterior(eqx.Module):
         """
         _with_particles(self.paths, num_particles)
         return dataclasses.replace(self, num_particles=num_particles)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Refuse: learned physics is not kept on disk by itself yet.
+
+        Raises:
+            NotImplementedError: always, with the ways out.
+        """
+        raise NotImplementedError(
+            "A posterior of paths cannot be saved yet. Pickle `ScoreSDE(posterior=...)`, which reads the physics from "
+            "the importable model again; or fit again: the same key gives the same weights."
+        )
 
     def sample(
         self,

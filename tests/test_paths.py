@@ -1,5 +1,7 @@
 """Physics learned in reverse, end to end: the smoother, the evidence, bad input, and the kernel."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,12 @@ def test_kernel_draws_whole_paths(posterior):
     paths = np.asarray(mcmc.get_samples()["x"])
     assert mcmc.get_extra_fields()["accept_prob"].mean() > 0.9
     assert MODES.disagreement(paths, np.zeros(2000), END) < 5.5 / 0.9**0.5
+    copy = pickle.loads(pickle.dumps(mcmc))
+    np.testing.assert_array_equal(copy.get_samples()["x"], paths)
+    copy.run(jax.random.key(2), y=END)  # the physics is read from the model again
+    np.testing.assert_allclose(copy.get_samples()["x"], paths, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="Pickle `ScoreSDE"):
+        posterior.save("anywhere")
 
 
 @pytest.mark.slow

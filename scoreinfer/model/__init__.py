@@ -19,7 +19,7 @@ from typing import Any
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_model
 from scoreinfer.model.path import PhysicsPath
-from scoreinfer.model.physics import Unknowns, noisy_end, read_physics, sees_path, unknowns
+from scoreinfer.model.physics import Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
 from scoreinfer.problem import Problem
 
@@ -30,6 +30,7 @@ __all__ = [
     "check",
     "from_numpyro",
     "noisy_end",
+    "read_again",
     "read_physics",
     "sees_path",
     "unknowns",

@@ -17,7 +17,7 @@ from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_t
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
+from scoreinfer.process.physics import Step, add_noise_stage, flatten, minus_drift, unflatten
 
 NUM_PROBES = 8
 
@@ -52,9 +52,16 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
         raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
     advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
-    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves)
+    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves, physics)
     _check_finite(process, process.flatten(paths))
     return process
+
+
+def read_again(process: PhysicsProcess, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
+    """Read the transitions of a process from its model again, the noise of an observation included."""
+    assert process.source is not None
+    again = read_physics(process.source, model, *args, **kwargs)
+    return add_noise_stage(again, process.scale[-1]) if process.num_steps > again.num_steps else again
 
 
 def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
