@@ -373,6 +373,7 @@ def run_lynx_hare(args) -> Iterator[Row]:
 def run_smdp(args) -> Iterator[Row]:
     """Physics in reverse: linear processes against the smoother, the toy process against its exact grid answer."""
     import heat_source_holzschuh2023 as heat_source
+    import paths_mcmc
     import toy_process_holzschuh2023 as toy
 
     from modes import heat, ornstein_uhlenbeck
@@ -412,6 +413,7 @@ def run_smdp(args) -> Iterator[Row]:
         with Clock() as training:
             posterior = toy.learn(key, num, args.num_steps or 6000, args.progress)
         yield f"toy/{num}", toy.measure(key, posterior, truth) | {"train_s": training.times.wall}
+    yield from paths_mcmc.rows(key, lambda name: _chosen(name, args.tasks), args.num_steps, args.progress)
 
 
 SUITES: dict[str, Callable] = {

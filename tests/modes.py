@@ -137,11 +137,13 @@ class UnknownRate(NamedTuple):
         start = dist.Normal(jnp.zeros(len(modes.start_sd)), jnp.asarray(modes.start_sd)).to_event(1)
         h = jnp.diff(modes.ts)[:, None]
         scales = modes.g * jnp.sqrt(-jnp.expm1(-2 * h * rate) / (2 * rate)) * jnp.ones(len(modes.start_sd))
-        x = numpyro.sample(
-            "x", si.PhysicsPath(lambda t0, t1, x: x * jnp.exp(rate * (t0 - t1)), scales, modes.ts, start)
-        )
-        seen = x[-1] if self.times == (len(modes.ts) - 1,) else x[jnp.array(self.times)]
-        numpyro.sample("y", dist.Normal(seen, modes.noise).to_event(seen.ndim), obs=y)
+        decay = lambda t0, t1, x: x * jnp.exp(rate * (t0 - t1))  # noqa: E731
+        return numpyro.sample("x", si.PhysicsPath(decay, scales, modes.ts, start))
+
+    def model(self, y=None):
+        x = self.path_model()
+        seen = x[-1] if self.times == (len(x) - 1,) else x[jnp.array(self.times)]
+        numpyro.sample("y", dist.Normal(seen, self.modes.noise).to_event(seen.ndim), obs=y)
 
     def truth(self, y):
         """Mean and sd of the log rate, log evidence, means and covariances of paths: by a grid over the rate."""
