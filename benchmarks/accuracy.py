@@ -376,7 +376,7 @@ def run_smdp(args) -> Iterator[Row]:
     import paths_mcmc
     import toy_process_holzschuh2023 as toy
 
-    from modes import heat, ornstein_uhlenbeck
+    from modes import UnknownRate, heat, moments_off, ornstein_uhlenbeck
 
     key = jax.random.key(args.seed)
     for modes in (ornstein_uhlenbeck(), heat()):
@@ -398,6 +398,27 @@ def run_smdp(args) -> Iterator[Row]:
             "log_evidence_error": abs(float(draws.certificate.log_evidence) - modes.smoother(end)[2]),
         }
         yield name, figures | _verdict(draws) | _seconds(training, drawing)
+    if _chosen("unknown_rate", args.tasks):
+        jax.clear_caches()
+        one = ornstein_uhlenbeck()._replace(rates=np.ones(1), start_sd=np.ones(1))
+        rate, y = UnknownRate(one, (0, 2, 4, 6, 8)), np.array([[1.2], [0.3], [0.6], [-0.2], [0.1]], np.float32)
+        with Clock() as training:
+            posterior = si.fit(
+                key, rate.model, process=si.Physics("x"), progress_bar=args.progress, width=32, depth=1,
+                **{"num_steps": 1000} | _options(args),
+            )  # fmt: skip
+        with Clock() as drawing:
+            draws = posterior.sample(key, NUM_DRAWS, y=y)
+        centre, sd, log_evidence, mean, covariance = rate.truth(y)
+        found = np.log(np.asarray(draws.sites["rate"], np.float64)), np.exp(np.asarray(draws.log_weight, np.float64))
+        middle = np.average(found[0], weights=found[1])
+        figures = {
+            "disagreement": moments_off(draws.sites["x"], draws.log_weight, mean, covariance),
+            "log_evidence_error": abs(float(draws.certificate.log_evidence) - log_evidence),
+            "rate_mean_error": abs(middle - centre) / sd,
+            "rate_sd_error": abs(np.average((found[0] - middle) ** 2, weights=found[1]) ** 0.5 / sd - 1),
+        }
+        yield "unknown_rate", figures | _verdict(draws) | _seconds(training, drawing)
     if _chosen("heat_32x32", args.tasks):
         jax.clear_caches()
         field = heat_source.Heat()

@@ -140,12 +140,14 @@ class PathPosterior(eqx.Module):
             num_particles: particles of each draw.
 
         Raises:
-            ValueError: where kernels are conditioned on parameters or earlier observations.
+            ValueError: where kernels are conditioned on parameters or earlier observations, or there are no particles.
 
         Exactness: exact weights, the evidence unbiased, as without.
 
         References: Andrieu, Doucet and Holenstein 2010, "Particle Markov chain Monte Carlo methods".
         """
+        if num_particles < 1:
+            raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
         _with_particles(self.paths, num_particles)
         return dataclasses.replace(self, num_particles=num_particles)
 

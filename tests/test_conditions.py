@@ -104,5 +104,7 @@ def test_states_seen_at_several_times_give_the_smoother():
     assert found.certified and found.ess > 0.8 * 4000, found
     assert abs(found.log_evidence - log_evidence) < 5 * found.log_evidence_se
     assert moments_off(draws.sites["x"], draws.log_weight, mean, covariance) < 5.5
+    with pytest.raises(ValueError, match="conditioned on nothing but the next state"):
+        posterior.resampled(8)
     with pytest.raises(ValueError, match="parameters or earlier states"):
         posterior.sample(jax.random.key(1), 10, end_state=y[-1])

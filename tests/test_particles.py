@@ -63,8 +63,10 @@ def test_corrector_narrows_what_was_drawn_too_broadly(posterior):
 
 @pytest.mark.slow
 def test_poor_weights_are_resampled_and_said_so(posterior):
+    where = lambda tree: tree.known_end.backward.frame.factor  # noqa: E731
+    posterior = eqx.tree_at(where, posterior, 1.15 * where(posterior))
     draws = posterior.sample(jax.random.key(1), NUM, end_state=END)
-    assert draws.info["num_particles"] == 32 and draws.certificate.ess > 0.4 * NUM
+    assert draws.info["num_particles"] == 32 and draws.certificate.ess > 0.3 * NUM
     error = 5 * draws.certificate.log_evidence_se
     assert abs(draws.certificate.log_evidence - MODES.smoother(END, False)[2]) < error
     assert MODES.disagreement(draws.sites["x"], draws.log_weight, END, False) < 5.5
