@@ -20,7 +20,7 @@ problem correct nets process
 draws model simulation score whitening resuming store backward
 tails
 tempering
-losses sampling foreign path_losses
+losses sampling foreign stored path_losses
 train certificate proposal
 drawing forward validity smoothing
 particles focus learning

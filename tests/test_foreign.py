@@ -27,6 +27,7 @@ import simulators
 from scoreinfer import foreign
 from scoreinfer.storage import write_record
 from scoreinfer.store import MANIFEST, Row, Rows, write_shard
+from scoreinfer.stored import stored_simulations
 
 QUIET = {"progress_bar": False}
 SMALL = {"num_steps": 600, "width": 16, "depth": 1, "batch_size": 128, "sampler": si.ReverseSDE(num_steps=16), **QUIET}
@@ -236,7 +237,7 @@ def test_more_rows_continue_the_stream_and_others_are_refused(problem, reference
     with pytest.raises(ValueError, match="`parameters` is"):
         si.simulate(jax.random.key(0), wide, simulators.noisy, 8, store=tmp_path / "narrow", **QUIET)
     with pytest.raises(ValueError, match="bounds are others"):
-        foreign.stored_simulations(wide, store)
+        stored_simulations(jax.random.key(0), wide, store)
     with foreign.only_writer(tmp_path), pytest.raises(RuntimeError, match="Another process"):
         si.simulate(*args, 41, store=tmp_path, **QUIET)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_model
+from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
 from scoreinfer.model.physics import Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
@@ -31,6 +32,7 @@ __all__ = [
     "from_numpyro",
     "noisy_end",
     "read_again",
+    "read_likelihood",
     "read_physics",
     "sees_path",
     "unknowns",
