@@ -38,7 +38,7 @@ from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
-from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
+from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, encoded, simulate, standardiser
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
 from scoreinfer.stored import StoredSimulations, explained, stored_simulations, with_outputs
@@ -520,7 +520,7 @@ def fit(
     if stored is None:
         pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
     else:
-        pilot = Simulations(stored.z, stored.y)
+        pilot = encoded(problem, stored.z, stored.y)
     check_finite(pilot)
     scale = standardiser(pilot.x)
     pilot = _standardise(scale, pilot)
@@ -537,7 +537,7 @@ def fit(
     def pools(key: Key, gradient: bool = False) -> Simulations:
         if online:
             return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient))
-        return training if renew is None else _standardise(scale, Simulations(*renew(key)))
+        return training if renew is None else _standardise(scale, encoded(problem, *renew(key)))
 
     embedding = Concatenate() if embedding is None else embedding
     stages: list[Path | None] = [None, None]

@@ -27,7 +27,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, draw
-from scoreinfer.simulation import Simulations, Standardiser, encode, simulate, standardiser
+from scoreinfer.simulation import Simulations, Standardiser, encode, encoded, simulate, standardiser
 from scoreinfer.store import Store
 from scoreinfer.stored import stored_simulations
 
@@ -204,7 +204,7 @@ def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Pro
             f"{len(stored.z)}. Simulate more, or test fewer."
         )
     rest = jax.tree.map(lambda leaf: leaf[num:], (stored.z, stored.y))
-    return stored.problem, (stored.z, stored.y), _references(Simulations(*rest))
+    return stored.problem, (stored.z, stored.y), _references(encoded(stored.problem, *rest))
 
 
 @eqx.filter_jit
