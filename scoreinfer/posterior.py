@@ -542,7 +542,9 @@ def fit(
     embedding = Concatenate() if embedding is None else embedding
     stages: list[Path | None] = [None, None]
     if checkpoint is not None:
-        open_run(Path(checkpoint), key, settings | _fingerprint(problem, (pilot.z, pilot.x, scale, embedding)))
+        all_z = None if stored is None else stored.all_z
+        start = all_z, pilot.z, pilot.x, scale, embedding
+        open_run(Path(checkpoint), key, settings | _fingerprint(problem, start))
         stages = [Path(checkpoint) / f"{stage}.safetensors" for stage in ("whitening", "score")]
     # On a fixed budget a large whitening map would learn its simulations by heart.
     size = {"width": 2 * width, "depth": 3} if online else {"width": width, "depth": 2}

@@ -234,6 +234,8 @@ def test_more_rows_continue_the_stream_and_others_are_refused(problem, reference
         si.from_numpyro(lambda high=high: numpyro.sample("a", dist.Uniform(0.0, high))) for high in (1.0, 10.0)
     )  # the same in the unconstrained space, prior and all
     store = si.simulate(jax.random.key(0), narrow, simulators.noisy, 4, store=tmp_path / "narrow", **QUIET)
+    with pytest.raises(ValueError, match="`simulator` is slow, was noisy"):
+        si.simulate(jax.random.key(0), problem, simulators.slow, 40, store=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="`parameters` is"):
         si.simulate(jax.random.key(0), wide, simulators.noisy, 8, store=tmp_path / "narrow", **QUIET)
     with pytest.raises(ValueError, match="bounds are others"):
@@ -329,6 +331,66 @@ def test_invalid_rows_are_never_dropped_silently(problem, failing):
     other = si.from_numpyro(lambda: numpyro.sample("b", dist.Normal(0.0, 1.0)))
     with pytest.raises(ValueError, match="this prior's are b"):
         si.fit(jax.random.key(0), other, simulations=failing, **tiny)
+
+
+# --- stores larger than memory
+
+
+def wide(parameters, seed):
+    """Four thousand numbers, of which the first tells the parameter; fail sometimes."""
+    if seed % 8 == 0:
+        raise RuntimeError("did not converge")
+    return np.full(4000, float(parameters["a"])) + np.arange(4000)
+
+
+@pytest.fixture(scope="module")
+def large(problem, tmp_path_factory):
+    """A store of 13 MB in shards of 50 rows, of which 2 MB are to be learned from at once."""
+    path = tmp_path_factory.mktemp("large")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreign, "FLUSH_BYTES", 50 * 8 * 4000)
+        si.simulate(jax.random.key(0), problem, wide, 400, store=path, **QUIET)
+    assert len(list(path.glob("*.npz"))) == 8
+    return si.Store(path, memory=2 * 2**20)
+
+
+def test_large_stores_are_read_in_pieces(problem, large):
+    """Every epoch takes other rows, none of those held out, each with its own outputs, in bounded memory."""
+
+    def peak(read):
+        tracemalloc.start()
+        result = read()
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result, size
+
+    rows, whole = peak(large.read)
+    stored, first = peak(lambda: stored_simulations(jax.random.key(0), problem, large))
+    assert np.array_equal(stored.all_z, rows.z.astype(np.float32)) and np.array_equal(stored.valid, rows.valid)
+    assert len(stored.z) == 2 * 2**20 // (8 * 4000)
+    assert np.array_equal(stored.z, rows.z[rows.valid][: len(stored.z)].astype(np.float32))
+    held_out, seen = set(np.asarray(stored.z[: stored.num_held_out, 0]).tolist()), set()
+    for i in range(30):
+        (z, y), more = peak(lambda i=i: stored.renew(jax.random.key(i)))
+        assert len(z) == len(stored.z) - stored.num_held_out == len(set(np.asarray(z[:, 0]).tolist()))
+        assert np.allclose(y["y"][:, 0], z[:, 0], atol=1e-5)
+        assert max(first, more) < whole / 2
+        seen |= set(np.asarray(z[:, 0]).tolist())
+    assert np.array_equal(stored.renew(jax.random.key(29))[0], z)
+    assert seen == set(rows.z[rows.valid, 0].astype(np.float32).tolist()) - held_out
+    small = si.Store(large.path)
+    assert stored_simulations(jax.random.key(0), problem, small).renew is None
+
+
+def test_large_stores_are_learned_from(problem, large, tmp_path):
+    """(Two wide layers compile in seconds: few steps, one fit.)"""
+    settings = SMALL | {"num_steps": 8, "batch_size": 16, "invalid": "drop", "checkpoint": tmp_path}
+    with pytest.warns(si.TrainingWarning, match="are left out"):
+        posterior = si.fit(jax.random.key(0), problem, simulations=large, **settings)
+    assert np.isfinite(posterior.history.score.loss).all()
+    whole = si.Store(large.path)  # another training: all rows at once
+    with pytest.warns(si.TrainingWarning), pytest.raises(ValueError, match="`simulations` is"):
+        si.fit(jax.random.key(0), problem, simulations=whole, **settings)
 
 
 # --- strangers and accidents
