@@ -106,7 +106,6 @@ def _disturb(key, score, scale: float = 0.02):
 
 def run_sbibm(args) -> Iterator[Row]:
     """Score sbibm tasks by the classifier two-sample test, before and after correction."""
-    from c2st import c2st
     from tasks import TASKS
 
     for i, task in enumerate(TASKS):
@@ -129,8 +128,8 @@ def run_sbibm(args) -> Iterator[Row]:
                 reference = task.reference(number)
                 if not args.only_after:
                     raw = plain(posterior, 32 if args.published_budget else None).sample(own, NUM_DRAWS, y=y)
-                    figures["before"] = c2st(reference, np.asarray(raw.sites["theta"], np.float64))
-                figures["after"] = c2st(reference, np.asarray(values, np.float64))
+                    figures["before"] = si.c2st(own, reference, raw.sites["theta"])
+                figures["after"] = si.c2st(own, reference, values)
             figures |= _verdict(draws)
             figures |= {"certified_after": float(corrected.certificate.certified), "focused": float(focused)}
             figures |= {"num_proposals": corrected.info["num_proposals"], "ess_after": float(corrected.certificate.ess)}
@@ -198,7 +197,6 @@ def _targets(args) -> Iterator[Target]:
 
 def run_multimodal(args) -> Iterator[Row]:
     """Learn single posteriors with many modes in warm-up, beside NUTS and MALA with the same iterations."""
-    from c2st import c2st
     from numpyro.infer import MCMC
 
     for i, target in enumerate(_targets(args)):
@@ -229,7 +227,7 @@ def run_multimodal(args) -> Iterator[Row]:
             figures["accept_prob"] = found.accept_prob
             print(f"  {found}", flush=True)
             if not args.no_classifier:
-                figures["c2st"] = c2st(target.reference(), draws)
+                figures["c2st"] = si.c2st(key, target.reference(), draws)
         yield target.name, figures
 
 
