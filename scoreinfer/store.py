@@ -244,6 +244,8 @@ def _read_shard(path: Path, dim: int) -> Iterator[Row]:
         outputs = {name: column for name, column in columns.items() if name.startswith("output.")}
         if any(column.shape[:1] != (num,) or column.dtype != np.float64 for column in outputs.values()):
             raise UnreadableFile(path, "an output has other rows than the rest, or is no column of numbers")
+        if not outputs and set(columns["status"].tolist()) & {OK, INVALID}:
+            raise UnreadableFile(path, "it has rows that succeeded, and no outputs")
         if set(columns) - set(expected) - set(outputs) or not set(columns["status"].tolist()) <= set(STATUSES):
             raise UnreadableFile(path, "it has columns or a status that are not ours")
     except UnreadableFile:

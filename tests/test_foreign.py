@@ -473,6 +473,45 @@ def test_whole_shards_that_lie_are_refused(problem, reference, tmp_path):
     assert same(si.Store(tmp_path).read(), reference)
 
 
+def test_columns_of_other_types_and_names_are_refused(problem, reference, tmp_path):
+    """Whole shards under a checksum that fits: wrong types and shapes in every column, strange members."""
+    store = si.simulate(jax.random.key(0), problem, simulators.noisy, 40, store=tmp_path, **QUIET)
+    (shard,) = tmp_path.glob("*.npz")
+    columns = dict(np.load(shard))
+    shard.unlink()
+    forged = [{name: column for name, column in columns.items() if name != missing} for missing in columns]
+    forged += [columns | {name: np.zeros(40)} for name in ("../../evil", "/etc/passwd", "z.npy", "")]
+    kinds = np.dtype("?"), *map(np.dtype, ("<i4", "<u8", "<f4", "<c16", "<U5", "S5", "<M8[s]", "V8"))
+    for name, column in columns.items():
+        others = [kind for kind in kinds if kind.kind != column.dtype.kind]
+        forged += [columns | {name: np.zeros(column.shape, kind)} for kind in others]
+        forged += [columns | {name: value} for value in (column[:-1], column[None], column.ravel()[:1])]
+    for changed in forged:
+        body = zipped(changed)
+        path = tmp_path / f"{hashlib.sha256(body).hexdigest()[:32]}.npz"
+        path.write_bytes(body)
+        for read in (si.Store(tmp_path).read, si.Store(tmp_path).index):
+            with pytest.raises(si.UnreadableFile):
+                read()
+        path.unlink()
+    assert len(forged) > 80
+    manifest, rng = tmp_path / MANIFEST, np.random.default_rng(0)
+    content = manifest.read_bytes()
+    spoiled = [content[:length] for length in rng.integers(0, len(content), 40)]
+    for bit in rng.integers(0, 8 * len(content), 60):
+        flipped = np.frombuffer(content, np.uint8).copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        spoiled.append(flipped.tobytes())
+    refused = 0
+    for body in spoiled:
+        manifest.write_bytes(body)
+        try:
+            assert si.Store(tmp_path).manifest == store.manifest  # an indentation
+        except si.UnreadableFile:
+            refused += 1
+    assert refused > 80
+
+
 def test_duplicates_of_two_writers_count_once(problem, reference, tmp_path):
     store = si.simulate(jax.random.key(0), problem, simulators.noisy, 40, store=tmp_path, **QUIET)
     outputs = {"y": reference.outputs["y"][3]}
