@@ -89,17 +89,19 @@ def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "n
 
     Minus infinity where the simulator failed.
     """
-    numbers: list[int] = []
-    log_likelihood: list[float] = []
-    z = [np.zeros((0, problem.dim))]
+    parts = []
     for part in store.parts():
         told = np.full(len(part.number), -np.inf)
         if part.valid.any():
             pair = _on_device(select(part, part.valid))
-            told[part.valid] = in_batches(partial(_log_likelihoods, problem, pair, y), len(pair[0]), BATCH)
-        numbers, z, log_likelihood = [*numbers, *part.number], [*z, part.z], [*log_likelihood, *told]
+            size = min(BATCH, 1 << (len(pair[0]) - 1).bit_length())  # few shapes are ever compiled
+            told[part.valid] = in_batches(partial(_log_likelihoods, problem, pair, y), len(pair[0]), size)
+        parts.append((part.number, part.z, told))
+    if not parts:
+        return jnp.zeros((0, problem.dim)), jnp.zeros(0)
+    numbers, z, log_likelihood = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(numbers)
-    return jnp.asarray(np.concatenate(z)[order], float), jnp.asarray(np.array(log_likelihood)[order], float)
+    return jnp.asarray(z[order], float), jnp.asarray(log_likelihood[order], float)
 
 
 @eqx.filter_jit
@@ -123,7 +125,7 @@ def _data(key: Key, problem: Problem, z: Array, outputs: Sites) -> Sites:
         return outputs
     pair = z, outputs
     return in_batches(
-        lambda i: _simulate_data(key, problem, i, *jax.tree.map(lambda leaf: leaf[i], pair)), len(z), BATCH
+        lambda i: _simulate_data(key, problem, i, *jax.tree.map(lambda leaf: leaf[i], pair)), len(z), min(BATCH, len(z))
     )
 
 
