@@ -113,7 +113,7 @@ def simulate(
     path = Path(store)
     opened = open_store(path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | _first(rows))
     with only_writer(path):
-        done = opened.read()
+        done = opened.index()
         missing = np.setdiff1d(np.arange(num), done.number)
         shapes = {name: value.shape[1:] for name, value in done.outputs.items()}
         plan = _Plan(simulator, on_error, timeout, retries, num_workers or _num_workers(executor))

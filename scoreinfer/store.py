@@ -109,13 +109,21 @@ class Store:
                 found.setdefault(row.number, row)  # rows are functions of key and number: two of one number are equal
         return _gather([found[number] for number in sorted(found)], self.manifest["dim"], self.path)
 
-    def index(self) -> tuple[Rows, int]:
-        """Read all rows without their outputs, and count how many rows' outputs fill the memory that is allowed."""
-        parts, size = [_gather([], self.manifest["dim"], self.path)], 1
+    def index(self) -> Rows:
+        """Read all rows without their outputs, whose shapes alone are told: no row of any of them."""
+        parts = [_gather([], self.manifest["dim"], self.path)]
+        outputs: dict[str, np.ndarray] = {}
         for part in self.parts():
-            size = max(size, 8 * sum(math.prod(value.shape[1:]) for value in part.outputs.values()))
+            own = {name: np.empty((0, *value.shape[1:])) for name, value in part.outputs.items()}
+            _check_alike(outputs or own, own or outputs, self.path)
+            outputs = outputs or own
             parts.append(part._replace(outputs={}))
-        return _join(parts, self.path), max(self.memory // size, MIN_CAPACITY)
+        return _join(parts, self.path)._replace(outputs=outputs)
+
+    def capacity(self, index: Rows) -> int:
+        """Count the rows whose outputs fill the memory that is allowed."""
+        size = 8 * sum(math.prod(value.shape[1:]) for value in index.outputs.values())
+        return max(self.memory // max(size, 1), MIN_CAPACITY)
 
     def take(self, numbers: Integer[np.ndarray, " num"]) -> Rows:
         """Read the rows of these numbers, in their order, shard by shard."""
@@ -151,7 +159,7 @@ class Store:
                 yield select(part, among)
 
     def __str__(self) -> str:
-        rows = self.read()
+        rows = self.index()
         counts = ", ".join(f"{int(np.sum(rows.status == status))} {status}" for status in STATUSES)
         seconds = float(rows.seconds.mean()) if len(rows.number) else math.nan
         return f"{len(rows.number)} of {self.manifest['num']} simulations ({counts}), {seconds:.3g} s each"
@@ -303,10 +311,16 @@ def select(rows: Rows, which: Any) -> Rows:
     return Rows(**columns, outputs={name: value[which] for name, value in rows.outputs.items()})
 
 
+def _check_alike(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray], path: Path) -> None:
+    shapes, expected = ({name: value.shape[1:] for name, value in which.items()} for which in (outputs, others))
+    if shapes != expected:
+        raise UnreadableFile(path, f"its shards have outputs of different shapes, {shapes} and {expected}")
+
+
 def _join(parts: list[Rows], path: Path) -> Rows:
     """Put rows together, in the order of their numbers."""
-    if len({str({name: value.shape[1:] for name, value in part.outputs.items()}) for part in parts}) > 1:
-        raise UnreadableFile(path, "its shards have outputs of different shapes")
+    for part in parts:
+        _check_alike(part.outputs, parts[0].outputs, path)
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Rows._fields[:-1]}
     outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
     return select(Rows(**columns, outputs=outputs), np.argsort(columns["number"]))

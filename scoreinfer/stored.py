@@ -94,8 +94,8 @@ def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "n
         told = np.full(len(part.number), -np.inf)
         if part.valid.any():
             pair = _on_device(select(part, part.valid))
-            size = min(BATCH, 1 << (len(pair[0]) - 1).bit_length())  # few shapes are ever compiled
-            told[part.valid] = in_batches(partial(_log_likelihoods, problem, pair, y), len(pair[0]), size)
+            size = 1 << (len(pair[0]) - 1).bit_length()  # few shapes are ever compiled
+            told[part.valid] = _in_batches_of(pair, size, partial(_log_likelihoods, problem, y))
         parts.append((part.number, part.z, told))
     if not parts:
         return jnp.zeros((0, problem.dim)), jnp.zeros(0)
@@ -105,10 +105,12 @@ def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "n
 
 
 @eqx.filter_jit
-def _log_likelihoods(problem: Problem, pair: tuple[Array, Sites], y: Sites, rows: Array) -> Float[Array, " num"]:
+def _log_likelihoods(
+    problem: Problem, y: Sites, rows: Array, z: Float[Array, "num dim"], outputs: Sites
+) -> Float[Array, " num"]:
+    del rows
     observation = problem.observation
     assert observation is not None
-    z, outputs = jax.tree.map(lambda leaf: leaf[rows], pair)
     return jax.vmap(lambda z, outputs: observation.log_likelihood(_row(problem, z, outputs), y))(z, outputs)
 
 
@@ -123,9 +125,13 @@ def _data(key: Key, problem: Problem, z: Array, outputs: Sites) -> Sites:
     """Take the outputs for the data, or draw data from their likelihood."""
     if problem.observation is None:
         return outputs
-    pair = z, outputs
+    return _in_batches_of((z, outputs), len(z), partial(_simulate_data, key, problem))
+
+
+def _in_batches_of(pair: tuple[Array, Sites], size: int, function: Callable[..., Any]) -> Any:
+    """Call a function on (numbers of rows, z, outputs), so many rows at a time."""
     return in_batches(
-        lambda i: _simulate_data(key, problem, i, *jax.tree.map(lambda leaf: leaf[i], pair)), len(z), min(BATCH, len(z))
+        lambda rows: function(rows, *jax.tree.map(lambda leaf: leaf[rows], pair)), len(pair[0]), min(size, BATCH)
     )
 
 
@@ -178,11 +184,11 @@ def stored_simulations(
             "Pass the prior that the simulations were made with."
         )
     _check_bounds(prior, store)
-    index, capacity = store.index()
+    index = store.index()
     if not index.valid.any():
         raise ValueError(f"No simulation in `{store.path}` is valid: {store}. Nothing can be learned.")
     numbers = index.number[index.valid]
-    z, outputs = _on_device(store.take(numbers[:capacity]))
+    z, outputs = _on_device(store.take(numbers[: store.capacity(index)]))
     problem = prior
     if likelihood is not None:
         problem = with_likelihood(prior, likelihood, z, outputs)
