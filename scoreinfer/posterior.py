@@ -172,7 +172,8 @@ class Posterior(eqx.Module):
             **kwargs: the model's own keyword arguments.
 
         Returns:
-            `Draws`; weighted, or equally weighted after resampling.
+            `Draws`; weighted, or equally weighted after resampling. With a foreign simulator no density is at hand:
+            with a ``likelihood`` they are weighed afterwards (`weigh`), else never.
 
         Raises:
             ValueError: where the data are missing, not finite, of another shape or another design.

@@ -145,6 +145,15 @@ def test_data_of_the_likelihood_are_not_the_outputs(problem, tmp_path):
     assert not np.array_equal(learned.renew(for_first)[1]["hits"], learned.renew(for_second)[1]["hits"])
 
 
+@pytest.mark.slow
+def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
+    settings = {"num_steps": 3000, "width": 32, "depth": 2, "sampler": si.ReverseSDE(num_steps=64), **QUIET}
+    posterior = si.fit(jax.random.key(1), problem, simulations=store, likelihood=likelihood, **settings)
+    others = si.simulate(jax.random.key(7), problem, physics, 460, store=tmp_path, **QUIET)
+    ranks = si.sbc(jax.random.key(1), posterior, others, 400, **QUIET)
+    assert ranks.calibrated, ranks
+
+
 def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
     unknown = dataclasses.replace(posterior.problem, observation=None)
     plain = si.Posterior(dataclasses.replace(posterior.proposal, problem=unknown), None)
