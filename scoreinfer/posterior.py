@@ -176,7 +176,8 @@ class Posterior(eqx.Module):
             with a ``likelihood`` they are weighed afterwards (`weigh`), else never.
 
         Raises:
-            ValueError: where the data are missing, not finite, of another shape or another design.
+            ValueError: where the data are missing, not finite, of another shape or another design, or a
+                ``prior_fraction`` is asked of a foreign simulator.
 
         Warns:
             MisspecificationWarning: where the observation lies further from the simulations than 99 % of them from
@@ -189,6 +190,8 @@ class Posterior(eqx.Module):
         start = time.perf_counter()
         problem = self.problem
         y = problem.read(args, kwargs)
+        if prior_fraction > 0 and problem.simulate is None:
+            raise ValueError(f"`prior_fraction` needs draws from the prior, and there are none: {problem.not_simulable}")
         streams = _streams(key)
         batches = partial(weighted_draws, streams.draws, self.proposal, y, batch_size, prior_fraction)
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
