@@ -20,11 +20,11 @@ class Transitions(NamedTuple):
     """Paths as the backward kernels' network sees them, one row per step.
 
     Args:
-        v: standardised state at the end of every step.
+        v: standardised state at the end of every step (and what else the network sees, see `LearnedBackward`).
         rest: what regression leaves of the state before, in units of its residual factor.
     """
 
-    v: Float[Array, "num steps dim"]
+    v: Float[Array, "num steps features"]
     rest: Float[Array, "num steps dim"]
 
 

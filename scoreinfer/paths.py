@@ -15,13 +15,22 @@ from jaxtyping import Array, Float
 from scoreinfer._errors import MisspecificationWarning, Offence, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, probability_flow, through_time
+from scoreinfer.backward import (
+    Frame,
+    LearnedBackward,
+    OnWaves,
+    draw_path,
+    elapsed,
+    linear_frame,
+    probability_flow,
+    through_time,
+)
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
 from scoreinfer.model import from_numpyro, noisy_end, read_physics
-from scoreinfer.nets import ConditionalMLP
+from scoreinfer.nets import ConditionalMLP, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
@@ -224,6 +233,7 @@ def fit_paths(
     learning_rate: float = 4e-3,
     width: int = 32,
     depth: int = 2,
+    net: Callable | None = None,
     windows: tuple[int, ...] = (),
     learn_start: Callable[[Key, Problem], Proposal],
     observed: tuple[str, ...] | None = None,
@@ -239,7 +249,7 @@ def fit_paths(
 
     Raises:
         UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
-        ValueError: where trajectories do not fit the process or are not finite.
+        ValueError: where trajectories do not fit the process or are not finite, or ``net`` the state.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
     _refuse_others(problem, process.site)
@@ -250,7 +260,7 @@ def fit_paths(
     if max((1, *windows)) > physics.num_steps:
         raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
-    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
     def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
         return _simulated(key, problem, physics, end, num)
@@ -264,8 +274,7 @@ def fit_paths(
         pilot = _recorded(for_pilot, trajectories, problem, physics, end)
     held_out = max(pilot.shape[0] // 10, 1)
     training, validation = pilot[held_out:], pilot[:held_out]
-    network = ConditionalMLP(for_net, physics.dim, 1, 2 * physics.dim, width=width, depth=depth)
-    untrained = LearnedBackward(physics, linear_frame(physics, training), network)
+    untrained = _untrained(for_net, physics, linear_frame(physics, training), net, width, depth)
     stages = (1, *windows)
     per_stage = max(num_steps // len(stages), 1)
     patience = None if online else 30
@@ -274,7 +283,10 @@ def fit_paths(
     if num_steps == 0:
         backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training), 0.0, "finished")
     else:
-        backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
+        num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
+        backward, history = _learn(
+            for_training, untrained, training, validation, fresh, stages, num_pairs, budget, progress_bar
+        )
     known = PathProposal(backward, END_STATE, pinned(problem))
     proposal: PathProposal | StartedPaths = known
     if end is not None:
@@ -293,13 +305,14 @@ def _learn(
     validation: Float[Array, "held_out times dim"],
     fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
     stages: tuple[int, ...],
+    num_pairs: int,
     budget: Budget,
     progress_bar: bool,
 ) -> tuple[LearnedBackward, History]:
     """Train the network, one stage for each length of windows (1: single transitions alone)."""
     options: dict[str, Any] = {
         "times": through_time(backward.process),
-        "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
+        "num_pairs": num_pairs,
         "penalty": PENALTY / len(training) if fresh is None else 0.0,
     }
     network, histories = backward.network, []
@@ -330,6 +343,28 @@ def _joined(histories: list[History]) -> History:
     num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
     seconds = sum(h.seconds for h in histories)
     return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
+
+
+def _untrained(
+    key: Key, process: PhysicsProcess, frame: Frame, net: Callable | None, width: int, depth: int
+) -> LearnedBackward:
+    """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own."""
+    if net is None:
+        net = ConditionalMLP(key, process.dim, 1, 2 * process.dim, width=width, depth=depth)
+        return LearnedBackward(process, frame, net)
+    backward = LearnedBackward(process, frame, net, getattr(net, "physics", False))
+    first = jnp.zeros((), int)
+    fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
+    try:
+        returned = jax.eval_shape(lambda: net(backward.features(first, frame.centre[0]), *elapsed(process, first)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
+    if returned.shape != (2 * process.dim,):
+        raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
+    if process.waves:
+        on_waves = OnWaves(net, ResidualMLP(key, 2, process.dim, width=32, depth=1), process.shape)
+        backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
+    return backward
 
 
 def _refuse_others(problem: Problem, site: str) -> None:
@@ -391,10 +426,10 @@ def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times d
 
     def one(k, old, new):
         rest = old - jax.vmap(lambda x: frame.mean(backward.process, k, x))(new)
-        v = jax.vmap(lambda x: frame.standardise(k, x))(new)
+        v = jax.vmap(lambda x: backward.features(k, x))(new)
         factor = frame.factor[k]
         rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
-        return v.astype(jnp.float32), rest.astype(jnp.float32)
+        return v, rest.astype(jnp.float32)
 
     steps = jnp.arange(backward.process.num_steps)
     v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))

@@ -327,6 +327,7 @@ def fit(
     invalid: str = "learn",
     checkpoint: str | os.PathLike[str] | None = None,
     process: Physics | None = None,
+    net: Callable | None = None,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
     windows: tuple[int, ...] = (),
     progress_bar: bool = True,
@@ -366,6 +367,8 @@ def fit(
         process: the site of the model that is a physical process. Then its reverse is learned, transition by
             transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``,
             ``simulations`` and ``checkpoint`` are of no use to it.
+        net: with ``process``: the network, such as a `ConvNet` for fields, instead of a perceptron of ``width`` and
+            ``depth``. Every step then takes one transition of each of its ``batch_size`` simulations, not 2048.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
@@ -386,11 +389,11 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
-    if process is not None or trajectories is not None or windows:
+    if process is not None or net is not None or trajectories is not None or windows:
         if process is None or isinstance(model, Problem):
             raise ValueError(
-                "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `trajectories` "
-                "and `windows` are."
+                "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `net`, "
+                "`trajectories` and `windows` are."
             )
         of_no_use = {
             "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
@@ -409,7 +412,7 @@ def fit(
         return fit_paths(
             key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
             num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
-            windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
+            net=net, windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
     settings = {
         "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,

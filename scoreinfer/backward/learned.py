@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer.backward.kernels import AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
+from scoreinfer.nets import ResidualMLP
 from scoreinfer.process import PhysicsProcess
+from scoreinfer.process.physics import hartley
 
 
 class Frame(eqx.Module):
@@ -61,6 +63,7 @@ class LearnedBackward(AbstractBackward):
         process: the physics.
         frame: the regression.
         network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> 2 dim`` numbers, f and h.
+        physics: show the network, behind v, the plain state and the physics' increment in units of the noise, too.
 
     Exactness: exact weights whatever was learned; without weights biased, as good as the training.
 
@@ -71,17 +74,26 @@ class LearnedBackward(AbstractBackward):
     process: PhysicsProcess
     frame: Frame
     network: Callable[[Array, Array, Array], Array]
+    physics: bool = eqx.field(static=True, default=False)
 
     def __call__(self, k, x):
         """Make the kernel of step k."""
-        v = self.frame.standardise(k, x).astype(jnp.float32)
-        move, log_scale = heads(self.network, v, *elapsed(self.process, k))
+        move, log_scale = heads(self.network, self.features(k, x), *elapsed(self.process, k))
         mean, factor = self.frame.mean(self.process, k, x), self.frame.factor[k]
         # A reverse solver that blows up far out is stopped there, so that every density stays finite.
         mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
             return Kernel(mean, factor * jnp.exp(log_scale))
         return Kernel(mean, jnp.exp(log_scale).astype(mean.dtype), factor)
+
+    def features(self, k: Int[Array, ""], x: State) -> Float[Array, " features"]:
+        """Compute what the network sees of the state at the end of step k."""
+        seen = [self.frame.standardise(k, x)]
+        if self.physics:
+            centre, spread = self.frame.centre[k], self.frame.spread[k]
+            seen.append((x - centre) / jnp.sqrt((spread**2).mean()))
+            seen.append((self.process.forward(k, x) - x) / self.process.scale[k])
+        return jnp.concatenate(seen).astype(jnp.float32)
 
     def score(self, t: Float[Array, ""], x: State) -> State:
         """Compute (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q, the score that the learned means stand for.
@@ -100,10 +112,35 @@ FARTHEST = 1e4
 """Standard deviations of the state at which kernels' means are stopped."""
 
 
-def heads(network: Callable, v: State, log_time: Array, time: Array) -> tuple[State, State]:
+def heads(network: Callable, seen: Array, log_time: Array, time: Array) -> tuple[State, State]:
     """Compute the learned move of the mean and the log scale, in the frame."""
-    output = network(v, log_time, time)
-    return output[: v.size], MAX_LOG_SCALE * jnp.tanh(output[v.size :] / MAX_LOG_SCALE)
+    move, log_scale = jnp.split(network(seen, log_time, time), 2)
+    return move, MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
+
+
+class OnWaves(eqx.Module):
+    """Let a network of fields move their Hartley coefficients, as `Physics` with ``waves`` has them.
+
+    The network sees and moves fields; log scales are each wavenumber's own, functions of time alone.
+
+    Args:
+        network: a network of fields: the first half of what it returns is the move.
+        scales: network of log scales, of the logarithm of elapsed time and elapsed time.
+        shape: shape of one state.
+    """
+
+    network: Callable[[Array, Array, Array], Array]
+    scales: ResidualMLP
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(
+        self, seen: Float[Array, " features"], log_time: Float[Array, ""], time: Float[Array, " 1"]
+    ) -> Float[Array, " outputs"]:
+        """Compute move and log scale of the coefficients."""
+        fields = hartley(seen.reshape(-1, *self.shape), len(self.shape))
+        move = jnp.split(self.network(fields.ravel(), log_time, time), 2)[0]
+        move = hartley(move.reshape(self.shape), len(self.shape)).ravel()
+        return jnp.concatenate([move, self.scales(jnp.append(time, log_time))])
 
 
 def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " 1"]]:
