@@ -12,6 +12,7 @@ from scoreinfer.foreign import simulate
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import PhysicsPath, check, from_numpyro
 from scoreinfer.nets import ConvNet, DeepSet, Series
+from scoreinfer.path_losses import Windows
 from scoreinfer.paths import PathPosterior
 from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
@@ -51,6 +52,7 @@ __all__ = [
     "UnderdampedLangevin",
     "UnreadableFile",
     "UnsupportedModel",
+    "Windows",
     "calibrate",
     "certify",
     "check",

@@ -32,7 +32,7 @@ from scoreinfer.forward import ForwardBank
 from scoreinfer.model import from_numpyro, noisy_end, read_physics
 from scoreinfer.nets import ConditionalMLP, ResidualMLP
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
+from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
@@ -234,7 +234,7 @@ def fit_paths(
     width: int = 32,
     depth: int = 2,
     net: Callable | None = None,
-    windows: tuple[int, ...] = (),
+    windows: tuple[int, ...] | Windows = (),
     learn_start: Callable[[Key, Problem], Proposal],
     observed: tuple[str, ...] | None = None,
     progress_bar: bool = True,
@@ -257,8 +257,7 @@ def fit_paths(
     end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
-    if max((1, *windows)) > physics.num_steps:
-        raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
+    windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
@@ -275,8 +274,7 @@ def fit_paths(
     held_out = max(pilot.shape[0] // 10, 1)
     training, validation = pilot[held_out:], pilot[:held_out]
     untrained = _untrained(for_net, physics, linear_frame(physics, training), net, width, depth)
-    stages = (1, *windows)
-    per_stage = max(num_steps // len(stages), 1)
+    per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
     fresh = (lambda key: paths(key, min(POOL, room))) if online else None
@@ -285,7 +283,7 @@ def fit_paths(
     else:
         num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
         backward, history = _learn(
-            for_training, untrained, training, validation, fresh, stages, num_pairs, budget, progress_bar
+            for_training, untrained, training, validation, fresh, windows, num_pairs, budget, progress_bar
         )
     known = PathProposal(backward, END_STATE, pinned(problem))
     proposal: PathProposal | StartedPaths = known
@@ -304,7 +302,7 @@ def _learn(
     training: Float[Array, "num times dim"],
     validation: Float[Array, "held_out times dim"],
     fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
-    stages: tuple[int, ...],
+    windows: Windows,
     num_pairs: int,
     budget: Budget,
     progress_bar: bool,
@@ -315,13 +313,13 @@ def _learn(
         "num_pairs": num_pairs,
         "penalty": PENALTY / len(training) if fresh is None else 0.0,
     }
-    network, histories = backward.network, []
+    network, histories, stages = backward.network, [], (1, *windows.lengths)
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
         prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
         if window == 1:
             loss: Callable = partial(transition_loss, **options)
         else:
-            loss = partial(multistep_loss, **options, backward=backward, window=window)
+            loss = partial(multistep_loss, **options, backward=backward, window=window, how=windows)
         seen = prepare(training)
 
         def pools(key: Key, prepare: Callable = prepare, seen: Any = seen) -> Any:

@@ -32,6 +32,7 @@ from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_p
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.path_losses import Windows
 from scoreinfer.paths import PathPosterior, fit_paths
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
@@ -329,7 +330,7 @@ def fit(
     process: Physics | None = None,
     net: Callable | None = None,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
-    windows: tuple[int, ...] = (),
+    windows: tuple[int, ...] | Windows = (),
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Posterior | PathPosterior:
@@ -372,7 +373,8 @@ def fit(
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
-            training each after that on single transitions; for reverse solvers that are not stable alone.
+            training each after that on single transitions; for reverse solvers that are not stable alone. `Windows`
+            says more: noise, truncated gradients, memory.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
