@@ -11,8 +11,10 @@ from scipy import stats
 
 import scoreinfer as si
 from modes import heat, ornstein_uhlenbeck, ring
+from scoreinfer.backward import linear_frame
 from scoreinfer.correct import effective_sample_size
 from scoreinfer.kernels.score_sde import with_problem
+from scoreinfer.model import read_physics
 from scoreinfer.process.physics import hartley
 
 MODES = ornstein_uhlenbeck()
@@ -149,6 +151,14 @@ def test_double_well_seen_through_its_square():
             assert abs(weight @ f(paths[:, k]) - truth) < 5 * spread / np.sqrt(found.ess)
     again = with_problem(posterior.proposal, posterior.problem)
     assert again.start.problem.dim == 1 and again.problem is posterior.problem  # the start keeps one of its own
+
+
+def test_covariances_stay_positive_where_entries_are_left_out():
+    """A smooth field: what is certain of its covariance is no covariance."""
+    field = ring(16, 2, smoothness=3.0)
+    process = read_physics(si.Physics("x", lambda t0, t1, x: x), field.path_model)
+    frame = linear_frame(process, field.path().sample(jax.random.key(0), (4200,)))
+    assert frame.factor.shape == (2, 16, 16) and np.isfinite(frame.factor).all()
 
 
 @pytest.mark.slow

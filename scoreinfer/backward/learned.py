@@ -191,7 +191,9 @@ def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) 
         certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
         floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
         factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
-        return centre, spread, shift, slope, factor
+        # Without its uncertain entries a covariance may no longer be one.
+        whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
+        return centre, spread, shift, slope, jnp.where(jnp.isfinite(factor).all(), factor, whole)
 
     return Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
 
