@@ -11,8 +11,7 @@ differentiable physics learns the reverse SDE from simulated trajectories; here 
 own density of paths, and held against the exact answer on a grid.
 
 The published figure Q is no test of a posterior (any symmetric sampler scores 1), so the error of P(+1 | x_T) stands
-beside it. As in the published data, the trajectories to learn from start at +1 and -1 by turns (of 25 coin flips, 14
-heads are nothing odd, and no more than a Q of .88). The start is blurred by 0.01, so that it has a density.
+beside it. The start is blurred by 0.01, so that it has a density.
 
 Reference: Holzschuh et al. 2023, arXiv 2301.10250, section 4.1.
 """
@@ -68,12 +67,6 @@ def simulate(key, num):
     return jax.jit(lambda key: numpyro.infer.Predictive(model, num_samples=num)(key)["x"])(key)
 
 
-def trajectories(key, num):
-    """Simulate trajectories whose starts alternate between +1 and -1 (the model is symmetric)."""
-    paths = simulate(key, num)
-    return paths * jnp.where(jnp.arange(num) % 2 == 0, 1, -1)[:, None] * jnp.sign(paths[:, :1])
-
-
 class Exact(NamedTuple):
     """The answer on a grid: densities of x_k, given a start at +1, at every time."""
 
@@ -121,7 +114,7 @@ def learn(key, num, num_steps=6000, progress_bar=False):
     for_paths, for_training = jax.random.split(key)
     size = (32, 2, 3e-3) if num > 100 else (16, 1, 1e-3)
     return si.fit(
-        for_training, model, process=si.Physics("x", grow), trajectories=trajectories(for_paths, num),
+        for_training, model, process=si.Physics("x", grow), trajectories=simulate(for_paths, num),
         num_steps=num_steps, progress_bar=progress_bar, width=size[0], depth=size[1], learning_rate=size[2],
     )  # fmt: skip
 
@@ -130,7 +123,7 @@ def learn_score(key, num, num_steps=6000, progress_bar=False):
     """Learn a score from single states by implicit score matching (of one component: sliced, too)."""
     for_paths, for_net, for_training = jax.random.split(key, 3)
     process = read_physics(si.Physics("x", grow), model)
-    paths = process.flatten(trajectories(for_paths, num))
+    paths = process.flatten(simulate(for_paths, num))
     held_out = max(num // 10, 1)
     network = ConditionalMLP(for_net, 1, 1, 1, width=32, depth=2)
     score = LearnedScore(process, linear_frame(process, paths), network)

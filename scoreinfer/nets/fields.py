@@ -137,6 +137,7 @@ NUM_SEEN = {False: 1, True: 3}
 
 
 def _apply(layer: eqx.nn.Linear, h: Float[Array, "*grid num_in"]) -> Float[Array, "*grid num_out"]:
+    assert layer.bias is not None
     return h @ layer.weight.T + layer.bias
 
 
