@@ -79,16 +79,18 @@ def main() -> int:
     parser.add_argument("--core", type=int, default=0, help="the core both are pinned to")
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})
+    import jax
     from accuracy import report
-    from c2st import c2st
     from tasks import TASKS
+
+    import scoreinfer as si
 
     task = TASKS[0]
     theirs, their_draws = run_sbi(args.sbi_python, args.seed, args.core)
     ours, raw, corrected = run_scoreinfer(args.seed, task.observation(1))
-    reference = task.reference(1)
-    theirs["c2st"] = c2st(reference, their_draws)
-    ours |= {"before": c2st(reference, raw), "after": c2st(reference, corrected)}
+    reference, split = task.reference(1), jax.random.key(1)
+    theirs["c2st"] = si.c2st(split, reference, their_draws)
+    ours |= {"before": si.c2st(split, reference, raw), "after": si.c2st(split, reference, corrected)}
     ours |= {
         "train_ratio": ours["train_cpu_s"] / theirs["train_cpu_seconds"],
         "first_train_ratio": ours["first_train_cpu_s"] / theirs["train_cpu_seconds"],

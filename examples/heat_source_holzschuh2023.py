@@ -30,6 +30,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
+from scipy import stats
 
 import scoreinfer as si
 from scoreinfer.process.physics import hartley
@@ -115,6 +116,11 @@ class Heat(NamedTuple):
         gain = self.start_sd**2 * total / variance
         return gain, np.sqrt(self.start_sd**2 * (1 - gain * total)), self.start_sd / np.sqrt(variance)
 
+    def log_evidence(self, end):
+        """Compute the log density of an end (exactly)."""
+        sd = self.start_sd / self.posterior()[2]
+        return float(stats.norm(0.0, sd).logpdf(np.asarray(hartley(end, 2), np.float64)).sum())
+
 
 def simulate(key, heat, num):
     """Simulate paths."""
@@ -191,8 +197,12 @@ def measure(key, heat, posterior, num=500):
     figures["ode_spectral"] = spectral_error(heat, flow, truth[:few])
     figures["exact_ode_spectral"] = spectral_error(heat, best, truth[:few])
     figures["coverage_90"] = coverage(heat, keys[5], posterior, paths)
-    draws = posterior.sample(keys[6], 1000, end_state=ends[0])
-    return figures | {"ess_share": draws.certificate.ess / draws.num}
+    exact = heat.log_evidence(ends[0])
+    for name, particles, draws in (("", 1, 2 * num), ("resampled_", 128 if num > 100 else 16, num // 8 + 2)):
+        found = posterior.resampled(particles).sample(keys[6], draws, end_state=ends[0]).certificate
+        figures[f"{name}ess_share"] = found.ess / found.num
+        figures[f"{name}log_evidence_error"] = abs(found.log_evidence - exact)
+    return figures
 
 
 def plot(key, heat, posterior, file):

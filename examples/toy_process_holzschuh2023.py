@@ -56,10 +56,15 @@ def grow(t0, t1, x):
     return jnp.sign(x) * 2 * size / (1 + jnp.sqrt(1 - 4 * h * size))
 
 
-def model():
-    """Two possible starts, then 500 noisy steps."""
+def path():
+    """Make the distribution of paths: two possible starts, then 500 noisy steps."""
     start = dist.MixtureSameFamily(dist.Categorical(probs=jnp.ones(2) / 2), dist.Normal(jnp.array([-1.0, 1.0]), BLUR))
-    numpyro.sample("x", si.PhysicsPath(decay, NOISE * np.sqrt(STEP), TS, start))
+    return si.PhysicsPath(decay, NOISE * np.sqrt(STEP), TS, start)
+
+
+def model():
+    """Observe nothing: ends are given as they are."""
+    numpyro.sample("x", path())
 
 
 def simulate(key, num):

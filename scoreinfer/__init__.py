@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnreadableFile, UnsupportedModel
-from scoreinfer.calibration import SBC, CalibrationReport, calibrate, predictive_check, sbc
+from scoreinfer.calibration import SBC, CalibrationReport, c2st, calibrate, predictive_check, sbc
 from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
@@ -53,6 +53,7 @@ __all__ = [
     "UnreadableFile",
     "UnsupportedModel",
     "Windows",
+    "c2st",
     "calibrate",
     "certify",
     "check",

@@ -22,7 +22,7 @@ class ForwardCheck(NamedTuple):
 
     Args:
         log_excess: log(w(z*) / mean proposal weight) of truths z* whose simulated data lie near the observation; NaN
-            where a simulation says nothing.
+            where a simulation says nothing; none where none was asked.
         distance_rank: share of the simulations that lie further from their neighbours than the observation does; NaN
             where it means nothing.
         source: what the evidence is made of, in words.
@@ -113,12 +113,12 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, check: Forward
         excess = np.asarray(check.log_excess)
         told = ~np.isnan(excess)
         missed = float(np.mean(excess[told] > unseen)) if told.any() else np.nan
-        if not told.any():
+        if excess.size and not told.any():
             faults.append("weights are poor at every simulation, so none tells whether the proposal misses anything")
         if missed > MAX_MISSED:
             faults.append(f"{missed:.0%} of {check.source} are where the proposal never draws")
         if rank <= 0.0:
             faults.append("the observation is further from the simulations than any of them from the others")
-    covered = "" if check is None else f", {check.source} covered"
+    covered = "" if check is None or not np.size(check.log_excess) else f", {check.source} covered"
     reason = "; ".join(faults) or f"weights well behaved{covered}"
     return Certificate(not faults, reason, num, ess, k_hat, evidence, error, missed, rank)

@@ -23,7 +23,6 @@ from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Sites
 from scoreinfer.exploration import ExploredBank
 from scoreinfer.focus import FocusedProposal
-from scoreinfer.foreign import FOREIGN
 from scoreinfer.forward import TRUSTED_SHARE, ForwardBank
 from scoreinfer.losses import score_module
 from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Series
@@ -44,6 +43,7 @@ from scoreinfer.storage import (
     write_arrays,
     write_record,
 )
+from scoreinfer.stored import FOREIGN
 from scoreinfer.train import Budget, History, TrainingHistory
 from scoreinfer.validity import Validity, validity_network
 from scoreinfer.whitening import Whitening, identity, whitening_network
@@ -94,6 +94,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
             "dim": problem.dim,
             "has_density": problem.has_density,
             "foreign": problem.not_simulable == FOREIGN,
+            "likelihood": problem.observation is not None,
         },
         "network": network,
         "training": _training(parts),
@@ -162,6 +163,11 @@ def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
         model = read_description(path)["model"]
         if model["foreign"] is False:
             return None
+        if model.get("likelihood"):
+            raise ValueError(
+                f"The posterior in `{path}` was fitted with a likelihood, and files hold no code: pass `likelihood=` "
+                "and a store of the same simulator, `simulations=`, to `load`."
+            )
         return {
             str(site["name"]): tuple(_size(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
         }

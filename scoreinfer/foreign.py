@@ -1,6 +1,7 @@
 """Foreign simulators: any callable, run row by row through any executor, every outcome recorded in a store."""
 
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import time
@@ -16,21 +17,24 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import UnreadableFile, UnsupportedModel
+from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.draws import Draws
 from scoreinfer.model import from_numpyro
-from scoreinfer.problem import Problem, Site
+from scoreinfer.problem import Problem
 from scoreinfer.resuming import key_bits
+from scoreinfer.storage import digest
 from scoreinfer.store import FAILED, INVALID, OK, TIMEOUT, Row, Store, only_writer, open_store, write_shard
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
-FLUSH_SECONDS, FLUSH_ROWS = 5.0, 1000
-"""Finished rows are written at least this often."""
+_SomeRows = Callable[[Array], tuple[Array, Sites, Array]]
+"""From numbers of rows to their unconstrained parameters, their parameters by site, and their seeds."""
+FLUSH_SECONDS, FLUSH_ROWS, FLUSH_BYTES = 5.0, 1000, 32 * 2**20
+"""Finished rows are written at least this often, and as soon as there are so many of them, or so large ones."""
 PATIENCE = 10.0
 """Time-outs that are waited for a worker where all are busy with rows that were given up."""
-FOREIGN = "its simulator is foreign."
 BATCH = 4096
 
 
@@ -44,7 +48,7 @@ class Outcome(NamedTuple):
 
 def simulate(
     key: Key,
-    prior: Callable | Problem,
+    prior: Callable | Problem | Draws,
     simulator: Simulator,
     num: int,
     *args: Any,
@@ -66,6 +70,7 @@ def simulate(
     Args:
         key: random key.
         prior: a NumPyro model, or a `Problem`, whose latent sites are the parameters; its observed sites are ignored.
+            Or `Draws`, to run the simulator on the first ``num`` of them (see `Posterior.weigh`).
         simulator: ``simulator(parameters, seed)``: constrained parameters by site as NumPy values, and a whole number
             to seed what is random in it. Returns an array (then called ``y``) or a dictionary of arrays by name.
         num: number of rows.
@@ -86,7 +91,7 @@ def simulate(
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for wrong arguments, or a store of other simulations.
+        ValueError: for wrong arguments, or a store of other simulations or of a simulator with another name.
         RuntimeError: where another process writes to the store, or every worker hangs.
 
     Exactness: exact draws from the joint distribution of prior and simulator, failures included.
@@ -100,13 +105,15 @@ def simulate(
             "Forked processes deadlock with JAX: give the ProcessPoolExecutor "
             "mp_context=multiprocessing.get_context('spawn')."
         )
-    problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
-    if problem.simulate is None:
-        raise UnsupportedModel(f"Parameters are drawn from the prior, and this one cannot be: {problem.not_simulable}")
+    if isinstance(prior, Draws):
+        rows, told = partial(_rows_of_draws, key, prior), _told_of_draws(prior, num)
+    else:
+        problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
+        rows, told = partial(_prior_rows, key, problem), _told_of_prior(problem)
     path = Path(store)
-    opened = open_store(path, _manifest(key, problem, num))
+    opened = open_store(path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | _first(rows))
     with only_writer(path):
-        done = opened.read()
+        done = opened.index()
         missing = np.setdiff1d(np.arange(num), done.number)
         shapes = {name: value.shape[1:] for name, value in done.outputs.items()}
         plan = _Plan(simulator, on_error, timeout, retries, num_workers or _num_workers(executor))
@@ -117,7 +124,7 @@ def simulate(
             disable=None if progress_bar else True,
             leave=False,
         ) as bar:
-            _run(path, plan, executor, _tasks(key, problem, missing), shapes, bar.update)
+            _run(path, plan, executor, _tasks(rows, missing), shapes, bar.update)
     return opened
 
 
@@ -141,14 +148,32 @@ class _Task(NamedTuple):
     attempts: int = 0
 
 
-def _manifest(key: Key, problem: Problem, num: int) -> dict[str, Any]:
-    z, sites, seeds = _prior_rows(key, problem, jnp.arange(4))
-    return {
-        "num": num, "key": key_bits(key), "dim": problem.dim,
-        "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents],
-        "first": [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()],
-        "parameters": _rounded(sites),
-    }  # fmt: skip
+def _told_of_prior(problem: Problem) -> dict[str, Any]:
+    """Describe the prior in a store's manifest."""
+    if problem.simulate is None:
+        raise UnsupportedModel(f"Parameters are drawn from the prior, and this one cannot be: {problem.not_simulable}")
+    return {"dim": problem.dim, "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents]}
+
+
+def _told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
+    """Describe draws in a store's manifest."""
+    if num > draws.num:
+        raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
+    latents = [f"{name} {value.shape[1:]} drawn" for name, value in draws.sites.items()]
+    return {"dim": draws.values.shape[1], "latents": latents, "draws": digest({"values": np.asarray(draws.values)})}
+
+
+def _first(rows: _SomeRows) -> dict[str, Any]:
+    z, sites, seeds = rows(jnp.arange(4))
+    first = [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()]
+    return {"first": first, "parameters": _rounded(sites)}
+
+
+def _name(simulator: Simulator) -> str:
+    """Name a simulator for the manifest: a lambda and a callable object are told from others by their kind alone."""
+    while isinstance(simulator, partial):
+        simulator = simulator.func
+    return getattr(simulator, "__qualname__", type(simulator).__qualname__)
 
 
 def _rounded(sites: Sites) -> dict[str, list]:
@@ -165,10 +190,16 @@ def _prior_rows(key: Key, problem: Problem, rows: Array) -> tuple[Array, Sites, 
     return jax.vmap(one)(rows)
 
 
-def _tasks(key: Key, problem: Problem, numbers: np.ndarray) -> list[_Task]:
+def _rows_of_draws(key: Key, draws: Draws, rows: Array) -> tuple[Array, Sites, Array]:
+    seeds = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), dtype=jnp.uint32))(rows)
+    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, draws.sites))
+    return z, sites, seeds
+
+
+def _tasks(rows: _SomeRows, numbers: np.ndarray) -> list[_Task]:
     if not numbers.size:
         return []
-    z, sites, seeds = in_batches(lambda i: _prior_rows(key, problem, jnp.asarray(numbers)[i]), numbers.size, BATCH)
+    z, sites, seeds = in_batches(lambda i: rows(jnp.asarray(numbers)[i]), numbers.size, BATCH)
     z, seeds, sites = np.asarray(z), np.asarray(seeds), {name: np.asarray(value) for name, value in sites.items()}
     return [
         _Task(int(number), z[i], {name: value[i] for name, value in sites.items()}, int(seeds[i]))
@@ -238,7 +269,7 @@ def _run(
                     continue
                 lost.add(future)
                 settle(task, Outcome(None, f"no answer within {plan.timeout} s", now - since), TIMEOUT)
-            if len(finished) >= FLUSH_ROWS or (finished and now - flushed > FLUSH_SECONDS):
+            if len(finished) >= _most(shapes) or (finished and now - flushed > FLUSH_SECONDS):
                 write_shard(path, finished)
                 finished, flushed = [], now
     finally:
@@ -260,6 +291,12 @@ def _row(task: _Task, outcome: Outcome, status: str | None, shapes: dict[str, tu
     else:
         status = OK if all(np.isfinite(value).all() for value in outputs.values()) else INVALID
     return Row(task.number, task.z, status, error, task.seed, outcome.seconds, outputs)
+
+
+def _most(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Count the rows that are written at once, where there are so many."""
+    size = 8 * sum(map(math.prod, shapes.values()))
+    return min(FLUSH_ROWS, max(FLUSH_BYTES // max(size, 1), 1))
 
 
 def _here(call: Callable[[], Outcome]) -> concurrent.futures.Future:
@@ -300,104 +337,3 @@ def _forks(executor: concurrent.futures.Executor) -> bool:
     if context is None:
         return False
     return (context.get_start_method() or multiprocessing.get_start_method()) == "fork"
-
-
-def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Problem:
-    """Make the problem of a prior and a foreign simulator with outputs of these shapes.
-
-    The data are given by name: ``posterior.sample(key, num, y=data)``.
-    """
-
-    def read(args: tuple, kwargs: dict[str, Any]) -> Sites:
-        if args or kwargs.keys() != shapes.keys():
-            raise ValueError(
-                f"Expected data for {', '.join(shapes)} by name, as the simulator returns them; got "
-                f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}."
-            )
-        values = {name: np.asarray(kwargs[name], np.float64) for name in shapes}
-        for name, value in values.items():
-            if value.shape != shapes[name] or not np.isfinite(value).all():
-                raise ValueError(f"{name!r} must have shape {shapes[name]} and finite numbers, got {value.shape}.")
-        return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
-
-    def log_likelihood(z: Array, y: Sites) -> Array:
-        raise ValueError("A foreign simulator has no density (`Problem.has_density` is False).")
-
-    return Problem(
-        dim=problem.dim,
-        latents=problem.latents,
-        observed=tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items()),
-        log_prior=problem.log_prior,
-        log_likelihood=log_likelihood,
-        constrain=problem.latent_sites,
-        latent_sites=problem.latent_sites,
-        unconstrain=problem.unconstrain,
-        simulate=None,
-        simulate_observation=None,
-        encode=lambda y: y,
-        read=read,
-        has_density=False,
-        not_simulable=FOREIGN,
-        model=problem.model,
-    )
-
-
-class StoredSimulations(NamedTuple):
-    """Rows of a store as fitting wants them.
-
-    Args:
-        problem: the problem of the prior and the foreign simulator.
-        z: parameters of the valid rows.
-        y: their outputs.
-        all_z: parameters of all rows.
-        valid: whether each of all rows is valid.
-    """
-
-    problem: Problem
-    z: Array
-    y: Sites
-    all_z: Array
-    valid: np.ndarray
-
-
-def stored_simulations(prior: Problem, store: Store | str | os.PathLike[str]) -> StoredSimulations:
-    """Read the rows of a store for the prior that its parameters were drawn from.
-
-    Raises:
-        ValueError: where no row is valid, or the prior has other sites than the store's.
-        UnreadableFile: where the store is damaged.
-    """
-    store = store if isinstance(store, Store) else Store(store)
-    own = [f"{site.name} {site.shape} {site.support}" for site in prior.latents]
-    if own != store.manifest["latents"]:
-        raise ValueError(
-            f"The store's parameters are {', '.join(store.manifest['latents'])}, this prior's are {', '.join(own)}. "
-            "Pass the prior that the simulations were made with."
-        )
-    _check_bounds(prior, store)
-    rows = store.read()
-    if not rows.valid.any():
-        raise ValueError(f"No simulation in `{store.path}` is valid: {store}. Nothing can be learned.")
-    outputs = {name: jnp.asarray(value[rows.valid], float) for name, value in rows.outputs.items()}
-    problem = with_outputs(prior, {name: value.shape[1:] for name, value in outputs.items()})
-    z = jnp.asarray(rows.z, float)
-    return StoredSimulations(problem, z[rows.valid], outputs, z, rows.valid)
-
-
-def _check_bounds(prior: Problem, store: Store) -> None:
-    """Refuse a prior whose parameters differ from the store's at the same places of the unconstrained space."""
-    try:
-        places = np.asarray(store.manifest["first"][0], float).reshape(-1, prior.dim)
-        told = {site.name: np.asarray(store.manifest["parameters"][site.name], float) for site in prior.latents}
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UnreadableFile(
-            store.path, f"its manifest does not say what the first parameters are ({error!r})"
-        ) from error
-    for name, values in jax.vmap(prior.latent_sites)(jnp.asarray(places, float)).items():
-        stored = told[name]
-        if values.shape != stored.shape or not np.allclose(values, stored, rtol=1e-2, atol=1e-3):
-            raise ValueError(
-                f"The store's first parameters are {name} = {stored}, under this prior they would be "
-                f"{np.asarray(values).tolist()}: its bounds are others. Pass the prior that the "
-                "simulations were made with."
-            )

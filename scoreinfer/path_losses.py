@@ -62,10 +62,12 @@ class Transitions(NamedTuple):
     Args:
         v: standardised state at the end of every step (and what else the network sees, see `LearnedBackward`).
         rest: what regression leaves of the state before, in units of its residual factor.
+        context: what the kernels are conditioned on besides.
     """
 
     v: Float[Array, "num steps features"]
     rest: Float[Array, "num steps dim"]
+    context: Float[Array, "num context"]
 
 
 def transition_loss(
@@ -89,12 +91,12 @@ def transition_loss(
     num, steps, _ = batch.v.shape
     k = jax.random.randint(key, (num, num_pairs), 0, steps)
 
-    def one(v, rest, k):
-        move, log_scale = heads(network, v[k], times[0][k], times[1][k])
+    def one(v, rest, context, k):
+        move, log_scale = heads(network, v[k], times[0][k], jnp.concatenate([times[1][k], context]))
         fit = 0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale
         return (fit + penalty * log_scale**2).mean()
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0)))(batch.v, batch.rest, k).mean()
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, None, 0)))(*batch, k).mean()
 
 
 def rollout_loss(
@@ -106,6 +108,7 @@ def rollout_loss(
     window: int,
     num_windows: int,
     how: Windows = Windows(),
+    contexts: Float[Array, "num context"] | None = None,
 ) -> Float[Array, ""]:
     """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
 
@@ -121,6 +124,7 @@ def rollout_loss(
         window: number of steps unrolled.
         num_windows: windows picked at random from each path.
         how: noise, truncation, memory.
+        contexts: what the kernels are conditioned on besides, for each path.
 
     Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
         far states. It makes an unstable reverse solver stable; the score is what `transition_loss` learns.
@@ -133,12 +137,14 @@ def rollout_loss(
     starts = jax.random.randint(for_starts, (paths.shape[0], num_windows), 0, last + 1)
     for_noise = jax.random.split(for_noise, starts.shape)
 
-    def one(path: Array, start: Array, key: Key) -> Array:
+    def one(path: Array, context: Array, start: Array, key: Key) -> Array:
+        given = backward.given(context)
+
         def back(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
             x, total = carry
             if how.truncate is not None:
                 x = jnp.where((i + 1) % how.truncate == 0, jax.lax.stop_gradient(x), x)
-            kernel = backward(start + i, x)
+            kernel = given(start + i, x)
             new = kernel.draw(jax.random.fold_in(key, i))[0] if how.noisy else kernel.mean
             error = (((new - path[start + i]) / backward.process.scale[start + i]) ** 2).mean()
             return (new, total + error), None
@@ -146,7 +152,9 @@ def rollout_loss(
         end = (path[start + window], jnp.zeros((), path.dtype))
         return _unroll(back, end, jnp.arange(window)[::-1], how.kept)[1] / window
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(paths, starts, for_noise).mean()
+    if contexts is None:
+        contexts = jnp.zeros((paths.shape[0], 0), jnp.float32)
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, 0, 0)))(paths, contexts, starts, for_noise).mean()
 
 
 def _unroll(back: Callable, carry: tuple, steps: Int[Array, " num"], kept: int | None) -> tuple:
@@ -193,8 +201,9 @@ def multistep_loss(
     single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
     num_windows = max(num_pairs // window, 1)
     unrolled = rollout_loss(
-        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows, how=how
-    )
+        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows, how=how,
+        contexts=batch.transitions.context,
+    )  # fmt: skip
     return single + how.share * unrolled
 
 

@@ -1,5 +1,7 @@
 """Learning physics in reverse: ``fit(..., process=Physics("x"))``, and the posterior of paths it returns."""
 
+import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -12,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._errors import MisspecificationWarning, Offence, UnsupportedModel
+from scoreinfer._errors import MisspecificationWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import (
     Frame,
     LearnedBackward,
     OnWaves,
+    corrected_path,
     draw_path,
     elapsed,
     linear_frame,
@@ -26,19 +29,21 @@ from scoreinfer.backward import (
     through_time,
 )
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
+from scoreinfer.correct import effective_sample_size
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
-from scoreinfer.model import from_numpyro, noisy_end, read_physics
+from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP, ResidualMLP
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.particles import ResampledPaths
 from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
-from scoreinfer.proposal import Proposal
-from scoreinfer.simulation import check_finite, simulate
-from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths, last_state, pinned
+from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
+from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, beginning, pinned
 from scoreinfer.train import Budget, History, train
 
 NUM_PILOT = 8192
@@ -52,8 +57,24 @@ TRANSITIONS = 2048
 """Transitions per optimiser step."""
 NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
+NUM_PARTICLES = 32
+"""Particles of each draw where the weights of single paths are poor."""
 NUM_ENDS = 2048
 """Simulated ends that a given end's distance is compared with."""
+
+
+class Simulated(NamedTuple):
+    """Paths in components, and what the kernels of each are conditioned on, encoded."""
+
+    states: Float[Array, "num times dim"]
+    conditions: Sites
+
+
+class Conditioned(NamedTuple):
+    """Paths in components, and what the kernels of each are conditioned on, as they see it."""
+
+    states: Float[Array, "num times dim"]
+    context: Float[Array, "num context"]
 
 
 class Ends(NamedTuple):
@@ -79,35 +100,77 @@ class PathPosterior(eqx.Module):
     """The posterior of paths of a physical process, for any end: known exactly, or observed.
 
     Args:
-        proposal: the learned sampler for what the model observes (for a model without observations: for known ends).
-        known_end: the learned sampler for ends known exactly.
+        paths: the learned sampler for what the model observes (for a model without observations: for known ends).
+        known_end: the learned sampler for ends known exactly; None where the model observes something and has unknown
+            parameters, or observes earlier states: known ends then are another model's business.
         bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
             same kernels lead away from.
         ends: simulated ends, to tell a far one by.
         history: how it was trained.
+        num_particles: particles of each draw (see `resampled`); None: one, and more where their weights are poor.
     """
 
-    proposal: PathProposal | StartedPaths
-    known_end: PathProposal
+    paths: PathProposal | StartedPaths
+    known_end: PathProposal | StartedPaths | None
     bank: ForwardBank
     ends: Ends
     history: History
+    num_particles: int | None = eqx.field(static=True, default=None)
+
+    @property
+    def proposal(self) -> PathProposal | StartedPaths | ResampledPaths:
+        """The learned sampler, resampling along the path where that was asked for."""
+        return _with_particles(self.paths, self.num_particles or 1)
 
     @property
     def problem(self) -> Problem:
         """The problem this posterior answers."""
-        return self.proposal.problem
+        return self.paths.problem
 
     @property
     def backward(self) -> LearnedBackward:
         """The learned backward kernels."""
-        assert isinstance(self.proposal.backward, LearnedBackward)
-        return self.proposal.backward
+        assert isinstance(self.paths.backward, LearnedBackward)
+        return self.paths.backward
 
     @property
     def process(self) -> PhysicsProcess:
         """The physics (with the noise of an observation of the end as its last step)."""
         return self.backward.process
+
+    def resampled(self, num_particles: int) -> "PathPosterior":
+        """Copy the posterior, each draw picked from many that are resampled along the path.
+
+        See `scoreinfer.particles`. Each draw then costs ``num_particles`` paths, which pays where the weights of single
+        paths are worse than one in that many. ``ScoreSDE(posterior=posterior.resampled(32))`` moves whole paths by
+        particle independent Metropolis, and weighs those that local moves have changed by conditional SMC. 1: plain
+        weights, always.
+
+        Args:
+            num_particles: particles of each draw.
+
+        Raises:
+            ValueError: where kernels are conditioned on parameters or earlier observations, or there are no particles.
+
+        Exactness: exact weights, the evidence unbiased, as without.
+
+        References: Andrieu, Doucet and Holenstein 2010, "Particle Markov chain Monte Carlo methods".
+        """
+        if num_particles < 1:
+            raise ValueError(f"`num_particles` must be at least 1, got {num_particles}.")
+        _with_particles(self.paths, num_particles)
+        return dataclasses.replace(self, num_particles=num_particles)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Refuse: learned physics is not kept on disk by itself yet.
+
+        Raises:
+            NotImplementedError: always, with the ways out.
+        """
+        raise NotImplementedError(
+            "A posterior of paths cannot be saved yet. Pickle `ScoreSDE(posterior=...)`, which reads the physics from "
+            "the importable model again; or fit again: the same key gives the same weights."
+        )
 
     def sample(
         self,
@@ -118,11 +181,12 @@ class PathPosterior(eqx.Module):
         batch_size: int = 1024,
         **kwargs: Any,
     ) -> Draws:
-        """Draw paths that lead to an end, weigh every path, and certify the batch.
+        """Draw paths (and parameters) that lead to an end, weigh every draw, and certify the batch.
 
         Args:
             key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
-            num: number of paths.
+            num: number of paths. Where their effective share is below one in 32 they are drawn again, each resampled
+                from 32 (see `resampled`; ``info["num_particles"]`` says so), and the better batch is kept.
             *args: the model's own arguments, with the data; not looked at with ``end_state``.
             end_state: the last state, where it is known exactly: then the posterior is that of the earlier states,
                 and the log evidence the log density of the process at this end.
@@ -133,36 +197,79 @@ class PathPosterior(eqx.Module):
             `Draws`; the physics site has shape ``(num, times, *state)``.
 
         Raises:
-            ValueError: where the end has a wrong shape or is not finite, or data are missing.
+            ValueError: where the end has a wrong shape or is not finite, data are missing, or an end is given that
+                these kernels do not start from (see ``known_end``).
 
-        Exactness: exact weights against the model's own density of paths, whatever was learned.
+        Exactness: exact weights against the model's own density of paths, whatever was learned. Batches that are drawn
+            again are chosen by their weights: their evidence is consistent, and unbiased on request (`resampled`).
         """
         start = time.perf_counter()
         known = end_state is not None
-        proposal = self.known_end if known else self.proposal
+        proposal = self._from_known() if known else self.paths
         y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
         if not known and not self.problem.observed:
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
-        drawn = weighted_draws(key, proposal, y, batch_size, 0.0, 0, num)
+        for_again = jax.random.fold_in(key, 2**32 - 1)  # rows of the stream count from zero
+
+        def draw(key: Key, num_particles: int) -> Weighted:
+            by = _with_particles(proposal, num_particles)
+            return weighted_draws(key, by, y, max(batch_size // num_particles, 1), 0.0, 0, num)
+
+        num_particles = self.num_particles or 1
+        drawn = draw(key, num_particles)
+        share = effective_sample_size(drawn.log_weight) / num
+        if self.num_particles is None and 0.0 < share < 1 / NUM_PARTICLES and not self.backward.context.size:
+            again = draw(for_again, NUM_PARTICLES)
+            if effective_sample_size(again.log_weight) / num > share:
+                drawn, num_particles = again, NUM_PARTICLES
         certificate = certify(drawn.log_weight, self._check(y, known))
         sites = constrain(proposal.problem, drawn.values, batch_size)
-        info = {"seconds": time.perf_counter() - start, "num_simulations": self.history.num_simulations}
+        info = {
+            "seconds": time.perf_counter() - start,
+            "num_simulations": self.history.num_simulations,
+            "num_particles": num_particles,
+        }
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
 
-    def reverse_sde(self, key: Key, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    def reverse_sde(
+        self, key: Key, end_state: Float[Array | np.ndarray, "..."], num_corrections: int = 0
+    ) -> Float[Array, "..."]:
         """Draw one path backwards from each of many known ends (batch axes first), without weights.
+
+        ``num_corrections`` Langevin steps with the learned score follow every step (predictor-corrector, see
+        `scoreinfer.backward.corrected_path`).
+
+        Raises:
+            ValueError: where kernels are conditioned on more than a known end.
 
         Exactness: biased, as good as the training; `sample` weighs its paths.
         """
         ends = self._flat(end_state)
-        return self._shaped(_reverse_rows(key, self.known_end, ends), end_state)
+        return self._shaped(_reverse_rows(key, self._unconditioned(), ends, num_corrections), end_state)
 
     def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
 
+        Raises:
+            ValueError: where kernels are conditioned on more than a known end.
+
         Exactness: biased, as good as the training; see `scoreinfer.backward.probability_flow`.
         """
-        return self._shaped(_flow_rows(self.known_end, self._flat(end_state)), end_state)
+        return self._shaped(_flow_rows(self._unconditioned(), self._flat(end_state)), end_state)
+
+    def _from_known(self) -> PathProposal | StartedPaths:
+        if self.known_end is None:
+            raise ValueError(
+                "`end_state=` asks for kernels that start from it, and these are for what the model observes, beside "
+                "parameters or earlier states. Give its data, or fit the model without its observed sites."
+            )
+        return self.known_end
+
+    def _unconditioned(self) -> PathProposal:
+        known = self._from_known()
+        if isinstance(known, StartedPaths):
+            raise ValueError("These kernels need the parameters' values: `sample` draws parameters and paths.")
+        return known
 
     def _flat(self, ends: Any) -> Float[Array, "num dim"]:
         return self.process.flatten(jnp.asarray(ends, jnp.result_type(float))).reshape(-1, self.process.dim)
@@ -174,11 +281,11 @@ class PathPosterior(eqx.Module):
 
     def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
         """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
-        if known and isinstance(self.proposal, StartedPaths):
+        if known and self.problem.observed and isinstance(self.paths, StartedPaths):
             return None  # its simulations lie in the space of observations
-        if known and isinstance(self.proposal, PathProposal):
-            y = {self.proposal.site: y[END_STATE]}  # the observation it would be without noise
-        x = _features(self.proposal, y)
+        if known and isinstance(self.paths, PathProposal):
+            y = {self.paths.site: y[END_STATE]}  # the observation it would be without noise
+        x = _features(self.paths, y)
         check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
         if check.distance_rank <= MAX_OUTLYING:
             warnings.warn(
@@ -198,10 +305,21 @@ class PathPosterior(eqx.Module):
         return end
 
 
+def _with_particles(paths: PathProposal | StartedPaths, num_particles: int) -> Any:
+    return paths if num_particles == 1 else ResampledPaths(paths, num_particles)
+
+
 @eqx.filter_jit
-def _reverse_rows(key: Key, proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
+def _reverse_rows(
+    key: Key, proposal: PathProposal, ends: Float[Array, "num dim"], num_corrections: int
+) -> Float[Array, "num times dim"]:
+    backward, num_steps = proposal.backward, proposal.num_steps
+    assert isinstance(backward, LearnedBackward)
+
     def one(key: Key, end: Float[Array, " dim"]) -> Float[Array, "times dim"]:
-        return draw_path(key, proposal.backward, end, proposal.num_steps)[0]
+        if num_corrections == 0:
+            return draw_path(key, backward, end, num_steps)[0]
+        return corrected_path(key, backward, end, num_steps, num_corrections)
 
     return jax.vmap(one)(jax.random.split(key, ends.shape[0]), ends)
 
@@ -242,27 +360,36 @@ def fit_paths(
 ) -> PathPosterior:
     """Learn the physics of a model in reverse; see `scoreinfer.fit`, whose ``process=`` leads here.
 
-    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise.
+    ``learn_start`` learns the posterior of the last state, where not that state itself is observed with Gaussian noise,
+    and of other latent sites than the process, its unknown parameters. The kernels are conditioned on parameters, and
+    on the observation where it sees earlier states; the reverse physics that they start from is that of one value of
+    the parameters.
 
     The backward kernels keep to the budget; the learned start takes simulations of its own, and 2048 more paths tell
     how far simulated ends lie from each other.
 
     Raises:
-        UnsupportedModel: where the model has other latent sites than the process, or cannot be simulated.
-        ValueError: where trajectories do not fit the process or are not finite, or ``net`` the state.
+        UnsupportedModel: where the model cannot be simulated.
+        ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside them,
+            or ``net`` does not fit the state.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
-    _refuse_others(problem, process.site)
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
     physics = read_physics(process, model, *args, **kwargs)
+    has_parameters = len(problem.latents) > 1
+    if has_parameters and trajectories is not None:
+        raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
     end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
+    conditioned = end is None and sees_path(problem, process.site, physics.num_steps + 1)
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
     windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
-    def paths(key: Key, num: int) -> Float[Array, "num times dim"]:
-        return _simulated(key, problem, physics, end, num)
+    def paths(key: Key, num: int) -> Simulated:
+        return _simulated(key, problem, process.site, physics, end, conditioned, num)
 
     if trajectories is not None and num_simulations is not None:
         raise ValueError("Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget.")
@@ -270,27 +397,43 @@ def fit_paths(
     if trajectories is None:
         pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
     else:
-        pilot = _recorded(for_pilot, trajectories, problem, physics, end)
-    held_out = max(pilot.shape[0] // 10, 1)
-    training, validation = pilot[held_out:], pilot[:held_out]
-    untrained = _untrained(for_net, physics, linear_frame(physics, training), net, width, depth)
+        pilot = _recorded(for_pilot, trajectories, problem, physics, end, conditioned)
+    scale = standardiser(pilot.conditions)
+    standardised = _condition(scale, pilot)
+    held_out = max(len(pilot.states) // 10, 1)
+    training, validation = (
+        jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
+    )
+    usual = jnp.zeros(training.context.shape[1], jnp.float32)
+    untrained = _untrained(for_net, physics, linear_frame(physics, *training), usual, net, width, depth)
     per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
-    budget = Budget(per_stage, min(batch_size, len(training)), min(250, per_stage), learning_rate, patience)
-    fresh = (lambda key: paths(key, min(POOL, room))) if online else None
+    budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
+    fresh = (lambda key: _condition(scale, paths(key, min(POOL, room)))) if online else None
     if num_steps == 0:
-        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training), 0.0, "finished")
+        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
     else:
         num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
         backward, history = _learn(
             for_training, untrained, training, validation, fresh, windows, num_pairs, budget, progress_bar
         )
-    known = PathProposal(backward, END_STATE, pinned(problem))
-    proposal: PathProposal | StartedPaths = known
-    if end is not None:
-        proposal = PathProposal(backward, end.site, problem)
+
+    def started(site: str | None, problem: Problem) -> StartedPaths:
+        start = learn_start(for_start, beginning(problem, physics, process.site, site))
+        return StartedPaths(start, backward, scale, site, process.site, problem)
+
+    known: PathProposal | StartedPaths | None = None
+    if not has_parameters and not conditioned:
+        known = PathProposal(backward, END_STATE, pinned(problem))
+    elif not problem.observed:
+        known = started(END_STATE, pinned(problem))
+    if end is not None and not has_parameters:
+        proposal: PathProposal | StartedPaths = PathProposal(backward, end.site, problem)
     elif problem.observed:
-        proposal = StartedPaths(learn_start(for_start, last_state(problem, physics)), backward, problem)
+        proposal = started(None if end is None else end.site, problem)
+    else:
+        assert known is not None
+        proposal = known
     z, y = _joint(for_truths, proposal)
     bank = _bank(for_bank, proposal, z[:NUM_BANK], jax.tree.map(lambda leaf: leaf[:NUM_BANK], y))
     return PathPosterior(proposal, known, bank, _ends(proposal, y), history)
@@ -299,9 +442,9 @@ def fit_paths(
 def _learn(
     key: Key,
     backward: LearnedBackward,
-    training: Float[Array, "num times dim"],
-    validation: Float[Array, "held_out times dim"],
-    fresh: Callable[[Key], Float[Array, "pool times dim"]] | None,
+    training: Conditioned,
+    validation: Conditioned,
+    fresh: Callable[[Key], Conditioned] | None,
     windows: Windows,
     num_pairs: int,
     budget: Budget,
@@ -311,7 +454,7 @@ def _learn(
     options: dict[str, Any] = {
         "times": through_time(backward.process),
         "num_pairs": num_pairs,
-        "penalty": PENALTY / len(training) if fresh is None else 0.0,
+        "penalty": PENALTY / len(training.states) if fresh is None else 0.0,
     }
     network, histories, stages = backward.network, [], (1, *windows.lengths)
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
@@ -344,41 +487,52 @@ def _joined(histories: list[History]) -> History:
 
 
 def _untrained(
-    key: Key, process: PhysicsProcess, frame: Frame, net: Callable | None, width: int, depth: int
+    key: Key,
+    process: PhysicsProcess,
+    frame: Frame,
+    usual: Float[Array, " context"],
+    net: Callable | None,
+    width: int,
+    depth: int,
 ) -> LearnedBackward:
     """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own."""
     if net is None:
-        net = ConditionalMLP(key, process.dim, 1, 2 * process.dim, width=width, depth=depth)
-        return LearnedBackward(process, frame, net)
-    backward = LearnedBackward(process, frame, net, getattr(net, "physics", False))
+        net = ConditionalMLP(key, process.dim, 1 + usual.size, 2 * process.dim, width=width, depth=depth)
+        return LearnedBackward(process, frame, net, usual)
+    backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False))
     first = jnp.zeros((), int)
     fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
+
+    def output() -> Array:
+        log_time, time = elapsed(process, first)
+        return net(backward.features(first, frame.centre[0]), log_time, jnp.concatenate([time, usual]))
+
     try:
-        returned = jax.eval_shape(lambda: net(backward.features(first, frame.centre[0]), *elapsed(process, first)))
+        returned = jax.eval_shape(output)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
     if returned.shape != (2 * process.dim,):
         raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
     if process.waves:
-        on_waves = OnWaves(net, ResidualMLP(key, 2, process.dim, width=32, depth=1), process.shape)
+        on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
         backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
     return backward
 
 
-def _refuse_others(problem: Problem, site: str) -> None:
-    others = [latent.name for latent in problem.latents if latent.name != site]
-    if others:
-        way_out = "Fix it, or infer it around this model"
-        raise UnsupportedModel(tuple(Offence(name, f"is latent beside {site!r}", way_out) for name in others))
-    if problem.simulate is None:
-        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+@eqx.filter_jit
+def _condition(scale: Standardiser, drawn: Simulated) -> Conditioned:
+    if not drawn.conditions:
+        return Conditioned(drawn.states, jnp.zeros((len(drawn.states), 0), jnp.float32))
+    return Conditioned(drawn.states, jax.vmap(lambda conditions: flatten(scale(conditions)))(drawn.conditions))
 
 
-def _simulated(key, problem, physics, end, num):
+def _simulated(key, problem, site, physics, end, conditioned, num):
     """Simulate paths, with the observation as their last state where the process ends in its noise."""
     drawn = simulate(key, problem, num)
     check_finite(drawn)
-    return _with_ends(physics, drawn.z, None if end is None else drawn.x[end.site])
+    parameters, paths = jax.vmap(unknowns(problem, site).parts)(drawn.z)
+    conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (drawn.x if conditioned else {})
+    return Simulated(_with_ends(physics, paths, None if end is None else drawn.x[end.site]), conditions)
 
 
 @eqx.filter_jit
@@ -389,7 +543,7 @@ def _with_ends(physics, z, ends):
     return physics.flatten(paths)
 
 
-def _recorded(key, trajectories, problem, physics, end):
+def _recorded(key, trajectories, problem, physics, end, conditioned):
     """Check trajectories against the process, and observe their ends."""
     trajectories = jnp.asarray(trajectories, jnp.result_type(float))
     expected = (physics.num_steps + (end is None), *physics.shape)
@@ -401,29 +555,31 @@ def _recorded(key, trajectories, problem, physics, end):
     if not bool(jnp.isfinite(trajectories).all()):
         raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
     num = trajectories.shape[0]
-    ends = None
-    if end is not None:
+    paths, x = trajectories.reshape(num, -1), {}
+    if end is not None or conditioned:
         keys = jax.random.split(key, num)
-        ends = jax.jit(jax.vmap(problem.simulate_observation))(keys, trajectories.reshape(num, -1))[end.site]
-    return _with_ends(physics, trajectories.reshape(num, -1), ends)
+        x = jax.jit(jax.vmap(lambda key, path: encode(problem, problem.simulate_observation(key, path))))(keys, paths)
+    return Simulated(_with_ends(physics, paths, None if end is None else x[end.site]), x if conditioned else {})
 
 
-def _transitions(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
-    num = paths.shape[0]
-    return in_batches(lambda i: _transition_rows(backward, paths[i]), num, min(num, 4096))
+def _transitions(backward: LearnedBackward, paths: Conditioned) -> Transitions:
+    num = len(paths.states)
+    return in_batches(lambda i: _transition_rows(backward, paths.states[i], paths.context[i]), num, min(num, 4096))
 
 
-def _path_batch(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> PathBatch:
-    return PathBatch(_transitions(backward, paths), paths)
+def _path_batch(backward: LearnedBackward, paths: Conditioned) -> PathBatch:
+    return PathBatch(_transitions(backward, paths), paths.states)
 
 
 @eqx.filter_jit
-def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times dim"]) -> Transitions:
+def _transition_rows(
+    backward: LearnedBackward, paths: Float[Array, "num times dim"], context: Float[Array, "num context"]
+) -> Transitions:
     """Whiten transitions by the frame, so that training need not run the physics."""
     frame = backward.frame
 
     def one(k, old, new):
-        rest = old - jax.vmap(lambda x: frame.mean(backward.process, k, x))(new)
+        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, context)
         v = jax.vmap(lambda x: backward.features(k, x))(new)
         factor = frame.factor[k]
         rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
@@ -431,7 +587,7 @@ def _transition_rows(backward: LearnedBackward, paths: Float[Array, "num times d
 
     steps = jnp.arange(backward.process.num_steps)
     v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))
-    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1))
+    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1), context)
 
 
 @eqx.filter_jit
@@ -439,8 +595,11 @@ def _joint(key: Key, proposal: PathProposal | StartedPaths) -> tuple[Float[Array
     """Simulate paths and what is known of each."""
     assert proposal.problem.simulate is not None
     z, y = jax.lax.map(proposal.problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
-    if isinstance(proposal, PathProposal) and proposal.site == END_STATE:
-        y = {END_STATE: z.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
+    if proposal.site == END_STATE:
+        path = z
+        if isinstance(proposal, StartedPaths):
+            path = jax.vmap(proposal.unknowns.parts)(z)[1]
+        y = {END_STATE: path.reshape(NUM_ENDS, -1, *proposal.backward.process.shape)[:, -1]}
     return z, y
 
 

@@ -19,15 +19,14 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
 from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, certify
+from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, ForwardCheck, certify
 from scoreinfer.checkpoint import Parts, foreign_outputs, read_posterior, write_posterior
-from scoreinfer.correct import effective_sample_size, pareto_smooth, rejuvenate
-from scoreinfer.drawing import constrain, weighted_draws
+from scoreinfer.correct import effective_sample_size, log_evidence, pareto_smooth, rejuvenate, resample_indices
+from scoreinfer.drawing import constrain, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.exploration import ExploredBank, explore
 from scoreinfer.focus import focus
-from scoreinfer.foreign import StoredSimulations, stored_simulations, with_outputs
-from scoreinfer.forward import ForwardBank, forward_bank, outlier_bank
+from scoreinfer.forward import NUM_NEIGHBOURS, ForwardBank, forward_bank, outlier_bank
 from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision, whitening_loss
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
@@ -40,9 +39,10 @@ from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
-from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, simulate, standardiser
+from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, encoded, simulate, standardiser
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
+from scoreinfer.stored import StoredSimulations, explained, stored_simulations, with_outputs
 from scoreinfer.train import Budget, TrainingHistory, train
 from scoreinfer.validity import Validity, failure_weights, learn_validity
 from scoreinfer.whitening import Whitening, identity, linear_whitening
@@ -51,6 +51,9 @@ NUM_PILOT = 8192
 NUM_BANK = 512
 """Stored simulations kept to tell outliers by."""
 POOL = 32_768
+MIN_EXPLAINED = 5.0
+"""Effective number of stored simulations that explain the data from which on they are asked about the proposal."""
+UNWEIGHED = "uncertified: not weighed yet. Run the simulator on the draws (`simulate`), then `weigh` them."
 ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
 
@@ -170,7 +173,8 @@ class Posterior(eqx.Module):
             **kwargs: the model's own keyword arguments.
 
         Returns:
-            `Draws`; weighted, or equally weighted after resampling.
+            `Draws`; weighted, or equally weighted after resampling. With a foreign simulator no density is at hand:
+            with a ``likelihood`` they are weighed afterwards (`weigh`), else never.
 
         Raises:
             ValueError: where the data are missing, not finite, of another shape or another design.
@@ -219,12 +223,81 @@ class Posterior(eqx.Module):
         undone = None if self.validity is None else failure_weights(self.validity, draws.values)
         return draws._replace(log_weight=undone, log_joint=None)
 
+    def weigh(
+        self,
+        key: Key,
+        draws: Draws,
+        runs: Store | str | os.PathLike[str],
+        simulations: Store | str | os.PathLike[str] | None = None,
+    ) -> Draws:
+        """Weigh draws by what the foreign simulator made of them, and certify the batch.
+
+        For posteriors fitted with a ``likelihood``. ``runs`` holds the simulator's outputs at these very draws, which
+        ``simulate(key, draws, simulator, draws.num, store=...)`` runs and records.
+
+        Args:
+            key: random key.
+            draws: what `sample` gave, not resampled.
+            runs: the store of the simulator's runs on these draws.
+            simulations: the store the posterior was learned from. Its runs tell whether the proposal misses what
+                explains the data; without it, or where hardly any of them explains the data, only the weights speak.
+
+        Returns:
+            The draws, weighted. Those at which the simulator failed have weight zero, and the certificate says so.
+
+        Raises:
+            ValueError: where the posterior was fitted without a likelihood, or ``runs`` are not those of the draws.
+
+        Exactness: exact importance weights, for any training, of the model in which failing has probability zero; with
+            a random simulator too (its own density is not needed: outputs are drawn from it).
+        """
+        problem, y = self.problem, draws.observed
+        if problem.observation is None:
+            raise ValueError("Weights need a likelihood: fit with `likelihood=`, for data whose density is known.")
+        runs = runs if isinstance(runs, Store) else Store(runs)
+        z, log_likelihood = explained(problem, runs, y)
+        if not np.array_equal(z, draws.values):
+            raise ValueError(
+                f"`{runs.path}` must hold one run of the simulator for each of the {draws.num} draws, got {runs}, not "
+                "of these draws alone. Run `simulate(key, draws, simulator, draws.num, store=...)` to its end."
+            )
+        log_joint = _log_priors(problem, draws.values) + log_likelihood
+        log_weight = log_joint - draws.log_q
+        certificate = certify(log_weight, self._stored_check(key, simulations, log_weight, y))
+        num_failed = int(np.isneginf(log_likelihood).sum())
+        if num_failed:
+            failed = f"the simulator failed at {num_failed} draws, which count as impossible"
+            certificate = certificate._replace(reason=f"{certificate.reason}; {failed}")
+        info = draws.info | {"num_failed": num_failed}
+        return draws._replace(log_weight=log_weight, log_joint=log_joint, certificate=certificate, info=info)
+
+    def _stored_check(
+        self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array, y: Sites
+    ) -> ForwardCheck | None:
+        """Hold the stored simulations that explain the data, as the likelihood picks them, against the proposal."""
+        rank = np.nan if self.bank is None else self.bank.check(_features(self.proposal, y)).distance_rank
+        nothing = ForwardCheck(jnp.zeros(0), jnp.asarray(rank), "")
+        if simulations is None:
+            return nothing
+        stored = simulations if isinstance(simulations, Store) else Store(simulations)
+        for_rows, for_paths = jax.random.split(key)
+        z, log_likelihood = explained(self.problem, stored, y)
+        if effective_sample_size(log_likelihood) < MIN_EXPLAINED:
+            return nothing
+        rows = resample_indices(for_rows, log_likelihood, NUM_NEIGHBOURS)
+        told = weigh_rows(for_paths, self.proposal, y, jnp.arange(NUM_NEIGHBOURS), z[rows])
+        log_joint = _log_priors(self.problem, z[rows]) + log_likelihood[rows]
+        excess = log_joint - told.log_q - log_evidence(log_weight)[0]
+        return ForwardCheck(excess, jnp.asarray(rank), "the stored simulations that explain the data")
+
     def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
         """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
         log_weight = drawn.log_weight if self.problem.has_density else None
         if self.bank is None:
             return certify(log_weight)
         certificate = certify(log_weight, self.bank.check(_features(self.proposal, y)))
+        if self.problem.observation is not None:
+            return certificate._replace(reason=UNWEIGHED)
         if log_weight is None:
             return certificate
         alarmed = certificate.missed > MAX_MISSED and certify(drawn.log_weight).certified
@@ -240,6 +313,8 @@ def load(
     *args: Any,
     embedding: Embedding | None = None,
     observed: tuple[str, ...] | None = None,
+    simulations: Store | str | os.PathLike[str] | None = None,
+    likelihood: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> Posterior:
     """Load a saved posterior for the model it was fitted to.
@@ -253,6 +328,8 @@ def load(
         *args: the model's own arguments, as for `fit`; data may be left out.
         embedding: where `fit` was given an embedding module of the user's own: one like it, trained or not.
         observed: as for `fit`.
+        simulations: for a posterior fitted with a ``likelihood``: a store of the same simulator.
+        likelihood: as for `fit`.
         **kwargs: the model's own keyword arguments.
 
     Raises:
@@ -264,9 +341,11 @@ def load(
         the files hold, weights are computed from the model at hand.
     """
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
-    outputs = foreign_outputs(Path(path))
-    if outputs is not None:
-        problem = with_outputs(problem, outputs)
+    if likelihood is not None:
+        problem = _stored(jax.random.key(0), problem, simulations, likelihood, "learn", None).problem
+    else:
+        outputs = foreign_outputs(Path(path))
+        problem = problem if outputs is None else with_outputs(problem, outputs)
     return Posterior(*read_posterior(Path(path), problem, embedding))
 
 
@@ -298,6 +377,11 @@ def _streams(key: Key) -> _Streams:
 
 
 @eqx.filter_jit
+def _log_priors(problem: Problem, z: Float[Array, "num dim"]) -> Float[Array, " num"]:
+    return jax.vmap(problem.log_prior)(z)
+
+
+@eqx.filter_jit
 def _features(proposal: AmortisedProposal, y: Sites) -> Float[Array, " features"]:
     return flatten(proposal.features(y))
 
@@ -325,6 +409,7 @@ def fit(
     target_score: bool | None = None,
     observed: tuple[str, ...] | None = None,
     simulations: Store | str | os.PathLike[str] | None = None,
+    likelihood: Callable[..., Any] | None = None,
     invalid: str = "learn",
     checkpoint: str | os.PathLike[str] | None = None,
     process: Physics | None = None,
@@ -356,7 +441,11 @@ def fit(
         target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
         simulations: a store of foreign simulations (`scoreinfer.simulate`), or its folder; ``model`` is their prior.
-            The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``.
+            The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``. A store larger
+            than its ``memory`` is never read whole: every epoch takes other rows.
+        likelihood: where the density of the data given the simulator's outputs is known: a NumPyro model
+            ``likelihood(parameters, outputs, ...data)`` of the data alone, told parameters and outputs by name. Data
+            to learn from are drawn from it, anew for every epoch, and draws can be weighed (`Posterior.weigh`).
         invalid: what to do about rows of the store that failed or are not finite. ``learn``: learn the probability
             of success v(z) and weigh draws by 1 / v(z), right where failing has nothing to do with the data that
             would have come out. ``drop``: learn from the others alone, biased towards where the simulator works (and
@@ -365,9 +454,10 @@ def fit(
             there. A run that was killed and started again with the same arguments ends with the weights, to the last
             bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
             goes on; without a folder an interrupted training keeps the best weights so far.
-        process: the site of the model that is a physical process. Then its reverse is learned, transition by
+        process: the site of the model that is a physical process; other latent sites are unknown parameters, drawn and
+            weighed jointly with its paths, and any states may be observed. Then its reverse is learned, transition by
             transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``,
-            ``simulations`` and ``checkpoint`` are of no use to it.
+            ``simulations``, ``likelihood`` and ``checkpoint`` are of no use to it.
         net: with ``process``: the network, such as a `ConvNet` for fields, instead of a perceptron of ``width`` and
             ``depth``. Every step then takes one transition of each of its ``batch_size`` simulations, not 2048.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
@@ -399,7 +489,7 @@ def fit(
             )
         of_no_use = {
             "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
-            "checkpoint": checkpoint,
+            "likelihood": likelihood, "checkpoint": checkpoint,
         }  # fmt: skip
         given = ", ".join(f"`{name}`" for name, value in of_no_use.items() if value is not None)
         if given:
@@ -424,7 +514,9 @@ def fit(
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     names = ("pilot", "white", "net", "train", "score", "bank", "validity")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    stored = None if simulations is None else _stored(problem, simulations, invalid, num_simulations)
+    stored = None
+    if simulations is not None or likelihood is not None:
+        stored = _stored(keys["pilot"], problem, simulations, likelihood, invalid, num_simulations)
     if stored is not None:
         problem, num_simulations = stored.problem, len(stored.z)
     elif problem.simulate is None:
@@ -434,24 +526,31 @@ def fit(
     if stored is None:
         pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
     else:
-        pilot = Simulations(stored.z, stored.y)
+        pilot = encoded(problem, stored.z, stored.y)
     check_finite(pilot)
     scale = standardiser(pilot.x)
     pilot = _standardise(scale, pilot)
-    held_out = max(pilot.num // 10, 1)
+    held_out = max(pilot.num // 10, 1) if stored is None else stored.num_held_out
     validation, training = _rows(pilot, slice(None, held_out)), _rows(pilot, slice(held_out, None))
     batch_size = min(batch_size, training.num)
     epoch_steps = min(250, num_steps) if online else min(250, num_steps, -(-2 * training.num // batch_size))
     budget = Budget(num_steps, batch_size, epoch_steps, learning_rate, patience=None if online else 30)
     pool_size = min(POOL, epoch_steps * batch_size)
 
+    renew = None if stored is None else stored.renew
+    unchanging = not online and renew is None
+
     def pools(key: Key, gradient: bool = False) -> Simulations:
-        return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient)) if online else training
+        if online:
+            return _standardise(scale, simulate(key, problem, pool_size, gradient=gradient))
+        return training if renew is None else _standardise(scale, encoded(problem, *renew(key)))
 
     embedding = Concatenate() if embedding is None else embedding
     stages: list[Path | None] = [None, None]
     if checkpoint is not None:
-        open_run(Path(checkpoint), key, settings | _fingerprint(problem, (pilot.z, pilot.x, scale, embedding)))
+        all_z = None if stored is None else stored.all_z
+        start = all_z, pilot.z, pilot.x, scale, embedding
+        open_run(Path(checkpoint), key, settings | _fingerprint(problem, start))
         stages = [Path(checkpoint) / f"{stage}.safetensors" for stage in ("whitening", "score")]
     # On a fixed budget a large whitening map would learn its simulations by heart.
     size = {"width": 2 * width, "depth": 3} if online else {"width": width, "depth": 2}
@@ -477,14 +576,14 @@ def fit(
         keys["score"],
         module,
         loss,
-        lambda key: _whiten(whitening, pools(key, precision is not None)) if online else whitened,
+        lambda key: whitened if unchanging else _whiten(whitening, pools(key, precision is not None)),
         _whiten(whitening, validation),
         budget,
         progress_bar=progress_bar,
         title="score",
         checkpoint=stages[1],
     )
-    sampler = sampler or default_sampler(problem.dim, weighed=problem.has_density)
+    sampler = sampler or default_sampler(problem.dim, weighed=problem.has_density or problem.observation is not None)
     adjustment = identity(problem.dim)
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     history = TrainingHistory(white_history, score_history, budget)
@@ -499,15 +598,22 @@ def fit(
 
 
 def _stored(
-    prior: Problem, store: Store | str | os.PathLike[str], invalid: str, num_simulations: int | None
+    key: Key,
+    prior: Problem,
+    store: Store | str | os.PathLike[str] | None,
+    likelihood: Callable[..., Any] | None,
+    invalid: str,
+    num_simulations: int | None,
 ) -> StoredSimulations:
     """Read a store to learn from."""
+    if store is None:
+        raise ValueError("A `likelihood` needs `simulations`: the store of the simulator whose outputs it is about.")
     if invalid not in ("learn", "drop", "raise") or num_simulations is not None:
         raise ValueError(
             f"With `simulations`, `invalid` must be 'learn', 'drop' or 'raise', got {invalid!r}, and `num_simulations` "
             f"must be left to the store, got {num_simulations}."
         )
-    stored = stored_simulations(prior, store)
+    stored = stored_simulations(key, prior, store, likelihood)
     num, num_bad = len(stored.valid), int(np.sum(~stored.valid))
     if num_bad and invalid == "raise":
         raise ValueError(

@@ -64,6 +64,8 @@ class Problem:
             ArviZ wants it for leave-one-out; None where it is not known.
         model: the NumPyro model that the problem was read from, for what has to read it again; None where there is
             none.
+        observation: where the data come from a foreign simulator's outputs by a known likelihood: that likelihood, as
+            a problem whose flat vector is parameters and outputs side by side.
     """
 
     dim: int
@@ -82,6 +84,7 @@ class Problem:
     not_simulable: str = ""
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
     model: Callable | None = None
+    observation: "Problem | None" = None
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""

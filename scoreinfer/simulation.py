@@ -91,6 +91,12 @@ def encode(problem: Problem, y: Sites) -> Sites:
     return problem.encode(y) or {"nothing": jnp.zeros(1)}
 
 
+@eqx.filter_jit
+def encoded(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> Simulations:
+    """Make simulations of given pairs, draw axis first."""
+    return Simulations(z, jax.vmap(lambda y: encode(problem, y))(y))
+
+
 class Standardiser(eqx.Module):
     """A robust affine scale for encoded observations, with logarithmic tails beyond ``bend`` scale units.
 

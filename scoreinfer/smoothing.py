@@ -1,22 +1,27 @@
 """Smoothing: draws of whole paths given how they ended, as proposals that the model's own density weighs.
 
-The latent vector of the problem is the whole path, so that weights, evidence, certificates and chains are those of
-any other proposal: log w = log p(path, y) - log q(path | y), log q the sum of the backward kernels' and the start's.
+The latent vector of the problem is the whole path (and unknown parameters), so that weights, evidence, certificates
+and chains are those of any other proposal: log w = log p(path, y) - log q(path | y), log q the sum of the backward
+kernels' and the start's.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import AbstractBackward, draw_path, log_path
+from scoreinfer.backward import AbstractBackward, LearnedBackward, draw_path, log_path
+from scoreinfer.model import Unknowns, unknowns
+from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem, Site
 from scoreinfer.process import PhysicsProcess
 from scoreinfer.proposal import Proposal
+from scoreinfer.simulation import Standardiser, encode
 
 END_STATE = "end_state"
 """Name under which an exactly known last state stands among the observed sites."""
@@ -58,81 +63,153 @@ class PathProposal(eqx.Module):
         path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
         if self.site != END_STATE:
             return log_path(self.backward, jnp.concatenate([path, context[None]]))
-        return jnp.where(jnp.allclose(path[-1], context, rtol=1e-4, atol=1e-5), log_path(self.backward, path), -jnp.inf)
+        return jnp.where(_meets(path, context), log_path(self.backward, path), -jnp.inf)
+
+
+PARAMETERS = "unknown parameters"
+"""Name under which they stand beside observed sites among the conditions of kernels; no site is called so."""
+
+
+class Given(NamedTuple):
+    """What one observation means to `StartedPaths`.
+
+    Args:
+        start: to the start.
+        end: where the kernels start, where that is known.
+        conditions: what kernels are conditioned on besides parameters, encoded.
+    """
+
+    start: Any
+    end: Float[Array, " dim"] | None
+    conditions: Sites
 
 
 class StartedPaths(eqx.Module):
-    """Paths drawn backwards from a last state that is itself drawn for the observation, by a learned sampler.
+    """Paths drawn backwards once a learned sampler has drawn what has to be known before: parameters, last state.
 
-    For whatever is observed of the last state: parts of it, functions of it. Observations of earlier states enter by
-    the weights alone.
+    For unknown parameters of the physics, for whatever is observed of the last state (parts of it, functions of it),
+    and for observations of earlier states. The kernels are conditioned on the parameters drawn, and on the observation
+    where that sees earlier states.
 
     Args:
-        start: the learned sampler of the last state's components (see `last_state`).
+        start: the learned sampler of the parameters and, unless ``site`` says it, the last state (see `beginning`).
         backward: the kernels.
-        problem: the problem, whose latent vector is the path.
+        standardiser: the scale of the kernels' conditions; it knows those that matter, and no others.
+        site: the site that the kernels start from, as for `PathProposal`; None: from a last state drawn by ``start``.
+        physics: name of the physics site.
+        problem: the problem, whose latent vector is the path, and the parameters.
 
-    Exactness: as for `PathProposal`.
+    Exactness: as for `PathProposal`, for paths and parameters jointly.
     """
 
     start: Proposal
-    backward: AbstractBackward
+    backward: LearnedBackward
+    standardiser: Standardiser
+    site: str | None = eqx.field(static=True)
+    physics: str = eqx.field(static=True)
     problem: Problem = eqx.field(static=True)
 
     @property
+    def unknowns(self) -> Unknowns:
+        """The parts of a latent vector."""
+        return unknowns(self.problem, self.physics)
+
+    @property
     def num_steps(self) -> int:
-        """Number of kernels from the last state to the beginning."""
+        """Number of kernels from where they start to the beginning."""
         return self.backward.process.num_steps
 
-    def context(self, y: Sites) -> Any:
+    @property
+    def sees_path(self) -> bool:
+        """Whether kernels are conditioned on the observation, which sees earlier states."""
+        return bool(self.standardiser.centre.keys() - {PARAMETERS})
+
+    def context(self, y: Sites) -> Given:
         """Embed one observation."""
-        return self.start.context(y)
+        process = self.backward.process
+        end = None if self.site is None else process.flatten(y[self.site].astype(jnp.result_type(float)))
+        return Given(self.start.context(y), end, encode(self.problem, y) if self.sees_path else {})
 
-    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " path"], Float[Array, ""]]:
-        """Draw a last state and a path that leads to it; compute ``log_q``."""
-        for_end, for_path = jax.random.split(key)
-        end, log_start = self.start.propose(for_end, context)
-        path, log_q = draw_path(for_path, self.backward, end)
-        return self.backward.process.unflatten(path).reshape(-1), log_start + log_q
+    def _given(self, parameters: Float[Array, " parameters"], context: Given) -> LearnedBackward:
+        """Condition the kernels on parameters, and on the observation where it sees earlier states."""
+        return self.backward.given(flatten(self.standardiser({PARAMETERS: parameters} | context.conditions)))
 
-    def log_q(self, key: Key, context: Any, z: Float[Array, " path"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given path."""
-        path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
-        return self.start.log_q(key, context, path[-1]) + log_path(self.backward, path)
+    def propose(self, key: Key, context: Given) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw parameters, last state and a path that leads to it; compute ``log_q``."""
+        for_start, for_path = jax.random.split(key)
+        process, found = self.backward.process, self.unknowns
+        drawn, log_start = self.start.propose(for_start, context.start)
+        num = self.problem.dim - found.path
+        end = drawn[num:] if context.end is None else context.end
+        path, log_q = draw_path(for_path, self._given(drawn[:num], context), end)
+        states = process.unflatten(path).reshape(-1)[: found.path]
+        return found.join(drawn[:num], states), log_start + log_q
+
+    def log_q(self, key: Key, context: Given, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the ``log_q`` of given parameters and path; minus infinity where it misses a known end."""
+        process = self.backward.process
+        parameters, states = self.unknowns.parts(z)
+        path = process.flatten(states.reshape(-1, *process.shape))
+        begun, hits = parameters, jnp.array(True)
+        if context.end is None:
+            begun = jnp.concatenate([parameters, path[-1]])
+        elif self.site == END_STATE:
+            hits = _meets(path, context.end)
+        else:
+            path = jnp.concatenate([path, context.end[None]])
+        log_q = self.start.log_q(key, context.start, begun) + log_path(self._given(parameters, context), path)
+        return jnp.where(hits, log_q, -jnp.inf)
 
 
-def last_state(problem: Problem, process: PhysicsProcess) -> Problem:
-    """Make the problem of the last state alone, in components; it can be simulated and has no density."""
+def _meets(path: Float[Array, "times dim"], end: Float[Array, " dim"]) -> Bool[Array, ""]:
+    return jnp.allclose(path[-1], end, rtol=1e-4, atol=1e-5)
+
+
+def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str | None) -> Problem:
+    """Make the problem of what `StartedPaths` draws first; it can be simulated and has no density.
+
+    Args:
+        problem: the problem of parameters and paths.
+        process: the physics.
+        physics: name of the physics site.
+        site: what the kernels start from: None, an observed site, or `END_STATE`, then observed in place of all else.
+    """
     assert problem.simulate is not None
-    simulate = problem.simulate
+    simulate, found = problem.simulate, unknowns(problem, physics)
+    state = Site(END_STATE, process.shape, "float32", "real", process.dim)
+    drawn = tuple(latent for latent in problem.latents if latent.name != physics) + ((state,) if site is None else ())
 
-    def simulate_last(key: Key) -> tuple[Float[Array, " dim"], Sites]:
+    def simulate_beginning(key: Key) -> tuple[Float[Array, " dim"], Sites]:
         z, y = simulate(key)
-        return process.flatten(z.reshape(-1, *process.shape)[-1]), y
+        parameters, path = found.parts(z)
+        last = path.reshape(-1, *process.shape)[-1]
+        if site is None:
+            parameters = jnp.concatenate([parameters, process.flatten(last)])
+        return parameters, {END_STATE: last} if site == END_STATE else y
 
     def no_density(z: Float[Array, " dim"], *_: Any) -> Float[Array, ""]:
-        raise ValueError("The last state of a process has no density of its own here.")
+        raise ValueError("The beginning of a path drawn backwards has no density of its own here.")
 
-    sites = lambda z: {END_STATE: process.unflatten(z)}  # noqa: E731
+    layout = Layout(tuple(site.name for site in drawn), tuple((site.size,) for site in drawn))
     return Problem(
-        dim=process.dim,
-        latents=(Site(END_STATE, process.shape, "float32", "real", process.dim),),
-        observed=problem.observed,
+        dim=layout.dim,
+        latents=drawn,
+        observed=(state._replace(size=0),) if site == END_STATE else problem.observed,
         log_prior=no_density,
         log_likelihood=no_density,
-        constrain=sites,
-        latent_sites=sites,
-        unconstrain=lambda values: process.flatten(values[END_STATE]),
-        simulate=simulate_last,
+        constrain=layout.unflatten,
+        latent_sites=layout.unflatten,
+        unconstrain=layout.flatten,
+        simulate=simulate_beginning,
         simulate_observation=None,
-        encode=problem.encode,
+        encode=(lambda y: {END_STATE: y[END_STATE]}) if site == END_STATE else problem.encode,
         read=problem.read,
         has_density=False,
     )
 
 
 def pinned(problem: Problem) -> Problem:
-    """Make the problem of paths whose last state is known, from the problem of paths alone.
+    """Make the problem of paths whose last state is known, from that of paths (and parameters).
 
     Its "likelihood" is one: the density of the path at its known end is all there is, and the evidence is the density
     of the process at that end.

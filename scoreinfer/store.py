@@ -27,6 +27,8 @@ OK, INVALID, FAILED, TIMEOUT = "ok", "invalid", "failed", "timeout"
 STATUSES = (OK, INVALID, FAILED, TIMEOUT)
 MAX_ERROR = 200
 """Longest error text that is kept, in characters."""
+MEMORY, MIN_CAPACITY = 2**30, 64
+"""Bytes of outputs that are learned from at once, and rows at least."""
 
 
 class Row(NamedTuple):
@@ -76,13 +78,15 @@ class Store:
 
     Args:
         path: the folder.
+        memory: bytes of outputs that `fit` takes into memory at once (about; in working it makes copies). Of a larger
+            store other rows are read for every epoch.
 
     Raises:
         UnreadableFile: where the folder holds no simulations, or they are newer, damaged or changed.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], memory: int = MEMORY) -> None:
+        self.path, self.memory = Path(path), memory
         self.manifest = read_record(self.path / MANIFEST)
         if self.manifest.get("format") != FORMAT:
             raise UnreadableFile(self.path, f"it holds {self.manifest.get('format')!r}, expected {FORMAT!r}")
@@ -100,13 +104,62 @@ class Store:
             UnreadableFile: where a shard is damaged, changed, or does not belong with the others.
         """
         found: dict[int, Row] = {}
-        for path in sorted(self.path.glob("*.npz")):
+        for path in self._shards():
             for row in _read_shard(path, self.manifest["dim"]):
                 found.setdefault(row.number, row)  # rows are functions of key and number: two of one number are equal
         return _gather([found[number] for number in sorted(found)], self.manifest["dim"], self.path)
 
+    def index(self) -> Rows:
+        """Read all rows without their outputs, whose shapes alone are told: no row of any of them."""
+        parts = [_gather([], self.manifest["dim"], self.path)]
+        outputs: dict[str, np.ndarray] = {}
+        for part in self.parts():
+            own = {name: np.empty((0, *value.shape[1:])) for name, value in part.outputs.items()}
+            _check_alike(outputs or own, own or outputs, self.path)
+            outputs = outputs or own
+            parts.append(part._replace(outputs={}))
+        return _join(parts, self.path)._replace(outputs=outputs)
+
+    def capacity(self, index: Rows) -> int:
+        """Count the rows whose outputs fill the memory that is allowed."""
+        size = 8 * sum(math.prod(value.shape[1:]) for value in index.outputs.values())
+        return max(self.memory // max(size, 1), MIN_CAPACITY)
+
+    def take(self, numbers: Integer[np.ndarray, " num"]) -> Rows:
+        """Read the rows of these numbers, in their order, shard by shard."""
+        return _join(list(self._chosen(self._shards(), numbers)), self.path)
+
+    def pool(self, seed: Integer[np.ndarray, " words"], numbers: Integer[np.ndarray, " num"], size: int) -> Rows:
+        """Read ``size`` of the rows of these numbers: those of shards picked at random."""
+        shards, count = self._shards(), 0
+        parts: list[Rows] = []
+        order = np.random.default_rng(seed).permutation(len(shards))
+        for part in self._chosen([shards[i] for i in order], numbers):
+            parts.append(select(part, slice(None, size - count)))
+            count += len(parts[-1].number)
+            if count == size:
+                break
+        return _join(parts, self.path)
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.path.glob("*.npz"))
+
+    def parts(self, shards: list[Path] | None = None) -> Iterator[Rows]:
+        """Yield the rows shard by shard, in any order; a row that stands in two of them comes once."""
+        seen: set[int] = set()
+        for path in self._shards() if shards is None else shards:
+            rows = [row for row in _read_shard(path, self.manifest["dim"]) if row.number not in seen]
+            seen.update(row.number for row in rows)
+            yield _gather(rows, self.manifest["dim"], self.path)
+
+    def _chosen(self, shards: list[Path], numbers: Integer[np.ndarray, " num"]) -> Iterator[Rows]:
+        for part in self.parts(shards):
+            among = np.isin(part.number, numbers)
+            if among.any():
+                yield select(part, among)
+
     def __str__(self) -> str:
-        rows = self.read()
+        rows = self.index()
         counts = ", ".join(f"{int(np.sum(rows.status == status))} {status}" for status in STATUSES)
         seconds = float(rows.seconds.mean()) if len(rows.number) else math.nan
         return f"{len(rows.number)} of {self.manifest['num']} simulations ({counts}), {seconds:.3g} s each"
@@ -116,13 +169,14 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
     """Begin a store, or open the one that is there for more rows of the same stream.
 
     Raises:
-        ValueError: where the store that is there is of another key or prior (whose simulator ran is not recorded).
+        ValueError: where the store that is there is of another key or prior, or of a simulator with another name.
     """
     record = {"format": FORMAT, "schema": SCHEMA} | record
     path.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path, MANIFEST, "*.npz")
     if (path / MANIFEST).exists():
-        stored = Store(path).manifest
+        unnamed = {"simulator": record.get("simulator")}  # as in older manifests
+        stored: dict[str, Any] = unnamed | Store(path).manifest
         changed = [
             f"`{name}` is {record.get(name)}, was {stored.get(name)}"
             for name in sorted(record.keys() | stored.keys())
@@ -198,6 +252,8 @@ def _read_shard(path: Path, dim: int) -> Iterator[Row]:
         outputs = {name: column for name, column in columns.items() if name.startswith("output.")}
         if any(column.shape[:1] != (num,) or column.dtype != np.float64 for column in outputs.values()):
             raise UnreadableFile(path, "an output has other rows than the rest, or is no column of numbers")
+        if not outputs and set(columns["status"].tolist()) & {OK, INVALID}:
+            raise UnreadableFile(path, "it has rows that succeeded, and no outputs")
         if set(columns) - set(expected) - set(outputs) or not set(columns["status"].tolist()) <= set(STATUSES):
             raise UnreadableFile(path, "it has columns or a status that are not ours")
     except UnreadableFile:
@@ -247,3 +303,24 @@ def _gather(rows: list[Row], dim: int, path: Path) -> Rows:
         np.array([row.status for row in rows], str), np.array([row.error for row in rows], str),
         np.array([row.seed for row in rows], np.uint32), np.array([row.seconds for row in rows], float), outputs,
     )  # fmt: skip
+
+
+def select(rows: Rows, which: Any) -> Rows:
+    """Take some of the rows: a slice, their places, or a flag for each."""
+    columns = {name: getattr(rows, name)[which] for name in Rows._fields if name != "outputs"}
+    return Rows(**columns, outputs={name: value[which] for name, value in rows.outputs.items()})
+
+
+def _check_alike(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray], path: Path) -> None:
+    shapes, expected = ({name: value.shape[1:] for name, value in which.items()} for which in (outputs, others))
+    if shapes != expected:
+        raise UnreadableFile(path, f"its shards have outputs of different shapes, {shapes} and {expected}")
+
+
+def _join(parts: list[Rows], path: Path) -> Rows:
+    """Put rows together, in the order of their numbers."""
+    for part in parts:
+        _check_alike(part.outputs, parts[0].outputs, path)
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Rows._fields[:-1]}
+    outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+    return select(Rows(**columns, outputs=outputs), np.argsort(columns["number"]))

@@ -94,7 +94,7 @@ def _optimiser(budget: Budget) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, budget.learning_rate, warmup, max(budget.num_steps, warmup + 1), 0.01 * budget.learning_rate
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
 
 
 def train(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from scipy import stats
+from scipy.special import logsumexp
 
 import scoreinfer as si
 from scoreinfer.model import read_physics
@@ -88,19 +90,77 @@ class Modes(NamedTuple):
         log_evidence = -0.5 * np.sum(end**2 / variance + np.log(2 * np.pi * variance))
         return gain.T * end, covariance, float(log_evidence)
 
+    def smoother_of(self, times, y):
+        """The same of the whole path where states at several times are seen: ``y = x[times] + noise``, by row."""
+        joint = self.covariances(False)
+        within = joint[:, times][:, :, times] + self.noise**2 * np.eye(len(times))
+        gain = joint[:, :, times] @ np.linalg.inv(within)
+        covariance = joint - gain @ joint[:, times]
+        quadratic = np.einsum("ti,its,si->", y, np.linalg.inv(within), y)
+        log_evidence = -0.5 * (quadratic + np.linalg.slogdet(2 * np.pi * within)[1].sum())
+        return np.einsum("ist,ti->si", gain, y), covariance, float(log_evidence)
+
     def disagreement(self, paths, log_weight, end, noise_stage=True):
-        """Largest distance, in standard errors, of weighted paths' means, variances and cross-time covariances."""
+        """Largest distance, in standard errors, of weighted paths' moments from the smoother's."""
         mean, covariance, _ = self.smoother(end, noise_stage)
-        weight = np.exp(np.asarray(log_weight, np.float64) - np.max(log_weight))
-        weight /= weight.sum()
-        ess = 1 / np.sum(weight**2)
-        centred = np.asarray(paths, np.float64)[:, : mean.shape[0]] - mean
-        sd = np.sqrt(covariance.diagonal(axis1=1, axis2=2)).T
-        first = np.abs(np.einsum("n,nti->ti", weight, centred) / sd).max() * np.sqrt(ess)
-        found = np.einsum("n,nti,nsi->its", weight, centred, centred)
-        sds = sd.T[:, :, None] * sd.T[:, None, :]
-        second = np.abs((found - covariance) / np.sqrt(sds**2 + covariance**2)).max() * np.sqrt(ess)
-        return float(max(first, second))
+        return moments_off(np.asarray(paths)[:, : len(mean)], log_weight, mean, covariance)
+
+
+def moments_off(paths, log_weight, mean, covariance):
+    """Largest distance, in standard errors, of weighted paths' means, variances and cross-time covariances."""
+    weight = np.exp(np.asarray(log_weight, np.float64) - np.max(log_weight))
+    weight /= weight.sum()
+    ess = 1 / np.sum(weight**2)
+    centred = np.asarray(paths, np.float64) - mean
+    sd = np.sqrt(covariance.diagonal(axis1=1, axis2=2)).T
+    first = np.abs(np.einsum("n,nti->ti", weight, centred) / sd).max() * np.sqrt(ess)
+    found = np.einsum("n,nti,nsi->its", weight, centred, centred)
+    sds = sd.T[:, :, None] * sd.T[:, None, :]
+    second = np.abs((found - covariance) / np.sqrt(sds**2 + covariance**2)).max() * np.sqrt(ess)
+    return float(max(first, second))
+
+
+class UnknownRate(NamedTuple):
+    """Ornstein-Uhlenbeck with a rate of its own prior, LogNormal(0, 0.5), in every component; some states are seen.
+
+    Args:
+        modes: everything but the rate.
+        times: numbers of the states seen, each with the noise; the last alone: a noisy end.
+    """
+
+    modes: Modes
+    times: tuple[int, ...]
+
+    def path_model(self):
+        modes = self.modes
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 0.5))
+        start = dist.Normal(jnp.zeros(len(modes.start_sd)), jnp.asarray(modes.start_sd)).to_event(1)
+        h = jnp.diff(modes.ts)[:, None]
+        scales = modes.g * jnp.sqrt(-jnp.expm1(-2 * h * rate) / (2 * rate)) * jnp.ones(len(modes.start_sd))
+        decay = lambda t0, t1, x: x * jnp.exp(rate * (t0 - t1))  # noqa: E731
+        return numpyro.sample("x", si.PhysicsPath(decay, scales, modes.ts, start))
+
+    def model(self, y=None):
+        x = self.path_model()
+        seen = x[-1] if self.times == (len(x) - 1,) else x[jnp.array(self.times)]
+        numpyro.sample("y", dist.Normal(seen, self.modes.noise).to_event(seen.ndim), obs=y)
+
+    def truth(self, y):
+        """Mean and sd of the log rate, log evidence, means and covariances of paths: by a grid over the rate."""
+        grid = np.linspace(-3.0, 3.0, 601)
+        answers = []
+        for log_rate in grid:
+            modes = self.modes._replace(rates=np.full(len(self.modes.start_sd), np.exp(log_rate)))
+            answers.append(modes.smoother_of(list(self.times), np.atleast_2d(y)))
+        means, covariances, log_likelihood = (np.stack(part) for part in zip(*answers, strict=True))
+        log_mass = stats.norm(0.0, 0.5).logpdf(grid) + np.log(grid[1] - grid[0]) + log_likelihood
+        log_evidence = logsumexp(log_mass)
+        mass = np.exp(log_mass - log_evidence)
+        mean = np.einsum("r,rti->ti", mass, means)
+        within = np.einsum("r,rits->its", mass, covariances)
+        between = np.einsum("r,rti,rsi->its", mass, means - mean, means - mean)
+        centre = mass @ grid
+        return centre, np.sqrt(mass @ (grid - centre) ** 2), log_evidence, mean, within + between
 
 
 def ornstein_uhlenbeck(num_steps=8):

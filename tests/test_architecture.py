@@ -20,10 +20,11 @@ problem correct nets process
 draws model simulation score whitening resuming store backward
 tails
 tempering
-losses sampling foreign path_losses
+losses sampling foreign stored path_losses
 train certificate proposal
 drawing forward validity smoothing
-focus learning paths
+particles focus learning
+paths
 refinement
 exploration
 checkpoint
@@ -34,7 +35,7 @@ __init__
 """
 RANK = {room: rank for rank, line in enumerate(RANKS.strip().splitlines()) for room in line.split()}
 NUMPYRO_DOORS = {"model", "kernels", "comparison"}
-LAZY = {"arviz", "matplotlib"}  # imported inside functions only
+LAZY = {"arviz", "matplotlib", "sklearn"}  # imported inside functions only
 
 
 class Import(NamedTuple):
@@ -134,7 +135,7 @@ def test_import_leaves_jax_asleep():
 
 
 def test_import_is_light():
-    """Importing the package imports neither arviz (seconds) nor matplotlib."""
+    """Importing the package imports neither arviz (seconds) nor matplotlib nor scikit-learn."""
     code = f"import sys, {PACKAGE}; print(*sorted({LAZY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

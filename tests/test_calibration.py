@@ -1,6 +1,7 @@
 """Calibration: uniform ranks for what is exact, and none for what is not."""
 
 import html.parser
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -189,6 +190,28 @@ def test_coverage_of_uniform_ranks_is_nominal():
     ranks = np.arange(100_000) % 1000
     for kind in ("", "log_joint", "tarp"):
         assert np.allclose(judge("a", ranks, 999, kind).coverage, (0.5, 0.8, 0.95), atol=2e-3)
+
+
+def test_classifier_tells_samples_apart_as_far_as_they_can_be():
+    """Shifted by one sd the best accuracy is Phi(1 / 2); in another dimension's sites the same."""
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    reference, same = (rng.normal(5.0, 3.0, (1000, 2)) for _ in range(2))
+    shifted = {"a": same[:, :1] + 3.0, "b": same[:, 1]}
+    bound = 5 * 0.5 / np.sqrt(2000)
+    assert abs(si.c2st(jax.random.key(0), reference, same) - 0.5) < bound
+    found = si.c2st(jax.random.key(0), {"a": reference[:, :1], "b": reference[:, 1]}, shifted)
+    assert abs(found - stats.norm.cdf(0.5)) < bound + 0.02
+    with pytest.raises(ValueError, match=r"got shapes \(1000, 2\) and \(1000, 1\)"):
+        si.c2st(jax.random.key(0), reference, same[:, :1])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        si.c2st(jax.random.key(0), reference, np.full_like(same, np.nan))
+
+
+def test_missing_scikit_learn_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    with pytest.raises(ImportError, match=r"scoreinfer\[calibration\]"):
+        si.c2st(jax.random.key(0), np.zeros((9, 1)), np.ones((9, 1)))
 
 
 def test_ranks_go_to_arviz(problem):

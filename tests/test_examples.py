@@ -1,5 +1,8 @@
 """What the examples hold their draws against."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from scipy.stats import multivariate_normal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import k2_24_velocities as k2_24
+import rainfall_runoff
 import toy_process_holzschuh2023 as toy
 
 
@@ -42,3 +46,64 @@ def test_toy_process_has_its_published_answers():
     x = np.linspace(-1.1, 1.1, 12)
     assert np.asarray(toy.grow(0.0, toy.STEP, toy.decay(0.0, toy.STEP, x))) == pytest.approx(x, abs=1e-5)
     assert toy.q_metric(np.array([1.0, -1.05, 0.5, 0.95])) == 0.5
+
+
+# --- rainfall and runoff
+
+
+@pytest.fixture(scope="module")
+def catchment(tmp_path_factory):
+    """The compiled program, fed with made-up weather."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("hymod")
+    weather = rainfall_runoff.make_weather()
+    np.savetxt(folder / "forcing.txt", np.stack([weather.rain, weather.evaporation], axis=1))
+    return rainfall_runoff.Catchment(rainfall_runoff.compile_program(folder), folder / "forcing.txt"), weather
+
+
+def hymod(weather, cmax, bexp, alpha, ks, kq):
+    """The same model in integrals: runoff is the rain on that part of the catchment whose soil is full."""
+    soil, stores, flows = 0.0, np.zeros(4), []
+    for rain, evaporation in zip(weather.rain, weather.evaporation, strict=True):
+        level = cmax * (1 - (1 - soil * (bexp + 1) / cmax) ** (1 / (bexp + 1)))
+        depth = np.linspace(level, level + rain, 200)
+        dry = np.clip(1 - depth / cmax, 0, 1) ** bexp
+        taken = np.trapezoid(dry, depth)
+        soil = max((soil + taken) * (1 - evaporation * (bexp + 1) / cmax), 0.0)
+        quick, slow = alpha * (rain - taken), (1 - alpha) * (rain - taken)
+        for i in range(3):
+            stores[i] += quick
+            quick = kq * stores[i]
+            stores[i] -= quick
+        stores[3] = (1 - ks) * (stores[3] + slow)
+        flows.append(quick + ks / (1 - ks) * stores[3])
+    return rainfall_runoff.monthly(np.array(flows))
+
+
+def test_program_is_hymod(catchment):
+    program, weather = catchment
+    truth = rainfall_runoff.TRUTH
+    assert program(truth, 0)["flow"] == pytest.approx(hymod(weather, **truth), rel=1e-3)
+    with pytest.raises(RuntimeError, match="ended with 3: soil moisture did not converge"):
+        program(truth | {"cmax": 50.0, "bexp": 1.0}, 0)
+
+
+def test_missing_compiler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(SystemExit, match="needs a C compiler, and there is no `no-such-compiler`"):
+        rainfall_runoff.compile_program(tmp_path)
+
+
+@pytest.mark.slow
+def test_rainfall_runoff_runs(tmp_path, catchment):
+    """Killed, resumed, learned, weighed, calibrated, reported."""
+    pytest.importorskip("matplotlib")
+    script = Path(rainfall_runoff.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), "--smoke", "--output-dir", str(tmp_path)], capture_output=True, text=True,
+        check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "resumed: 1500 of 1500" in done.stdout
+    for name in ("report.html", "posterior.nc", "hydrograph.png", "parameters.png"):
+        assert (tmp_path / name).stat().st_size > 1000

@@ -27,6 +27,7 @@ import simulators
 from scoreinfer import foreign
 from scoreinfer.storage import write_record
 from scoreinfer.store import MANIFEST, Row, Rows, write_shard
+from scoreinfer.stored import stored_simulations
 
 QUIET = {"progress_bar": False}
 SMALL = {"num_steps": 600, "width": 16, "depth": 1, "batch_size": 128, "sampler": si.ReverseSDE(num_steps=16), **QUIET}
@@ -233,10 +234,12 @@ def test_more_rows_continue_the_stream_and_others_are_refused(problem, reference
         si.from_numpyro(lambda high=high: numpyro.sample("a", dist.Uniform(0.0, high))) for high in (1.0, 10.0)
     )  # the same in the unconstrained space, prior and all
     store = si.simulate(jax.random.key(0), narrow, simulators.noisy, 4, store=tmp_path / "narrow", **QUIET)
+    with pytest.raises(ValueError, match="`simulator` is slow, was noisy"):
+        si.simulate(jax.random.key(0), problem, simulators.slow, 40, store=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="`parameters` is"):
         si.simulate(jax.random.key(0), wide, simulators.noisy, 8, store=tmp_path / "narrow", **QUIET)
     with pytest.raises(ValueError, match="bounds are others"):
-        foreign.stored_simulations(wide, store)
+        stored_simulations(jax.random.key(0), wide, store)
     with foreign.only_writer(tmp_path), pytest.raises(RuntimeError, match="Another process"):
         si.simulate(*args, 41, store=tmp_path, **QUIET)
 
@@ -330,6 +333,66 @@ def test_invalid_rows_are_never_dropped_silently(problem, failing):
         si.fit(jax.random.key(0), other, simulations=failing, **tiny)
 
 
+# --- stores larger than memory
+
+
+def wide(parameters, seed):
+    """Four thousand numbers, of which the first tells the parameter; fail sometimes."""
+    if seed % 8 == 0:
+        raise RuntimeError("did not converge")
+    return np.full(4000, float(parameters["a"])) + np.arange(4000)
+
+
+@pytest.fixture(scope="module")
+def large(problem, tmp_path_factory):
+    """A store of 13 MB in shards of 50 rows, of which 2 MB are to be learned from at once."""
+    path = tmp_path_factory.mktemp("large")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foreign, "FLUSH_BYTES", 50 * 8 * 4000)
+        si.simulate(jax.random.key(0), problem, wide, 400, store=path, **QUIET)
+    assert len(list(path.glob("*.npz"))) == 8
+    return si.Store(path, memory=2 * 2**20)
+
+
+def test_large_stores_are_read_in_pieces(problem, large):
+    """Every epoch takes other rows, none of those held out, each with its own outputs, in bounded memory."""
+
+    def peak(read):
+        tracemalloc.start()
+        result = read()
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result, size
+
+    rows, whole = peak(large.read)
+    stored, first = peak(lambda: stored_simulations(jax.random.key(0), problem, large))
+    assert np.array_equal(stored.all_z, rows.z.astype(np.float32)) and np.array_equal(stored.valid, rows.valid)
+    assert len(stored.z) == 2 * 2**20 // (8 * 4000)
+    assert np.array_equal(stored.z, rows.z[rows.valid][: len(stored.z)].astype(np.float32))
+    held_out, seen = set(np.asarray(stored.z[: stored.num_held_out, 0]).tolist()), set()
+    for i in range(30):
+        (z, y), more = peak(lambda i=i: stored.renew(jax.random.key(i)))
+        assert len(z) == len(stored.z) - stored.num_held_out == len(set(np.asarray(z[:, 0]).tolist()))
+        assert np.allclose(y["y"][:, 0], z[:, 0], atol=1e-5)
+        assert max(first, more) < whole / 2
+        seen |= set(np.asarray(z[:, 0]).tolist())
+    assert np.array_equal(stored.renew(jax.random.key(29))[0], z)
+    assert seen == set(rows.z[rows.valid, 0].astype(np.float32).tolist()) - held_out
+    small = si.Store(large.path)
+    assert stored_simulations(jax.random.key(0), problem, small).renew is None
+
+
+def test_large_stores_are_learned_from(problem, large, tmp_path):
+    """(Two wide layers compile in seconds: few steps, one fit.)"""
+    settings = SMALL | {"num_steps": 8, "batch_size": 16, "invalid": "drop", "checkpoint": tmp_path}
+    with pytest.warns(si.TrainingWarning, match="are left out"):
+        posterior = si.fit(jax.random.key(0), problem, simulations=large, **settings)
+    assert np.isfinite(posterior.history.score.loss).all()
+    whole = si.Store(large.path)  # another training: all rows at once
+    with pytest.warns(si.TrainingWarning), pytest.raises(ValueError, match="`simulations` is"):
+        si.fit(jax.random.key(0), problem, simulations=whole, **settings)
+
+
 # --- strangers and accidents
 
 
@@ -408,6 +471,45 @@ def test_whole_shards_that_lie_are_refused(problem, reference, tmp_path):
         forged.unlink()
     shard.write_bytes(content)
     assert same(si.Store(tmp_path).read(), reference)
+
+
+def test_columns_of_other_types_and_names_are_refused(problem, reference, tmp_path):
+    """Whole shards under a checksum that fits: wrong types and shapes in every column, strange members."""
+    store = si.simulate(jax.random.key(0), problem, simulators.noisy, 40, store=tmp_path, **QUIET)
+    (shard,) = tmp_path.glob("*.npz")
+    columns = dict(np.load(shard))
+    shard.unlink()
+    forged = [{name: column for name, column in columns.items() if name != missing} for missing in columns]
+    forged += [columns | {name: np.zeros(40)} for name in ("../../evil", "/etc/passwd", "z.npy", "")]
+    kinds = np.dtype("?"), *map(np.dtype, ("<i4", "<u8", "<f4", "<c16", "<U5", "S5", "<M8[s]", "V8"))
+    for name, column in columns.items():
+        others = [kind for kind in kinds if kind.kind != column.dtype.kind]
+        forged += [columns | {name: np.zeros(column.shape, kind)} for kind in others]
+        forged += [columns | {name: value} for value in (column[:-1], column[None], column.ravel()[:1])]
+    for changed in forged:
+        body = zipped(changed)
+        path = tmp_path / f"{hashlib.sha256(body).hexdigest()[:32]}.npz"
+        path.write_bytes(body)
+        for read in (si.Store(tmp_path).read, si.Store(tmp_path).index):
+            with pytest.raises(si.UnreadableFile):
+                read()
+        path.unlink()
+    assert len(forged) > 80
+    manifest, rng = tmp_path / MANIFEST, np.random.default_rng(0)
+    content = manifest.read_bytes()
+    spoiled = [content[:length] for length in rng.integers(0, len(content), 40)]
+    for bit in rng.integers(0, 8 * len(content), 60):
+        flipped = np.frombuffer(content, np.uint8).copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        spoiled.append(flipped.tobytes())
+    refused = 0
+    for body in spoiled:
+        manifest.write_bytes(body)
+        try:
+            assert si.Store(tmp_path).manifest == store.manifest  # an indentation
+        except si.UnreadableFile:
+            refused += 1
+    assert refused > 80
 
 
 def test_duplicates_of_two_writers_count_once(problem, reference, tmp_path):

@@ -1,5 +1,7 @@
 """Physics learned in reverse, end to end: the smoother, the evidence, bad input, and the kernel."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,12 @@ def test_kernel_draws_whole_paths(posterior):
     paths = np.asarray(mcmc.get_samples()["x"])
     assert mcmc.get_extra_fields()["accept_prob"].mean() > 0.9
     assert MODES.disagreement(paths, np.zeros(2000), END) < 5.5 / 0.9**0.5
+    copy = pickle.loads(pickle.dumps(mcmc))
+    np.testing.assert_array_equal(copy.get_samples()["x"], paths)
+    copy.run(jax.random.key(2), y=END)  # the physics is read from the model again
+    np.testing.assert_allclose(copy.get_samples()["x"], paths, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="Pickle `ScoreSDE"):
+        posterior.save("anywhere")
 
 
 @pytest.mark.slow
@@ -214,12 +222,3 @@ def test_bad_trajectories_are_refused():
         si.fit(jax.random.key(0), MODES.model, trajectories=paths)
     with pytest.raises(ValueError, match="of no use with `process`"):
         si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), target_score=True)
-
-
-def test_other_latent_sites_are_refused():
-    def another_latent(y=None):
-        numpyro.sample("rate", dist.Exponential(1.0))
-        numpyro.sample("x", MODES.path())
-
-    with pytest.raises(si.UnsupportedModel, match="'rate': is latent beside 'x'"):
-        si.fit(jax.random.key(0), another_latent, process=si.Physics("x"), **SMALL)

@@ -431,10 +431,10 @@ def test_target_mix_cancels_all_noise_for_a_gaussian():
     assert np.allclose(target, noisy / (1.0 + 0.49 * precision), atol=1e-5)
 
 
-def test_unbiased_before_any_training():
+def test_unbiased_before_any_training(mixture):
     """The whole chain (whitening, network, sampler, weights) on a posterior that was never trained."""
-    oracle = gaussian_mixture()
-    posterior = si.fit(jax.random.key(0), oracle.model, **SMALL | {"num_steps": 1})
+    oracle, trained = mixture
+    posterior = si.fit(jax.random.key(0), trained.problem, **SMALL | {"num_steps": 1})
     y = posterior.problem.read((), oracle.data)
     drawn = weighted_draws(jax.random.key(1), posterior.proposal, y, 1024, 0.0, 0, 20_000)
     value, error = log_evidence(drawn.log_weight)

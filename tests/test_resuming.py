@@ -119,7 +119,7 @@ import scoreinfer as si, equinox as eqx
 from doubles import location_scale
 training.KEEP_SECONDS = 0.0
 posterior = si.fit(
-    jax.random.key(0), location_scale, num_simulations=2000, num_steps=40_000, width=16, depth=1, batch_size=64,
+    jax.random.key(0), location_scale, num_steps=8000, width=16, depth=1, batch_size=64,
     progress_bar=False, sampler=si.ReverseSDE(num_steps=4), checkpoint=sys.argv[1] or None,
 )
 leaves = jax.tree.leaves(eqx.filter(posterior.proposal, eqx.is_array))
@@ -132,16 +132,18 @@ def written(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*") if path.is_file()}
 
 
-def run(code, argument, folder=None, kill_after=None):
-    """Run a child to its end, or kill it some time after it has first written; return what it said at the end."""
+def run(code, argument, folder=None, kill_after=None, num_writes=1):
+    """Run a child to its end, or kill it some time after so many writes; return what it said at the end."""
     before = None if kill_after is None else written(folder)
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(argument)], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )  # fmt: skip
     if kill_after is not None:
-        while child.poll() is None and written(folder) == before:
-            time.sleep(1e-3)
+        for _ in range(num_writes):
+            while child.poll() is None and written(folder) == before:
+                time.sleep(1e-3)
+            before = written(folder)
         time.sleep(kill_after)
         child.send_signal(signal.SIGKILL)
     out = child.communicate()[0]
@@ -159,11 +161,12 @@ def test_killed_training_ends_with_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_fit_killed_twenty_times_ends_with_the_same_weights(tmp_path):
-    """The whole fit, both stages, killed at random moments."""
+    """The whole fit, both stages of 32 epochs, killed at random moments one to three epochs further on."""
     expected, folder, where = run(FIT, ""), tmp_path / "run", []
     folder.mkdir()
-    for delay in np.random.default_rng(0).uniform(0.0, 0.6, 20):
-        assert not run(FIT, folder, folder, delay), "the run ended before it was killed"
+    rng = np.random.default_rng(0)
+    for num_writes, delay in zip(rng.integers(1, 4, 20), rng.uniform(0.0, 0.02, 20), strict=True):
+        assert not run(FIT, folder, folder, delay, num_writes), "the run ended before it was killed"
         where.append(sorted(written(folder)))
     assert ["fit.json", "whitening.safetensors"] in where and len(where[-1]) == 3
     assert run(FIT, folder) == expected and expected.startswith("finished")

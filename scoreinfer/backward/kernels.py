@@ -41,8 +41,15 @@ class Kernel(NamedTuple):
     def draw(self, key: Key) -> tuple[State, Float[Array, ""]]:
         """Draw from the kernel; return the log density too."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        moved = self.scale * noise if self.factor is None else self.factor @ (self.scale * noise)
-        return self.mean + moved, self._log_density(noise)
+        return self.mean + self.spread(noise), self._log_density(noise)
+
+    def spread(self, noise: State) -> State:
+        """Compute L diag(scale) ``noise``."""
+        return self.scale * noise if self.factor is None else self.factor @ (self.scale * noise)
+
+    def gather(self, gradient: State) -> State:
+        """Compute diag(scale) L^T ``gradient``."""
+        return self.scale * (gradient if self.factor is None else self.factor.T @ gradient)
 
     def log_density(self, x: State) -> Float[Array, ""]:
         """Compute the log density at ``x``."""

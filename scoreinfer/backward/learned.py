@@ -4,6 +4,7 @@ The network sees standardised states and answers in units of what the regression
 order one at all times; its last layer starts at zero, so that what is untrained is the regression.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -11,11 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from scoreinfer.backward.kernels import AbstractBackward, Kernel, State
+from scoreinfer._typing import Key
+from scoreinfer.backward.kernels import LOG_2PI, AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
 from scoreinfer.nets import ResidualMLP
 from scoreinfer.process import PhysicsProcess
 from scoreinfer.process.physics import hartley
+
+Context = Float[Array, " context"]
+"""Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
 
 
 class Frame(eqx.Module):
@@ -28,6 +33,8 @@ class Frame(eqx.Module):
         slope: its regression on the standardised state; a vector per step where components are regressed on
             themselves alone.
         factor: square root of the covariance of what is left (a vector: of its variances).
+        tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
+        root: square root of the correlation of the state at the end of the step; None: components apart.
     """
 
     centre: Float[Array, "steps dim"]
@@ -35,19 +42,33 @@ class Frame(eqx.Module):
     shift: Float[Array, "steps dim"]
     slope: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
     factor: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
+    tilt: Float[Array, "steps dim context"] | None = None
+    root: Float[Array, "steps dim dim"] | None = None
 
     def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
         """Compute the standardised state at the end of step k."""
         return (x - self.centre[k]) / self.spread[k]
+
+    def log_marginal(self, k: Int[Array, ""] | int, x: State) -> Float[Array, ""]:
+        """Compute the log density of the Gaussian with the moments of the state at the end of step k.
+
+        Exactness: biased, as far as the state's distribution is not Gaussian.
+        """
+        v, log_det = self.standardise(k, x), jnp.log(self.spread[k]).sum()
+        if self.root is not None:
+            v = jax.scipy.linalg.solve_triangular(self.root[k], v, lower=True)
+            log_det += jnp.log(self.root[k].diagonal()).sum()
+        return -0.5 * (v**2 + LOG_2PI).sum() - log_det
 
     def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
         """Compute how far out a kernel's mean may lie."""
         reach = FARTHEST * self.spread[k]
         return self.centre[k] - reach, self.centre[k] + reach
 
-    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State) -> State:
+    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State, context: Context) -> State:
         """Compute reverse physics plus regression."""
-        return process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+        mean = process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+        return mean if self.tilt is None else mean + self.tilt[k] @ context
 
 
 class LearnedBackward(AbstractBackward):
@@ -55,14 +76,16 @@ class LearnedBackward(AbstractBackward):
 
     With v the standardised state and L the regression's residual factor,
 
-        B_k = N(reverse physics + regression + L f(v, t), L diag(exp(2 h(v, t))) L^T).
+        B_k = N(reverse physics + regression + L f(v, t, c), L diag(exp(2 h(v, t, c))) L^T),
 
+    c being whatever else decides where the state came from: unknown parameters, observations of earlier states.
     The likelihood of transitions is what the effective sample size depends on, and needs no inverse of the step.
 
     Args:
         process: the physics.
         frame: the regression.
-        network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> 2 dim`` numbers, f and h.
+        network: ``(v, log of elapsed time, (elapsed time in [-1, 1], *c)) -> 2 dim`` numbers, f and h.
+        context: c, of one observation and one value of the parameters (see `given`); none, or zeros: their mean.
         physics: show the network, behind v, the plain state and the physics' increment in units of the noise, too.
 
     Exactness: exact weights whatever was learned; without weights biased, as good as the training.
@@ -74,13 +97,20 @@ class LearnedBackward(AbstractBackward):
     process: PhysicsProcess
     frame: Frame
     network: Callable[[Array, Array, Array], Array]
+    context: Context = eqx.field(default_factory=lambda: jnp.zeros(0, jnp.float32))
     physics: bool = eqx.field(static=True, default=False)
+
+    def given(self, context: Context) -> "LearnedBackward":
+        """Condition the kernels."""
+        return dataclasses.replace(self, context=context)
 
     def __call__(self, k, x):
         """Make the kernel of step k."""
-        move, log_scale = heads(self.network, self.features(k, x), *elapsed(self.process, k))
-        mean, factor = self.frame.mean(self.process, k, x), self.frame.factor[k]
+        log_time, time = elapsed(self.process, k)
+        move, log_scale = heads(self.network, self.features(k, x), log_time, jnp.concatenate([time, self.context]))
+        mean, factor = self.frame.mean(self.process, k, x, self.context), self.frame.factor[k]
         # A reverse solver that blows up far out is stopped there, so that every density stays finite.
+        mean = jnp.where(jnp.isfinite(mean), mean, self.frame.centre[k])
         mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
             return Kernel(mean, factor * jnp.exp(log_scale))
@@ -107,25 +137,70 @@ class LearnedBackward(AbstractBackward):
         return (self.process.forward(k, self(k, x).mean) - x) / self.process.scale[k] ** 2
 
 
+def corrected_path(
+    key: Key, backward: LearnedBackward, end: State, num_steps: int, num_corrections: int
+) -> Float[Array, "times dim"]:
+    """Draw a path backwards, every state but the first moved by Langevin steps with the learned score.
+
+    The corrector of a state known to lead to x_{k+1} aims at p(x_k | x_{k+1}), whose gradient is the score at time k
+    and that of the transition,
+
+        score(t_k, x_k) + J^T (x_{k+1} - Phi(x_k)) / Q,    J = dPhi at x_k
+
+    (the score alone would forget the end). Steps are preconditioned by the kernel B_k, such that they leave it alone
+    where it is right. Nothing is learned of the score of x_0, which is drawn from its kernel.
+
+    Exactness: biased: steps of finite length, without a Metropolis test, and a learned score.
+
+    Good values: 2 to 10 corrections; none where the kernels are well trained.
+
+    References: Song et al. 2021, arXiv 2011.13456, algorithm 1; Cotter et al. 2013, arXiv 1202.0709, equation 4.6.
+    """
+    process = backward.process
+
+    def back(x: State, inputs: tuple[Array, Key]) -> tuple[State, State]:
+        k, key = inputs
+        for_draw, for_noise = jax.random.split(key)
+        kernel = backward(k, x)
+
+        def correct(new: State, key: Key) -> tuple[State, None]:
+            mean, pull = jax.vjp(lambda old: process.forward(k, old), new)
+            gradient = backward.score(process.ts[k], new) + pull((x - mean) / process.scale[k] ** 2)[0]
+            noise = jax.random.normal(key, new.shape, new.dtype)
+            step = (1 - (1 - CORRECTION**2) ** 0.5) * kernel.gather(gradient) + CORRECTION * noise
+            return new + kernel.spread(step), None
+
+        drawn = kernel.draw(for_draw)[0]
+        moved = jax.lax.scan(correct, drawn, jax.random.split(for_noise, num_corrections))[0]
+        new = jnp.where(k == 0, drawn, moved)
+        return new, new
+
+    steps = jnp.arange(num_steps)
+    path = jax.lax.scan(back, end, (steps, jax.random.split(key, num_steps)), reverse=True)[1]
+    return jnp.concatenate([path, end[None]])
+
+
+CORRECTION = 0.5
+"""Noise of a Langevin correction, in units of the backward kernel's own."""
 MAX_LOG_SCALE = 4.0
 FARTHEST = 1e4
 """Standard deviations of the state at which kernels' means are stopped."""
 
 
-def heads(network: Callable, seen: Array, log_time: Array, time: Array) -> tuple[State, State]:
+def heads(network: Callable, seen: Array, log_time: Array, context: Context) -> tuple[State, State]:
     """Compute the learned move of the mean and the log scale, in the frame."""
-    move, log_scale = jnp.split(network(seen, log_time, time), 2)
+    move, log_scale = jnp.split(network(seen, log_time, context), 2)
     return move, MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
 
 
 class OnWaves(eqx.Module):
     """Let a network of fields move their Hartley coefficients, as `Physics` with ``waves`` has them.
 
-    The network sees and moves fields; log scales are each wavenumber's own, functions of time alone.
+    The network sees and moves fields; log scales are each wavenumber's own, functions of time and context alone.
 
     Args:
         network: a network of fields: the first half of what it returns is the move.
-        scales: network of log scales, of the logarithm of elapsed time and elapsed time.
+        scales: network of log scales, of elapsed time, its logarithm and the context.
         shape: shape of one state.
     """
 
@@ -134,13 +209,13 @@ class OnWaves(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
 
     def __call__(
-        self, seen: Float[Array, " features"], log_time: Float[Array, ""], time: Float[Array, " 1"]
+        self, seen: Float[Array, " features"], log_time: Float[Array, ""], context: Float[Array, " context"]
     ) -> Float[Array, " outputs"]:
         """Compute move and log scale of the coefficients."""
         fields = hartley(seen.reshape(-1, *self.shape), len(self.shape))
-        move = jnp.split(self.network(fields.ravel(), log_time, time), 2)[0]
+        move = jnp.split(self.network(fields.ravel(), log_time, context), 2)[0]
         move = hartley(move.reshape(self.shape), len(self.shape)).ravel()
-        return jnp.concatenate([move, self.scales(jnp.append(time, log_time))])
+        return jnp.concatenate([move, self.scales(jnp.append(context, log_time))])
 
 
 def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " 1"]]:
@@ -162,30 +237,42 @@ ENOUGH_WAVES = 100
 """The same for Fourier coefficients, each regressed on itself alone."""
 SURE = 3.5
 """Standard errors below which an entry of the regression counts as zero."""
+MAX_CONTEXT = 256
+"""Largest number of conditions that regression takes in; more are left to the network."""
 
 
 @eqx.filter_jit
-def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> Frame:
-    """Make the frame of simulated paths.
+def linear_frame(
+    process: PhysicsProcess, paths: Float[Array, "num times dim"], contexts: Float[Array, "num context"] | None = None
+) -> Frame:
+    """Make the frame of simulated paths, and of what else is known of each.
 
     Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
     """
     num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
     enough = ENOUGH_WAVES if process.waves else ENOUGH_PATHS
+    conditions = jnp.zeros((num, 0)) if contexts is None or contexts.shape[1] > MAX_CONTEXT else contexts
+    usual = conditions.mean(0)
 
     def one(k: Array) -> tuple[Array, ...]:
         old, new = paths[:, k], paths[:, k + 1]
         rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
         centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
+        root = jnp.eye(process.dim if dense else 0)
         if num < enough:
             none = jnp.zeros(process.dim)
-            return centre, spread, none, none, process.scale[k]
+            return centre, spread, none, none, process.scale[k], jnp.zeros((process.dim, usual.size)), root
         v, shift = (new - centre) / spread, rest.mean(0)
         if not dense:
             slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
-            return centre, spread, shift, slope, jnp.maximum((rest - shift - slope * v).std(0), 1e-3 * process.scale[k])
-        slope = _regress(v, rest - shift)
-        error = rest - shift - v @ slope.T
+            error = rest - shift - slope * v
+            tilt = _regress(conditions - usual, error) if usual.size else jnp.zeros((process.dim, 0))
+            left = (error - (conditions - usual) @ tilt.T).std(0)
+            return centre, spread, shift - tilt @ usual, slope, jnp.maximum(left, 1e-3 * process.scale[k]), tilt, root
+        regressors = jnp.concatenate([v, conditions - usual], axis=1)
+        slopes = _regress(regressors, rest - shift)
+        error = rest - shift - regressors @ slopes.T
+        slope, tilt = slopes[:, : process.dim], slopes[:, process.dim :]
         covariance = error.T @ error / num
         sd = jnp.sqrt(covariance.diagonal())
         certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
@@ -193,14 +280,18 @@ def linear_frame(process: PhysicsProcess, paths: Float[Array, "num times dim"]) 
         factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
         # Without its uncertain entries a covariance may no longer be one.
         whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
-        return centre, spread, shift, slope, jnp.where(jnp.isfinite(factor).all(), factor, whole)
+        factor = jnp.where(jnp.isfinite(factor).all(), factor, whole)
+        root = jnp.linalg.cholesky(v.T @ v / num + 1e-4 * root)
+        return centre, spread, shift - tilt @ usual, slope, factor, tilt, root
 
-    return Frame(*jax.lax.map(one, jnp.arange(process.num_steps)))
+    *frame, tilt, root = jax.lax.map(one, jnp.arange(process.num_steps))
+    return Frame(*frame, tilt if usual.size else None, root if dense else None)  # type: ignore[call-arg]
 
 
-def _regress(v: Float[Array, "num dim"], rest: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
-    num, dim = v.shape
-    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(dim))
+def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
+    """Regress on centred numbers; entries that could be noise are zero."""
+    num = v.shape[0]
+    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(v.shape[1]))
     slope = rest.T @ v / num @ inverse
     variance = (rest - v @ slope.T).var(0)
     error = jnp.sqrt(variance[:, None] * inverse.diagonal() / num)

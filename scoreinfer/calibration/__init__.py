@@ -3,6 +3,7 @@
 from scoreinfer.calibration.predictive import Discrepancy, predictive_check
 from scoreinfer.calibration.report import CalibrationReport, calibrate
 from scoreinfer.calibration.simulation_based import SBC, sbc
+from scoreinfer.calibration.two_sample import c2st
 from scoreinfer.calibration.uniformity import Row
 
-__all__ = ["SBC", "CalibrationReport", "Discrepancy", "Row", "calibrate", "predictive_check", "sbc"]
+__all__ = ["SBC", "CalibrationReport", "Discrepancy", "Row", "c2st", "calibrate", "predictive_check", "sbc"]

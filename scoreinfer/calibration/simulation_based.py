@@ -22,14 +22,14 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.calibration.uniformity import Row, judge
 from scoreinfer.export import to_prior_sbc
-from scoreinfer.foreign import stored_simulations
 from scoreinfer.kernels.conditioning import chain_sampler, is_kernel
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, draw
-from scoreinfer.simulation import Simulations, Standardiser, encode, simulate, standardiser
+from scoreinfer.simulation import Simulations, Standardiser, encode, encoded, simulate, standardiser
 from scoreinfer.store import Store
+from scoreinfer.stored import stored_simulations
 
 AT_ONCE = 8192
 """Proposals drawn at once, over all data sets of a batch."""
@@ -163,7 +163,7 @@ def sbc(
     for_references, for_rows = jax.random.split(key)
     pairs: tuple[Array, Sites] | None = None
     if isinstance(model, Store):
-        problem, pairs, references = _stored_pairs(posterior, model, num_simulations)
+        problem, pairs, references = _stored_pairs(for_references, posterior, model, num_simulations)
     else:
         problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
         if problem.simulate is None:
@@ -193,18 +193,18 @@ def _references(simulations: Simulations) -> References:
     return References(scale, features, simulations.z, simulations.z.std(axis=0) + 1e-12)
 
 
-def _stored_pairs(posterior: Any, store: Store, num: int) -> tuple[Problem, tuple[Array, Sites], References]:
+def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Problem, tuple[Array, Sites], References]:
     """Take tested truths with their data, and references, from different rows of a store."""
     if is_kernel(posterior):
         raise ValueError("Expected a fitted posterior beside a store of simulations, got a kernel.")
-    stored = stored_simulations(posterior.problem, store)
+    stored = stored_simulations(key, posterior.problem, store)
     if len(stored.z) < num + MIN_REFERENCES:
         raise ValueError(
             f"Expected {num + MIN_REFERENCES} valid rows, {MIN_REFERENCES} more than `num_simulations`, got "
             f"{len(stored.z)}. Simulate more, or test fewer."
         )
     rest = jax.tree.map(lambda leaf: leaf[num:], (stored.z, stored.y))
-    return stored.problem, (stored.z, stored.y), _references(Simulations(*rest))
+    return stored.problem, (stored.z, stored.y), _references(encoded(stored.problem, *rest))
 
 
 @eqx.filter_jit

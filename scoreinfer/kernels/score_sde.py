@@ -30,11 +30,12 @@ from scoreinfer.forward import ForwardBank
 from scoreinfer.kernels.contract import layout, observe
 from scoreinfer.kernels.transition import ScoreSDEState, Weights, refresh, start, transition
 from scoreinfer.learning import Effort, Evidence, learn
-from scoreinfer.model import from_numpyro
+from scoreinfer.model import from_numpyro, read_again
 from scoreinfer.posterior import fit
 from scoreinfer.problem import Problem, from_potential
+from scoreinfer.process import PhysicsProcess
 from scoreinfer.proposal import Proposer
-from scoreinfer.smoothing import StartedPaths, last_state
+from scoreinfer.smoothing import StartedPaths, beginning
 
 
 class Fit(NamedTuple):
@@ -67,10 +68,19 @@ def with_problem(proposer: Any, problem: Problem | None) -> Any:
             value = problem
         elif isinstance(value, Proposer):
             if isinstance(proposer, StartedPaths) and problem is not None:
-                own = last_state(problem, proposer.backward.process)
+                own = beginning(problem, proposer.backward.process, proposer.physics, proposer.site)
             value = with_problem(value, own)
         object.__setattr__(copy, field.name, value)
     return copy
+
+
+def map_physics(proposer: Any, change: Callable[[PhysicsProcess], PhysicsProcess]) -> Any:
+    """Copy a sampler with another physics, where it has any."""
+
+    def is_physics(node: Any) -> bool:
+        return isinstance(node, PhysicsProcess)
+
+    return jax.tree.map(lambda node: change(node) if is_physics(node) else node, proposer, is_leaf=is_physics)
 
 
 class ScoreSDE(MCMCKernel):
@@ -213,7 +223,11 @@ class ScoreSDE(MCMCKernel):
                     problem = from_numpyro(self.model, *args, **kwargs)
                 else:
                     raise ValueError("A pickled ScoreSDE has lost its problem: give ScoreSDE the model as well.")
-                fit = fit._replace(proposer=with_problem(fit.proposer, problem), stripped=False)
+                proposer = fit.proposer
+                if self.model is not None:
+                    model = self.model
+                    proposer = map_physics(proposer, lambda process: read_again(process, model, *args, **kwargs))
+                fit = fit._replace(proposer=with_problem(proposer, problem), stripped=False)
             self._fits[number] = fit
         self._latest = number
         return fit.proposer
@@ -338,8 +352,9 @@ class ScoreSDE(MCMCKernel):
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the problems, which hold closures."""
-        fits = [fit._replace(proposer=with_problem(fit.proposer, None), stripped=True) for fit in self._fits]
+        """Leave out the problems and their physics, which hold closures."""
+        bare = [map_physics(with_problem(fit.proposer, None), PhysicsProcess.without_steps) for fit in self._fits]
+        fits = [fit._replace(proposer=proposer, stripped=True) for fit, proposer in zip(self._fits, bare, strict=True)]
         return self.__dict__ | {"_fits": fits, "_sample_fn": None}
 
 

@@ -18,12 +18,25 @@ from typing import Any
 
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_model
+from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
-from scoreinfer.model.physics import noisy_end, read_physics
+from scoreinfer.model.physics import Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
 from scoreinfer.problem import Problem
 
-__all__ = ["PhysicsPath", "Report", "check", "from_numpyro", "noisy_end", "read_physics"]
+__all__ = [
+    "PhysicsPath",
+    "Report",
+    "Unknowns",
+    "check",
+    "from_numpyro",
+    "noisy_end",
+    "read_again",
+    "read_likelihood",
+    "read_physics",
+    "sees_path",
+    "unknowns",
+]
 
 
 def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **kwargs: Any) -> Problem:

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpyro.handlers import seed, trace
 
 from scoreinfer._errors import Offence, UnsupportedModel
 from scoreinfer._typing import Key
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
+from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
+from scoreinfer.process.physics import Step, add_noise_stage, flatten, minus_drift, unflatten
 
 NUM_PROBES = 8
 
@@ -31,7 +32,8 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
         **kwargs: the model's keyword arguments.
 
     Returns:
-        The process; its initial distribution stays in the model's own density.
+        The process; its initial distribution stays in the model's own density. Where parameters of the physics are
+        latent it is that of one value of them, drawn from their prior: for kernels to start from.
 
     Raises:
         UnsupportedModel: where the site is missing or no process in time, or its noise depends on the state.
@@ -50,9 +52,16 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
         raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
     advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
-    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves)
+    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves, physics)
     _check_finite(process, process.flatten(paths))
     return process
+
+
+def read_again(process: PhysicsProcess, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
+    """Read the transitions of a process from its model again, the noise of an observation included."""
+    assert process.source is not None
+    again = read_physics(process.source, model, *args, **kwargs)
+    return add_noise_stage(again, process.scale[-1]) if process.num_steps > again.num_steps else again
 
 
 def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
@@ -163,3 +172,56 @@ def noisy_end(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -
         if np.array_equal(loc, last) and np.array_equal(scale, np.broadcast_to(scale[:1], scale.shape)):
             return NoisyEnd(name, jnp.ravel(scale[0]))
     return None
+
+
+class Unknowns(NamedTuple):
+    """How a latent vector is made of the path of the physics and of unknown parameters, in the model's order.
+
+    Args:
+        before: number of parameters before the path.
+        path: length of the path.
+    """
+
+    before: int
+    path: int
+
+    def parts(self, z: Float[Array, " dim"]) -> tuple[Float[Array, " parameters"], Float[Array, " path"]]:
+        """Cut a latent vector into parameters and path."""
+        parameters, path, rest = jnp.split(z, (self.before, self.before + self.path))
+        return jnp.concatenate([parameters, rest]), path
+
+    def join(self, parameters: Float[Array, " parameters"], path: Float[Array, " path"]) -> Float[Array, " dim"]:
+        """Invert `parts`."""
+        return jnp.concatenate([parameters[: self.before], path, parameters[self.before :]])
+
+
+def unknowns(problem: Problem, site: str) -> Unknowns:
+    """Find the path among the latent sites of a problem."""
+    sizes = {latent.name: latent.size for latent in problem.latents}
+    return Unknowns(sum(list(sizes.values())[: list(sizes).index(site)]), sizes[site])
+
+
+def sees_path(problem: Problem, site: str, num_times: int) -> bool:
+    """Say whether the observation tells anything of earlier states that the last one and the parameters do not.
+
+    Judged on a few joint draws: the likelihood is the same to the letter when earlier states are another path's.
+    """
+    assert problem.simulate is not None
+    if not problem.has_density:
+        return bool(problem.observed)
+    found, simulate = unknowns(problem, site), problem.simulate
+
+    @jax.jit
+    def compare(keys: Array) -> Bool[Array, ""]:
+        z, y = jax.vmap(simulate)(keys)
+        parameters, path = jax.vmap(found.parts)(z)
+        states = path.reshape(len(keys), num_times, -1)
+        swapped = jnp.concatenate([jnp.roll(states[:, :-1], 1, axis=0), states[:, -1:]], axis=1)
+        others = jax.vmap(found.join)(parameters, swapped.reshape(len(keys), -1))
+        log_likelihood = jax.vmap(problem.log_likelihood)(
+            jnp.concatenate([z, others]), jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), y)
+        )
+        own, theirs = jnp.split(log_likelihood, 2)
+        return jnp.array_equal(own, theirs, equal_nan=True)
+
+    return not compare(jax.random.split(fixed_key(), NUM_PROBES))

@@ -11,8 +11,8 @@ from scoreinfer._typing import Key
 
 def linear(key: Key, num_in: int, num_out: int, gain: float = 1.0) -> eqx.nn.Linear:
     """Make a float32 linear layer with weights of variance gain^2 / num_in and zero bias."""
-    layer = eqx.nn.Linear(num_in, num_out, dtype=jnp.float32, key=key)
-    weight = gain * jax.random.normal(key, (num_out, num_in), jnp.float32) / jnp.sqrt(jnp.float32(num_in))
+    layer = eqx.filter_eval_shape(eqx.nn.Linear, num_in, num_out, dtype=jnp.float32, key=key)
+    weight = gain / num_in**0.5 * jax.random.normal(key, (num_out, num_in), jnp.float32)
     return eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (weight, jnp.zeros(num_out, jnp.float32)))
 
 

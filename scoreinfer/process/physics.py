@@ -6,6 +6,7 @@ its transition densities are known exactly, whatever solver Phi_k stands for.
 References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250, section 2.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class PhysicsProcess(AbstractProcess):
         retreat: the physics run backwards, ``(t0, t1, x)`` from ``x`` at ``t1`` to ``t0``.
         shape: shape of one state.
         waves: components are real Fourier coefficients (an orthogonal change of variables), not the state's own.
+        source: the site of a model that it was read from, where it was.
     """
 
     ts: Float[Array, " times"]
@@ -62,6 +64,11 @@ class PhysicsProcess(AbstractProcess):
     retreat: Step = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     waves: bool = eqx.field(static=True, default=False)
+    source: Physics | None = eqx.field(static=True, default=None)
+
+    def without_steps(self) -> "PhysicsProcess":
+        """Copy the process without the model's own functions, which cannot be pickled (see `read_again`)."""
+        return dataclasses.replace(self, advance=_left_out, retreat=_left_out)
 
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
         """Compute components of states, whose axes come last."""
@@ -120,6 +127,10 @@ class PhysicsProcess(AbstractProcess):
         return jnp.concatenate([start[None], path])
 
 
+def _left_out(t0: Array, t1: Array, x: Array) -> Array:
+    raise ValueError("Physics is left out in pickling: run the kernel, which reads it from the model again.")
+
+
 def minus_drift(advance: Step) -> Step:
     """Make the physics backwards of a step: x - (Phi(x) - x)."""
     return lambda t0, t1, x: 2 * x - advance(t0, t1, x)
@@ -142,7 +153,9 @@ def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> Phy
 
     ts = jnp.append(process.ts, 2 * last - before)
     scales = jnp.concatenate([process.scale, scale[None]])
-    return PhysicsProcess(ts, scales, still(process.advance), still(process.retreat), process.shape, process.waves)
+    return dataclasses.replace(
+        process, ts=ts, scale=scales, advance=still(process.advance), retreat=still(process.retreat)
+    )
 
 
 def flatten(states: Float[Array, "..."], shape: tuple[int, ...], waves: bool) -> Float[Array, "..."]:

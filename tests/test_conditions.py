@@ -1,0 +1,110 @@
+"""What kernels are conditioned on: unknown parameters of the physics, and observations of earlier states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC
+
+import scoreinfer as si
+from modes import UnknownRate, moments_off, ornstein_uhlenbeck
+
+MODES = ornstein_uhlenbeck()
+TIMES = [0, 3, 6, 8]
+RATE = UnknownRate(ornstein_uhlenbeck(6)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 4, 6))
+SMALL = {"width": 16, "depth": 1, "progress_bar": False}
+SEEN = np.array([[1.2], [0.3], [0.6], [-0.2]], np.float32)
+
+
+def check(draws, truth, min_share):
+    """Hold parameters, evidence and paths against the grid over the rate."""
+    centre, sd, log_evidence, mean, covariance = truth
+    found = draws.certificate
+    assert found.certified and found.ess > min_share * found.num, found
+    assert abs(found.log_evidence - log_evidence) < 5 * found.log_evidence_se + 1e-3
+    weight = np.exp(np.asarray(draws.log_weight, np.float64))
+    weight /= weight.sum()
+    z = (np.log(np.asarray(draws.sites["rate"], np.float64)) - centre) / sd
+    assert abs(weight @ z) < 5 / found.ess**0.5
+    assert abs(weight @ z**2 - 1) < 5 * (weight @ z**4 - 1) ** 0.5 / found.ess**0.5
+    assert moments_off(draws.sites["x"], draws.log_weight, mean, covariance) < 5.5
+
+
+@pytest.fixture(scope="module")
+def unknown_rate():
+    return si.fit(jax.random.key(0), RATE.model, process=si.Physics("x"), num_steps=100, **SMALL)
+
+
+def test_unknown_rate_seen_at_several_times(unknown_rate):
+    """Rate and path jointly, against a grid over the rate with the smoother for each."""
+    draws = unknown_rate.sample(jax.random.key(1), 4000, y=SEEN)
+    assert draws.sites["rate"].shape == (4000,) and draws.sites["x"].shape == (4000, 7, 1)
+    check(draws, RATE.truth(SEEN), 0.3)
+
+
+@pytest.mark.slow
+def test_kernel_moves_rate_and_path(unknown_rate):
+    kernel = si.ScoreSDE(posterior=unknown_rate, num_local_steps=1)
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=1000, num_chains=4, chain_method="vectorized", progress_bar=False)
+    mcmc.run(jax.random.key(2), y=SEEN, extra_fields=("accept_prob",))
+    assert mcmc.get_extra_fields()["accept_prob"].mean() > 0.5
+    centre, sd, _, mean, covariance = RATE.truth(SEEN)
+    z = (np.log(np.asarray(mcmc.get_samples()["rate"])) - centre) / sd
+    wasted = 0.3**-0.5  # chains that move one time in three have a third of their draws' worth
+    assert abs(z.mean()) < 5 * wasted / 4000**0.5
+    assert moments_off(mcmc.get_samples()["x"], np.zeros(4000), mean, covariance) < 5.5 * wasted
+
+
+@pytest.mark.slow
+def test_unknown_rate_seen_at_a_noisy_end():
+    """The kernels start from the observation itself, and the start draws the rate alone."""
+    rate = RATE._replace(times=(6,))
+    posterior = si.fit(jax.random.key(0), rate.model, process=si.Physics("x"), num_steps=200, **SMALL)
+    y = np.array([0.8], np.float32)
+    assert posterior.proposal.start.problem.dim == 1
+    check(posterior.sample(jax.random.key(1), 4000, y=y), rate.truth(y), 0.3)
+    with pytest.raises(ValueError, match="fit the model without its observed sites"):
+        posterior.sample(jax.random.key(1), 10, end_state=y)
+    with pytest.raises(ValueError, match="say nothing of the parameters"):
+        si.fit(jax.random.key(0), rate.model, process=si.Physics("x"), trajectories=np.zeros((9, 7, 1)))
+
+
+@pytest.mark.slow
+def test_unknown_rate_and_a_known_end():
+    """An end without noise, of a model that observes nothing."""
+    rate = RATE._replace(times=(6,), modes=RATE.modes._replace(noise=1e-4))
+    posterior = si.fit(jax.random.key(0), rate.path_model, process=si.Physics("x"), num_steps=200, **SMALL)
+    end = np.array([0.8], np.float32)
+    draws = posterior.sample(jax.random.key(1), 4000, end_state=end)
+    centre, sd, log_evidence, mean, covariance = rate.truth(end)
+    check(
+        draws._replace(sites=draws.sites | {"x": draws.sites["x"][:, :-1]}),
+        (centre, sd, log_evidence, mean[:-1], covariance[:, :-1, :-1]),
+        0.3,
+    )
+    with pytest.raises(ValueError, match="need the parameters' values"):
+        posterior.reverse_sde(jax.random.key(0), end)
+
+
+def several_times(y=None):
+    x = numpyro.sample("x", MODES.path())
+    numpyro.sample("y", dist.Normal(x[jnp.array(TIMES)], MODES.noise).to_event(2), obs=y)
+
+
+@pytest.mark.slow
+def test_states_seen_at_several_times_give_the_smoother():
+    """Kernels conditioned on the observation; linear physics, so regression alone is the answer."""
+    posterior = si.fit(jax.random.key(0), several_times, process=si.Physics("x"), num_steps=0, **SMALL)
+    y = np.array([[1.4, -0.3], [0.2, 0.5], [0.1, -0.6], [-0.9, 0.4]], np.float32)
+    draws = posterior.sample(jax.random.key(1), 4000, y=y)
+    mean, covariance, log_evidence = MODES.smoother_of(TIMES, y)
+    found = draws.certificate
+    assert found.certified and found.ess > 0.8 * 4000, found
+    assert abs(found.log_evidence - log_evidence) < 5 * found.log_evidence_se
+    assert moments_off(draws.sites["x"], draws.log_weight, mean, covariance) < 5.5
+    with pytest.raises(ValueError, match="conditioned on nothing but the next state"):
+        posterior.resampled(8)
+    with pytest.raises(ValueError, match="parameters or earlier states"):
+        posterior.sample(jax.random.key(1), 10, end_state=y[-1])
