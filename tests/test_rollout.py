@@ -153,7 +153,7 @@ def test_score_losses_are_stationary_at_the_exact_score(sliced):
 @pytest.mark.slow
 def test_learning_with_windows_keeps_the_weights_exact():
     options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False}
-    options["windows"] = si.Windows((2, 4), noisy=True, truncate=2, kept=2)
+    options["windows"] = si.Windows((2, 4), kept=2)
     modes = ornstein_uhlenbeck()
     posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options)
     end = jnp.array([-1.0, 0.5])
