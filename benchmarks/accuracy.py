@@ -426,13 +426,34 @@ def run_smdp(args) -> Iterator[Row]:
         yield "heat_32x32", figures | {"train_s": training.times.wall}
     truth = toy.exact()
     for num in (2500, 250, 25):
-        if not _chosen(f"toy/{num}", args.tasks):
+        for name, learn, measure in (
+            (f"toy/{num}", toy.learn, toy.measure),
+            (f"toy_implicit/{num}", toy.learn_score, toy.measure_score),
+        ):
+            if not _chosen(name, args.tasks):
+                continue
+            jax.clear_caches()
+            with Clock() as training:
+                learned = learn(key, num, args.num_steps or 6000, args.progress)
+            yield name, measure(key, learned, truth) | {"train_s": training.times.wall}
+    yield from _burgers(key, args)
+    yield from paths_mcmc.rows(key, lambda name: _chosen(name, args.tasks), args.num_steps, args.progress)
+
+
+def _burgers(key, args) -> Iterator[Row]:
+    """Stochastic Burgers: coverage over fresh cases on a fine grid, particles and NUTS on a coarse one."""
+    import burgers_initial_state as burgers
+
+    for name, grid, measure in (
+        ("burgers", burgers.Burgers(), burgers.measure),
+        ("burgers_coarse", burgers.COARSE, burgers.compare),
+    ):
+        if not _chosen(name, args.tasks):
             continue
         jax.clear_caches()
         with Clock() as training:
-            posterior = toy.learn(key, num, args.num_steps or 6000, args.progress)
-        yield f"toy/{num}", toy.measure(key, posterior, truth) | {"train_s": training.times.wall}
-    yield from paths_mcmc.rows(key, lambda name: _chosen(name, args.tasks), args.num_steps, args.progress)
+            posterior = burgers.learn(key, grid, args.num_steps or 1000, progress_bar=args.progress)
+        yield name, measure(jax.random.fold_in(key, 1), grid, posterior) | {"train_s": training.times.wall}
 
 
 SUITES: dict[str, Callable] = {

@@ -8,7 +8,9 @@ dx = Laplace x dt + 0.1 dW on a periodic 32 x 32 grid, t in [0, 0.2] in 32 steps
 a Gaussian random field with power |k|^-4. Small scales decay below the noise: a draw must invent them, in the right
 amount. Two figures, as published: *reconstruction*, the mean squared difference between the noise-free evolution of the
 drawn start and the noise-free end; *spectral error*, the mean absolute difference of log radial spectra of drawn and
-true start, wavenumbers 1 to 10. The posterior is Gaussian, mode by mode, so the exact figures stand beside ours.
+true start, wavenumbers 1 to 10 (their spectrum, as their code has it, is the mean absolute real part of the Fourier
+coefficients with that integer part of the wavenumber; with mean power the exact error is .176 instead of .134). The
+posterior is Gaussian, mode by mode, so the exact figures stand beside ours.
 
 Everything is linear, so what is learned here is a regression for every wavenumber, from 2500 simulations as in the
 paper, without any network.
@@ -132,10 +134,10 @@ def learn(key, heat, num=2500):
 
 
 def spectrum(heat, x):
-    """Compute the mean power in rings of wavenumber 1 to 10."""
-    power = np.asarray(hartley(jnp.asarray(x), 2), np.float64) ** 2
-    rings = np.rint(heat.wavenumber).astype(int)
-    return np.stack([power[..., rings == k].mean(-1) for k in range(1, min(10, heat.size // 2) + 1)], axis=-1)
+    """Compute the mean absolute real part of Fourier coefficients in rings of wavenumber 1 to 10."""
+    size = np.abs(np.fft.fft2(np.asarray(x), norm="ortho").real)
+    rings = heat.wavenumber.astype(int)
+    return np.stack([size[..., rings == k].mean(-1) for k in range(1, min(10, heat.size // 2) + 1)], axis=-1)
 
 
 def reconstruction(heat, drawn, truth):
@@ -224,7 +226,7 @@ def plot(key, heat, posterior, file):
     axes[-1].loglog(k, spectrum(heat, drawn[:50]).T, color="tab:blue", alpha=0.1)
     axes[-1].loglog(k, spectrum(heat, path[0]), color="black", label="truth")
     axes[-1].loglog(k, spectrum(heat, drawn.mean(0)), color="tab:red", label="posterior mean")
-    axes[-1].set(xlabel="wavenumber", title="power")
+    axes[-1].set(xlabel="wavenumber", title="spectrum")
     axes[-1].legend()
     figure.savefig(file)
 

@@ -2,6 +2,7 @@
 
     python examples/toy_process_holzschuh2023.py                     # two minutes on one core
     python examples/toy_process_holzschuh2023.py --num 25            # trajectories to learn from: 2500, 250 or 25
+    python examples/toy_process_holzschuh2023.py --implicit          # the baseline: a score by implicit score matching
     python examples/toy_process_holzschuh2023.py --smoke             # half a minute, nearly all compilation
 
 dx = -7 sign(x) x^2 dt + 0.03 dW on t in [0, 10] in 500 steps, from +1 or -1 with equal probability. At the end hardly
@@ -16,7 +17,9 @@ Reference: Holzschuh et al. 2023, arXiv 2301.10250, section 4.1.
 """
 
 import argparse
+import dataclasses
 import time
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,6 +29,11 @@ import numpyro
 import numpyro.distributions as dist
 
 import scoreinfer as si
+from scoreinfer.backward import LearnedScore, ReverseEuler, draw_path, linear_frame, probability_flow
+from scoreinfer.model import read_physics
+from scoreinfer.nets import ConditionalMLP
+from scoreinfer.path_losses import implicit_score_loss
+from scoreinfer.train import Budget, train
 
 RATE, NOISE, BLUR = 7.0, 0.03, 0.01
 TS = np.linspace(0.0, 10.0, 501)
@@ -111,19 +119,52 @@ def learn(key, num, num_steps=6000, progress_bar=False):
     for_paths, for_training = jax.random.split(key)
     size = (32, 2, 3e-3) if num > 100 else (16, 1, 1e-3)
     return si.fit(
-        for_training, model, process=si.Physics("x", grow), trajectories=simulate(for_paths, num), num_steps=num_steps,
-        progress_bar=progress_bar, width=size[0], depth=size[1], learning_rate=size[2],
+        for_training, model, process=si.Physics("x", grow), trajectories=simulate(for_paths, num),
+        num_steps=num_steps, progress_bar=progress_bar, width=size[0], depth=size[1], learning_rate=size[2],
     )  # fmt: skip
 
 
-def score_error(posterior, truth, steps=(25, 100, 250, 499)):
+def learn_score(key, num, num_steps=6000, progress_bar=False):
+    """Learn a score from single states by implicit score matching (of one component: sliced, too)."""
+    for_paths, for_net, for_training = jax.random.split(key, 3)
+    process = read_physics(si.Physics("x", grow), model)
+    paths = process.flatten(simulate(for_paths, num))
+    held_out = max(num // 10, 1)
+    network = ConditionalMLP(for_net, 1, 1, 1, width=32, depth=2)
+    score = LearnedScore(process, linear_frame(process, paths), network)
+    batch_size = min(256, num - held_out)
+    loss = partial(implicit_score_loss, score=score, num_pairs=2048 // batch_size)
+    budget = Budget(num_steps, batch_size, min(250, num_steps), 1e-3)
+    network, _ = train(
+        for_training, network, loss, lambda key: paths[held_out:], paths[:held_out], budget, progress_bar=progress_bar
+    )
+    return ReverseEuler(process, dataclasses.replace(score, network=network))
+
+
+def measure_score(key, backward, truth, num=40_000):
+    """Compute what `measure` does, but for weights."""
+    reverse = jax.jit(jax.vmap(lambda key, end: draw_path(key, backward, end[None])[0][0, 0]))
+    flow = jax.jit(jax.vmap(lambda end: probability_flow(backward, end[None])[0, 0]))
+    ends = jnp.linspace(-0.1, 0.1, 1000)
+    sixteen, many = jnp.tile(ends, 16), jnp.repeat(jnp.array(ENDS), num // len(ENDS))
+    for_q, for_draws = jax.random.split(key)
+    plus = np.asarray(reverse(jax.random.split(for_draws, many.size), many)).reshape(len(ENDS), -1) > 0
+    return {
+        "q_sde": q_metric(np.asarray(reverse(jax.random.split(for_q, sixteen.size), sixteen))),
+        "q_ode": q_metric(np.asarray(flow(ends))),
+        "score_error": score_error(backward, truth),
+        "raw_error": float(np.abs(plus.mean(1) - [truth.probability(end) for end in ENDS]).max()),
+    }
+
+
+def score_error(backward, truth, steps=(25, 100, 250, 499)):
     """Compute the error of the learned score relative to the exact one, weighted by the exact density."""
-    learned = jax.jit(jax.vmap(posterior.backward.score, in_axes=(None, 0)))
+    learned = jax.jit(jax.vmap(backward.score, in_axes=(None, 0)))
     errors = []
     for k in steps:
         grid, density, score = truth.score(k)
         keep = density > 1e-6 * density.max()
-        found = np.asarray(learned(posterior.process.ts[k], jnp.asarray(grid[keep, None], jnp.float32)))[:, 0]
+        found = np.asarray(learned(backward.process.ts[k], jnp.asarray(grid[keep, None], jnp.float32)))[:, 0]
         errors.append(density[keep] @ (found - score[keep]) ** 2 / (density[keep] @ score[keep] ** 2))
     return float(np.sqrt(np.mean(errors)))
 
@@ -146,7 +187,7 @@ def measure(key, posterior, truth, num=40_000):
         "q_sde": q_metric(np.asarray(posterior.reverse_sde(for_q, jnp.tile(ends, 16)))[:, 0]),
         "q_ode": q_metric(np.asarray(posterior.probability_flow(ends))[:, 0]),
         "q_ode_exact": q_metric(exact_flow(truth, ends)),
-        "score_error": score_error(posterior, truth),
+        "score_error": score_error(posterior.backward, truth),
     }
     raw, weighted, evidence, shares = [], [], [], []
     for end in ENDS:
@@ -166,12 +207,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num", type=int, default=2500, help="trajectories to learn from")
     parser.add_argument("--num-steps", type=int, default=6000, help="optimiser steps")
+    parser.add_argument("--implicit", action="store_true", help="learn a score by implicit score matching instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="everything runs, little is learned")
     args = parser.parse_args()
     key, num_steps = jax.random.key(args.seed), 100 if args.smoke else args.num_steps
     truth = exact(0.002 if args.smoke else 0.001)
     start = time.perf_counter()
+    if args.implicit:
+        backward = learn_score(key, args.num, num_steps, progress_bar=True)
+        print(f"trained on {args.num} trajectories in {time.perf_counter() - start:.0f} s")
+        for name, value in measure_score(key, backward, truth, 400 if args.smoke else 40_000).items():
+            print(f"  {name:20s} {value:8.4f}")
+        return
     posterior = learn(key, args.num, num_steps, progress_bar=True)
     print(f"trained on {args.num} trajectories in {time.perf_counter() - start:.0f} s")
     figures = measure(jax.random.fold_in(key, 1), posterior, truth, 500 if args.smoke else 40_000)

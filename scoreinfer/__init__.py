@@ -11,7 +11,8 @@ from scoreinfer.export import to_arviz
 from scoreinfer.foreign import simulate
 from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import PhysicsPath, check, from_numpyro
-from scoreinfer.nets import DeepSet, Series
+from scoreinfer.nets import ConvNet, DeepSet, Series
+from scoreinfer.path_losses import Windows
 from scoreinfer.paths import PathPosterior
 from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
@@ -33,6 +34,7 @@ __all__ = [
     "Certificate",
     "ChainCertificate",
     "Comparison",
+    "ConvNet",
     "DeepSet",
     "Draws",
     "MisspecificationWarning",
@@ -50,6 +52,7 @@ __all__ = [
     "UnderdampedLangevin",
     "UnreadableFile",
     "UnsupportedModel",
+    "Windows",
     "c2st",
     "calibrate",
     "certify",

@@ -10,22 +10,64 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.backward import LearnedBackward, LearnedScore, heads
+
+
+class Windows(NamedTuple):
+    """How the multi-step loss unrolls kernels, for ``fit(..., process=Physics(site), windows=Windows((2, 4, 8)))``.
+
+    Args:
+        lengths: steps of a window, one stage of training for each.
+        noisy: draw from the kernels on the way instead of taking their means, for solvers that only noise shows to be
+            unstable. The states then are not the path's own, which biases more (two components of an
+            Ornstein-Uhlenbeck process, windows (2, 4): half of the draws count instead of nine tenths).
+        truncate: pass gradients back through this many steps at a time; None: through the whole window.
+        kept: states kept in memory for the way back of the gradient, of every window and at every level: segments
+            between them are unrolled again, and theirs. About ``kept`` log(length) / log(kept) states in all, for that
+            many more passes. None: every state.
+        share: weight of the multi-step loss beside the likelihood of single transitions.
+
+    >>> Windows((2, 4, 8), kept=4).lengths
+    (2, 4, 8)
+    """
+
+    lengths: tuple[int, ...] = ()
+    noisy: bool = False
+    truncate: int | None = None
+    kept: int | None = None
+    share: float = 0.1
+
+
+def check_windows(windows: Windows | tuple[int, ...], num_steps: int) -> Windows:
+    """Check windows against the number of steps of a process."""
+    windows = windows if isinstance(windows, Windows) else Windows(tuple(windows))
+    if not all(1 <= length <= num_steps for length in windows.lengths):
+        raise ValueError(
+            "`windows` must have at least one step and not be longer than the process, "
+            f"{num_steps} steps, got {windows.lengths}."
+        )
+    for name, least in (("truncate", 1), ("kept", 2)):
+        value = getattr(windows, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` of `Windows` must be None or at least {least}, got {value}.")
+    if not windows.share > 0:
+        raise ValueError(f"`share` of `Windows` must be positive, got {windows.share}.")
+    return windows
 
 
 class Transitions(NamedTuple):
     """Paths as the backward kernels' network sees them, one row per step.
 
     Args:
-        v: standardised state at the end of every step.
+        v: standardised state at the end of every step (and what else the network sees, see `LearnedBackward`).
         rest: what regression leaves of the state before, in units of its residual factor.
         context: what the kernels are conditioned on besides.
     """
 
-    v: Float[Array, "num steps dim"]
+    v: Float[Array, "num steps features"]
     rest: Float[Array, "num steps dim"]
     context: Float[Array, "num context"]
 
@@ -67,15 +109,14 @@ def rollout_loss(
     backward: LearnedBackward,
     window: int,
     num_windows: int,
-    noisy: bool = False,
-    truncate: int | None = None,
+    how: Windows = Windows(),
     contexts: Float[Array, "num context"] | None = None,
 ) -> Float[Array, ""]:
     """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
 
     Squared errors are in units of the step's noise, averaged over the window, which starts from its true end. Steps
-    are recomputed on the way back of the gradient (checkpointed): what is kept of each is one state, whatever the
-    network's size.
+    are recomputed on the way back of the gradient (checkpointed): what is kept of each is at most one state, whatever
+    the network's size.
 
     Args:
         network: what is trained.
@@ -84,8 +125,7 @@ def rollout_loss(
         backward: the kernels around the network.
         window: number of steps unrolled.
         num_windows: windows picked at random from each path.
-        noisy: draw from the kernels instead of taking their means.
-        truncate: pass gradients back through this many steps at a time; None: through the whole window.
+        how: noise, truncation, memory.
         contexts: what the kernels are conditioned on besides, for each path.
 
     Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
@@ -101,23 +141,44 @@ def rollout_loss(
 
     def one(path: Array, context: Array, start: Array, key: Key) -> Array:
         given = backward.given(context)
-        truth = jax.lax.dynamic_slice_in_dim(path, start, window + 1)
 
-        @jax.checkpoint
-        def back(x: Array, inputs: tuple[Array, Array, Key]) -> tuple[Array, Array]:
-            i, target, key = inputs
-            if truncate is not None:
-                x = jnp.where((i + 1) % truncate == 0, jax.lax.stop_gradient(x), x)
+        def back(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
+            x, total = carry
+            if how.truncate is not None:
+                x = jnp.where((i + 1) % how.truncate == 0, jax.lax.stop_gradient(x), x)
             kernel = given(start + i, x)
-            new = kernel.draw(key)[0] if noisy else kernel.mean
-            return new, (((new - target) / backward.process.scale[start + i]) ** 2).mean()
+            new = kernel.mean
+            if how.noisy:  # the noise has no gradient: it would teach the kernels to have none
+                new = new + jax.lax.stop_gradient(kernel.draw(jax.random.fold_in(key, i))[0] - new)
+            error = (((new - path[start + i]) / backward.process.scale[start + i]) ** 2).mean()
+            return (new, total + error), None
 
-        inputs = (jnp.arange(window), truth[:-1], jax.random.split(key, window))
-        return jax.lax.scan(back, truth[-1], inputs, reverse=True)[1].mean()
+        end = (path[start + window], jnp.zeros((), path.dtype))
+        return _unroll(back, end, jnp.arange(window)[::-1], how.kept)[1] / window
 
     if contexts is None:
         contexts = jnp.zeros((paths.shape[0], 0), jnp.float32)
     return jax.vmap(jax.vmap(one, in_axes=(None, None, 0, 0)))(paths, contexts, starts, for_noise).mean()
+
+
+def _unroll(back: Callable, carry: tuple, steps: Int[Array, " num"], kept: int | None) -> tuple:
+    """Scan, keeping ``kept`` carries of every level for the way back of the gradient (None: all).
+
+    References: Griewank 1992, "Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
+    differentiation"; Chen et al. 2016, arXiv 1604.06174, section 4.2.
+    """
+    if kept is None or steps.size <= kept:
+        return jax.lax.scan(jax.checkpoint(back), carry, steps)[0]
+    size = -(-steps.size // kept)
+    first = steps.size % size
+    if first:
+        carry = _unroll(back, carry, steps[:first], kept)
+
+    @jax.checkpoint
+    def segment(carry: tuple, steps: Array) -> tuple[tuple, None]:
+        return _unroll(back, carry, steps, kept), None
+
+    return jax.lax.scan(segment, carry, steps[first:].reshape(-1, size))[0]
 
 
 class PathBatch(NamedTuple):
@@ -137,20 +198,17 @@ def multistep_loss(
     penalty: float,
     backward: LearnedBackward,
     window: int,
+    how: Windows,
 ) -> Float[Array, ""]:
     """Compute the likelihood of single transitions plus the multi-step loss, as its regulariser."""
     for_pairs, for_windows = jax.random.split(key)
     single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
     num_windows = max(num_pairs // window, 1)
     unrolled = rollout_loss(
-        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows,
+        network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows, how=how,
         contexts=batch.transitions.context,
     )  # fmt: skip
-    return single + ROLLOUT_SHARE * unrolled
-
-
-ROLLOUT_SHARE = 0.1
-"""Weight of the multi-step loss beside the likelihood of single transitions."""
+    return single + how.share * unrolled
 
 
 def _pairs(paths: Array, key: Key, num_pairs: int) -> tuple[Array, Array, Array]:

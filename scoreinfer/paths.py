@@ -17,17 +17,27 @@ from jaxtyping import Array, Float
 from scoreinfer._errors import MisspecificationWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import LearnedBackward, corrected_path, draw_path, linear_frame, probability_flow, through_time
+from scoreinfer.backward import (
+    Frame,
+    LearnedBackward,
+    OnWaves,
+    corrected_path,
+    draw_path,
+    elapsed,
+    linear_frame,
+    probability_flow,
+    through_time,
+)
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.correct import effective_sample_size
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank
 from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
-from scoreinfer.nets import ConditionalMLP
+from scoreinfer.nets import ConditionalMLP, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.particles import ResampledPaths
-from scoreinfer.path_losses import PathBatch, Transitions, multistep_loss, transition_loss
+from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
@@ -341,7 +351,8 @@ def fit_paths(
     learning_rate: float = 4e-3,
     width: int = 32,
     depth: int = 2,
-    windows: tuple[int, ...] = (),
+    net: Callable | None = None,
+    windows: tuple[int, ...] | Windows = (),
     learn_start: Callable[[Key, Problem], Proposal],
     observed: tuple[str, ...] | None = None,
     progress_bar: bool = True,
@@ -359,7 +370,8 @@ def fit_paths(
 
     Raises:
         UnsupportedModel: where the model cannot be simulated.
-        ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside them.
+        ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside them,
+            or ``net`` does not fit the state.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
     if problem.simulate is None:
@@ -372,10 +384,9 @@ def fit_paths(
     conditioned = end is None and sees_path(problem, process.site, physics.num_steps + 1)
     if end is not None:
         physics = add_noise_stage(physics, end.scale)
-    if max((1, *windows)) > physics.num_steps:
-        raise ValueError(f"`windows` must not be longer than the process, {physics.num_steps} steps, got {windows}.")
+    windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
-    room = MAX_NUMBERS // (physics.num_steps * physics.dim) + 1
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
     def paths(key: Key, num: int) -> Simulated:
         return _simulated(key, problem, process.site, physics, end, conditioned, num)
@@ -394,17 +405,18 @@ def fit_paths(
         jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
     )
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
-    network = ConditionalMLP(for_net, physics.dim, 1 + usual.size, 2 * physics.dim, width=width, depth=depth)
-    untrained = LearnedBackward(physics, linear_frame(physics, *training), network, usual)
-    stages = (1, *windows)
-    per_stage = max(num_steps // len(stages), 1)
+    untrained = _untrained(for_net, physics, linear_frame(physics, *training), usual, net, width, depth)
+    per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
     fresh = (lambda key: _condition(scale, paths(key, min(POOL, room)))) if online else None
     if num_steps == 0:
         backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
     else:
-        backward, history = _learn(for_training, untrained, training, validation, fresh, stages, budget, progress_bar)
+        num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
+        backward, history = _learn(
+            for_training, untrained, training, validation, fresh, windows, num_pairs, budget, progress_bar
+        )
 
     def started(site: str | None, problem: Problem) -> StartedPaths:
         start = learn_start(for_start, beginning(problem, physics, process.site, site))
@@ -433,23 +445,24 @@ def _learn(
     training: Conditioned,
     validation: Conditioned,
     fresh: Callable[[Key], Conditioned] | None,
-    stages: tuple[int, ...],
+    windows: Windows,
+    num_pairs: int,
     budget: Budget,
     progress_bar: bool,
 ) -> tuple[LearnedBackward, History]:
     """Train the network, one stage for each length of windows (1: single transitions alone)."""
     options: dict[str, Any] = {
         "times": through_time(backward.process),
-        "num_pairs": max(TRANSITIONS // budget.batch_size, 1),
+        "num_pairs": num_pairs,
         "penalty": PENALTY / len(training.states) if fresh is None else 0.0,
     }
-    network, histories = backward.network, []
+    network, histories, stages = backward.network, [], (1, *windows.lengths)
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
         prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
         if window == 1:
             loss: Callable = partial(transition_loss, **options)
         else:
-            loss = partial(multistep_loss, **options, backward=backward, window=window)
+            loss = partial(multistep_loss, **options, backward=backward, window=window, how=windows)
         seen = prepare(training)
 
         def pools(key: Key, prepare: Callable = prepare, seen: Any = seen) -> Any:
@@ -471,6 +484,39 @@ def _joined(histories: list[History]) -> History:
     num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
     seconds = sum(h.seconds for h in histories)
     return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
+
+
+def _untrained(
+    key: Key,
+    process: PhysicsProcess,
+    frame: Frame,
+    usual: Float[Array, " context"],
+    net: Callable | None,
+    width: int,
+    depth: int,
+) -> LearnedBackward:
+    """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own."""
+    if net is None:
+        net = ConditionalMLP(key, process.dim, 1 + usual.size, 2 * process.dim, width=width, depth=depth)
+        return LearnedBackward(process, frame, net, usual)
+    backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False))
+    first = jnp.zeros((), int)
+    fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
+
+    def output() -> Array:
+        log_time, time = elapsed(process, first)
+        return net(backward.features(first, frame.centre[0]), log_time, jnp.concatenate([time, usual]))
+
+    try:
+        returned = jax.eval_shape(output)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
+    if returned.shape != (2 * process.dim,):
+        raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
+    if process.waves:
+        on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
+        backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
+    return backward
 
 
 @eqx.filter_jit
@@ -534,10 +580,10 @@ def _transition_rows(
 
     def one(k, old, new):
         rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, context)
-        v = jax.vmap(lambda x: frame.standardise(k, x))(new)
+        v = jax.vmap(lambda x: backward.features(k, x))(new)
         factor = frame.factor[k]
         rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
-        return v.astype(jnp.float32), rest.astype(jnp.float32)
+        return v, rest.astype(jnp.float32)
 
     steps = jnp.arange(backward.process.num_steps)
     v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))

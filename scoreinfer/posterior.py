@@ -31,6 +31,7 @@ from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_p
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.path_losses import Windows
 from scoreinfer.paths import PathPosterior, fit_paths
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
@@ -191,7 +192,7 @@ class Posterior(eqx.Module):
         problem = self.problem
         y = problem.read(args, kwargs)
         if prior_fraction > 0 and problem.simulate is None:
-            raise ValueError(f"`prior_fraction` needs draws from the prior, and there are none: {problem.not_simulable}")
+            raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
         streams = _streams(key)
         batches = partial(weighted_draws, streams.draws, self.proposal, y, batch_size, prior_fraction)
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
@@ -415,8 +416,9 @@ def fit(
     invalid: str = "learn",
     checkpoint: str | os.PathLike[str] | None = None,
     process: Physics | None = None,
+    net: Callable | None = None,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
-    windows: tuple[int, ...] = (),
+    windows: tuple[int, ...] | Windows = (),
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Posterior | PathPosterior:
@@ -459,10 +461,13 @@ def fit(
             weighed jointly with its paths, and any states may be observed. Then its reverse is learned, transition by
             transition, and the result is a `PathPosterior`; ``embedding``, ``sampler``, ``target_score``,
             ``simulations``, ``likelihood`` and ``checkpoint`` are of no use to it.
+        net: with ``process``: the network, such as a `ConvNet` for fields, instead of a perceptron of ``width`` and
+            ``depth``. Every step then takes one transition of each of its ``batch_size`` simulations, not 2048.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
-            training each after that on single transitions; for reverse solvers that are not stable alone.
+            training each after that on single transitions; for reverse solvers that are not stable alone. `Windows`
+            says more: noise, truncated gradients, memory.
         progress_bar: show progress bars on a terminal.
         **kwargs: the model's own keyword arguments.
 
@@ -479,11 +484,11 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
-    if process is not None or trajectories is not None or windows:
+    if process is not None or net is not None or trajectories is not None or windows:
         if process is None or isinstance(model, Problem):
             raise ValueError(
-                "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `trajectories` "
-                "and `windows` are."
+                "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `net`, "
+                "`trajectories` and `windows` are."
             )
         of_no_use = {
             "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
@@ -502,7 +507,7 @@ def fit(
         return fit_paths(
             key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
             num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
-            windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
+            net=net, windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
     settings = {
         "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,

@@ -173,3 +173,32 @@ def heat(num_steps=16, num_modes=32):
     """The heat equation in sines and cosines: rates kappa^2, initial power kappa^-4."""
     kappa = np.arange(num_modes) // 2 + 1.0
     return Modes("heat", kappa**2, kappa**-2.0, 0.1, np.linspace(0.0, 0.2, num_steps + 1), 0.01)
+
+
+class Ring(NamedTuple):
+    """Heat on a ring of points, as a field: its Hartley coefficients are the modes, whose smoother is known."""
+
+    modes: Modes
+
+    def path(self):
+        size, rates = len(self.modes.rates), jnp.asarray(self.modes.rates)
+        angle = 2 * np.pi / size * np.outer(np.arange(size), np.arange(size))
+        waves = jnp.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(size), jnp.float32)  # `hartley` as a matrix
+        step = lambda t0, t1, x: waves @ (jnp.exp(-rates * (t1 - t0)) * (waves @ x))  # noqa: E731
+        covariance = waves @ (jnp.asarray(self.modes.start_sd)[:, None] ** 2 * waves)
+        start = dist.MultivariateNormal(jnp.zeros(size), covariance)
+        return si.PhysicsPath(step, self.modes.step_scale, self.modes.ts, start)
+
+    def path_model(self):
+        numpyro.sample("x", self.path())
+
+    def model(self, y=None):
+        x = numpyro.sample("x", self.path())
+        numpyro.sample("y", dist.Normal(x[-1], self.modes.noise).to_event(1), obs=y)
+
+
+def ring(size, num_steps=6, smoothness=2.0, end_time=0.3):
+    """Power of the start falls by twice ``smoothness``; below that of the noise, Gaussian kernels mix the points."""
+    kappa = np.minimum(np.arange(size), size - np.arange(size))
+    ts = np.linspace(0.0, end_time, num_steps + 1)
+    return Ring(Modes("ring", kappa**2 + 0.1, (1.0 + kappa) ** -smoothness, 0.3, ts, 0.1, 0.1))

@@ -155,7 +155,7 @@ def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
 
 
 def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
-    with pytest.raises(ValueError, match="needs draws from the prior"):
+    with pytest.raises(ValueError, match="needs draws from the prior; there are none: its simulator is foreign"):
         posterior.sample(jax.random.key(2), 10, prior_fraction=0.5, y=Y)
     unknown = dataclasses.replace(posterior.problem, observation=None)
     plain = si.Posterior(dataclasses.replace(posterior.proposal, problem=unknown), None)

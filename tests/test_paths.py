@@ -12,9 +12,11 @@ from numpyro.infer import MCMC
 from scipy import stats
 
 import scoreinfer as si
-from modes import Modes, heat, ornstein_uhlenbeck
+from modes import heat, ornstein_uhlenbeck, ring
+from scoreinfer.backward import linear_frame
 from scoreinfer.correct import effective_sample_size
 from scoreinfer.kernels.score_sde import with_problem
+from scoreinfer.model import read_physics
 from scoreinfer.process.physics import hartley
 
 MODES = ornstein_uhlenbeck()
@@ -159,26 +161,21 @@ def test_double_well_seen_through_its_square():
     assert again.start.problem.dim == 1 and again.problem is posterior.problem  # the start keeps one of its own
 
 
+def test_covariances_stay_positive_where_entries_are_left_out():
+    """A smooth field: what is certain of its covariance is no covariance."""
+    field = ring(16, 2, smoothness=3.0)
+    process = read_physics(si.Physics("x", lambda t0, t1, x: x), field.path_model)
+    frame = linear_frame(process, field.path().sample(jax.random.key(0), (4200,)))
+    assert frame.factor.shape == (2, 16, 16) and np.isfinite(frame.factor).all()
+
+
 @pytest.mark.slow
 def test_linear_fields_need_regression_alone():
-    """Heat on a ring of 12 points, in pixels: Hartley coefficients are independent modes, whose smoother is known."""
-    kappa = np.minimum(np.arange(12), 12 - np.arange(12))
-    modes = Modes("ring", kappa**2 + 0.1, (1.0 + kappa) ** -2.0, 0.3, np.linspace(0.0, 0.3, 7), 0.1)
-    rates = jnp.asarray(modes.rates)
-
-    def spectral(t0, t1, x):
-        return hartley(hartley(x, 1) * jnp.exp(-rates * (t1 - t0)), 1)
-
-    covariance = hartley(hartley(jnp.diag(jnp.asarray(modes.start_sd) ** 2), 1).T, 1)
-
-    def model(y=None):
-        start = dist.MultivariateNormal(jnp.zeros(12), covariance)
-        x = numpyro.sample("x", si.PhysicsPath(spectral, 0.1, modes.ts, start))
-        numpyro.sample("y", dist.Normal(x[-1], modes.noise).to_event(1), obs=y)
-
-    modes = modes._replace(step_scale=0.1)
+    """Heat on a ring of 12 points, in pixels."""
+    field = ring(12)
+    modes = field.modes
     physics = si.Physics("x", lambda t0, t1, x: x, waves=True)
-    posterior = si.fit(jax.random.key(0), model, process=physics, num_steps=0)
+    posterior = si.fit(jax.random.key(0), field.model, process=physics, num_steps=0)
     y = 0.4 * jnp.sin(jnp.arange(12.0))
     for data, noisy in (({"y": y}, True), ({"end_state": y}, False)):
         draws = posterior.sample(jax.random.key(1), 4000, **data)
@@ -187,7 +184,9 @@ def test_linear_fields_need_regression_alone():
         error = 5 * draws.certificate.log_evidence_se + 5e-3
         assert abs(draws.certificate.log_evidence - modes.smoother(end, noisy)[2]) < error
         assert modes.disagreement(hartley(draws.sites["x"], 1), draws.log_weight, end, noisy) < 5.5
-    path = si.PhysicsPath(spectral, jnp.linspace(0.1, 0.2, 12), modes.ts, dist.Normal(jnp.zeros(12)).to_event(1))
+    path = si.PhysicsPath(
+        field.path().step, jnp.linspace(0.1, 0.2, 12), modes.ts, dist.Normal(jnp.zeros(12)).to_event(1)
+    )
     uneven = lambda: numpyro.sample("x", path)  # noqa: E731
     with pytest.raises(ValueError, match="same noise everywhere"):
         si.fit(jax.random.key(0), uneven, process=physics, num_steps=0)

@@ -16,7 +16,7 @@ import scoreinfer as si
 from modes import ornstein_uhlenbeck
 from scoreinfer.backward import Frame, LearnedBackward, LearnedScore, linear_frame
 from scoreinfer.nets import ConditionalMLP
-from scoreinfer.path_losses import implicit_score_loss, rollout_loss, transition_denoising_loss
+from scoreinfer.path_losses import Windows, check_windows, implicit_score_loss, rollout_loss, transition_denoising_loss
 
 MODES = ornstein_uhlenbeck(32)
 
@@ -59,30 +59,60 @@ def test_windows_are_unrolled_from_their_true_end(setting):
 def test_gradients_pass_through_the_window_unless_truncated(setting):
     backward, paths = setting
 
-    def gradient(truncate):
+    def gradient(how):
         loss = lambda net: rollout_loss(  # noqa: E731
-            net, paths, jax.random.key(0), backward=backward, window=32, num_windows=1, truncate=truncate
+            net, paths, jax.random.key(0), backward=backward, window=32, num_windows=1, how=how
         )
         return jax.flatten_util.ravel_pytree(eqx.filter_grad(loss)(backward.network))[0]
 
-    full, same, cut = gradient(None), gradient(64), gradient(1)
-    np.testing.assert_allclose(full, same, rtol=1e-5, atol=1e-6)
+    full, cut = gradient(Windows()), gradient(Windows(truncate=1))
+    for same in (Windows(truncate=64), Windows(kept=3), Windows(kept=8)):
+        np.testing.assert_allclose(full, gradient(same), rtol=1e-4, atol=1e-6)
     assert jnp.linalg.norm(full - cut) > 0.1 * jnp.linalg.norm(full)
+
+
+def memory(backward, paths, window, kept=None):
+    """Bytes that the compiled gradient needs."""
+
+    def loss(net):
+        options = {"backward": backward, "window": window, "num_windows": 8, "how": Windows(kept=kept)}
+        return rollout_loss(net, paths, jax.random.key(0), **options)
+
+    return jax.jit(jax.grad(loss)).lower(backward.network).compile().memory_analysis().temp_size_in_bytes
+
+
+STATE = 4 * 2 * 16 * 8
+"""Bytes of the states of all windows: float32, components, paths, windows."""
 
 
 def test_memory_does_not_grow_with_the_network_along_the_window(setting):
     """From 4 to 32 steps the gradient keeps 28 more states, not 28 more sets of activations."""
-    backward, paths = setting
+    assert memory(*setting, 32) - memory(*setting, 4) < 28 * 8 * STATE
 
-    def memory(window):
-        loss = lambda net: rollout_loss(  # noqa: E731
-            net, paths, jax.random.key(0), backward=backward, window=window, num_windows=8
-        )
-        compiled = jax.jit(jax.grad(loss)).lower(backward.network).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
 
-    state = 4 * 2 * 16 * 8  # float32, components, paths, windows
-    assert memory(32) - memory(4) < 28 * 8 * state
+@pytest.mark.slow
+def test_memory_is_that_of_the_states_kept(setting):
+    """From 8 to 512 steps: with every state kept 504 more; with eight at every level, three levels instead of one."""
+    modes = ornstein_uhlenbeck(512)
+    process = dataclasses.replace(modes.process(False), retreat=lambda t0, t1, x: x)
+    paths = modes.path().sample(jax.random.key(0), (16,))
+    backward = LearnedBackward(process, linear_frame(process, paths), setting[0].network)
+    short = memory(backward, paths, 8)
+    assert memory(backward, paths, 512) - short > 504 * STATE
+    assert memory(backward, paths, 512, kept=8) - short < 3 * 8 * 8 * STATE
+
+
+def test_bad_windows_are_refused():
+    assert check_windows((2, 4), 8) == check_windows(Windows((2, 4)), 8)
+    for windows, message in (
+        ((2, 10), "not be longer than the process, 9 steps"),
+        ((0,), "at least one step"),
+        (Windows((2,), kept=1), "`kept` of `Windows` must be None or at least 2, got 1"),
+        (Windows((2,), truncate=0), "`truncate` of `Windows` must be None or at least 1, got 0"),
+        (Windows((2,), share=0.0), "positive, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_windows(windows, 9)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +152,11 @@ def test_score_losses_are_stationary_at_the_exact_score(sliced):
 
 @pytest.mark.slow
 def test_learning_with_windows_keeps_the_weights_exact():
-    options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False, "windows": (2, 4)}
+    options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False}
+    options["windows"] = si.Windows((2, 4), kept=2)
     modes = ornstein_uhlenbeck()
     posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options)
     end = jnp.array([-1.0, 0.5])
     draws = posterior.sample(jax.random.key(1), 4000, y=end)
     assert draws.certificate.ess > 0.9 * 4000
     assert abs(draws.certificate.log_evidence - modes.smoother(end)[2]) < 5 * draws.certificate.log_evidence_se + 2e-3
-    with pytest.raises(ValueError, match="not be longer than the process, 9 steps"):
-        si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options | {"windows": (2, 10)})

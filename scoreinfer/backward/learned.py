@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from scoreinfer._typing import Key
 from scoreinfer.backward.kernels import LOG_2PI, AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
+from scoreinfer.nets import ResidualMLP
 from scoreinfer.process import PhysicsProcess
+from scoreinfer.process.physics import hartley
 
 Context = Float[Array, " context"]
 """Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
@@ -84,6 +86,7 @@ class LearnedBackward(AbstractBackward):
         frame: the regression.
         network: ``(v, log of elapsed time, (elapsed time in [-1, 1], *c)) -> 2 dim`` numbers, f and h.
         context: c, of one observation and one value of the parameters (see `given`); none, or zeros: their mean.
+        physics: show the network, behind v, the plain state and the physics' increment in units of the noise, too.
 
     Exactness: exact weights whatever was learned; without weights biased, as good as the training.
 
@@ -95,6 +98,7 @@ class LearnedBackward(AbstractBackward):
     frame: Frame
     network: Callable[[Array, Array, Array], Array]
     context: Context = eqx.field(default_factory=lambda: jnp.zeros(0, jnp.float32))
+    physics: bool = eqx.field(static=True, default=False)
 
     def given(self, context: Context) -> "LearnedBackward":
         """Condition the kernels."""
@@ -102,15 +106,24 @@ class LearnedBackward(AbstractBackward):
 
     def __call__(self, k, x):
         """Make the kernel of step k."""
-        v = self.frame.standardise(k, x).astype(jnp.float32)
         log_time, time = elapsed(self.process, k)
-        move, log_scale = heads(self.network, v, log_time, jnp.concatenate([time, self.context]))
+        move, log_scale = heads(self.network, self.features(k, x), log_time, jnp.concatenate([time, self.context]))
         mean, factor = self.frame.mean(self.process, k, x, self.context), self.frame.factor[k]
         # A reverse solver that blows up far out is stopped there, so that every density stays finite.
+        mean = jnp.where(jnp.isfinite(mean), mean, self.frame.centre[k])
         mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
             return Kernel(mean, factor * jnp.exp(log_scale))
         return Kernel(mean, jnp.exp(log_scale).astype(mean.dtype), factor)
+
+    def features(self, k: Int[Array, ""], x: State) -> Float[Array, " features"]:
+        """Compute what the network sees of the state at the end of step k."""
+        seen = [self.frame.standardise(k, x)]
+        if self.physics:
+            centre, spread = self.frame.centre[k], self.frame.spread[k]
+            seen.append((x - centre) / jnp.sqrt((spread**2).mean()))
+            seen.append((self.process.forward(k, x) - x) / self.process.scale[k])
+        return jnp.concatenate(seen).astype(jnp.float32)
 
     def score(self, t: Float[Array, ""], x: State) -> State:
         """Compute (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q, the score that the learned means stand for.
@@ -174,10 +187,35 @@ FARTHEST = 1e4
 """Standard deviations of the state at which kernels' means are stopped."""
 
 
-def heads(network: Callable, v: State, log_time: Array, context: Context) -> tuple[State, State]:
+def heads(network: Callable, seen: Array, log_time: Array, context: Context) -> tuple[State, State]:
     """Compute the learned move of the mean and the log scale, in the frame."""
-    output = network(v, log_time, context)
-    return output[: v.size], MAX_LOG_SCALE * jnp.tanh(output[v.size :] / MAX_LOG_SCALE)
+    move, log_scale = jnp.split(network(seen, log_time, context), 2)
+    return move, MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
+
+
+class OnWaves(eqx.Module):
+    """Let a network of fields move their Hartley coefficients, as `Physics` with ``waves`` has them.
+
+    The network sees and moves fields; log scales are each wavenumber's own, functions of time and context alone.
+
+    Args:
+        network: a network of fields: the first half of what it returns is the move.
+        scales: network of log scales, of elapsed time, its logarithm and the context.
+        shape: shape of one state.
+    """
+
+    network: Callable[[Array, Array, Array], Array]
+    scales: ResidualMLP
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(
+        self, seen: Float[Array, " features"], log_time: Float[Array, ""], context: Float[Array, " context"]
+    ) -> Float[Array, " outputs"]:
+        """Compute move and log scale of the coefficients."""
+        fields = hartley(seen.reshape(-1, *self.shape), len(self.shape))
+        move = jnp.split(self.network(fields.ravel(), log_time, context), 2)[0]
+        move = hartley(move.reshape(self.shape), len(self.shape)).ravel()
+        return jnp.concatenate([move, self.scales(jnp.append(context, log_time))])
 
 
 def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " 1"]]:
@@ -240,6 +278,9 @@ def linear_frame(
         certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
         floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
         factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
+        # Without its uncertain entries a covariance may no longer be one.
+        whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
+        factor = jnp.where(jnp.isfinite(factor).all(), factor, whole)
         root = jnp.linalg.cholesky(v.T @ v / num + 1e-4 * root)
         return centre, spread, shift - tilt @ usual, slope, factor, tilt, root
 

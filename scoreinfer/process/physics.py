@@ -30,9 +30,11 @@ class Physics(NamedTuple):
         site: name of an ``EulerMaruyama`` or `PhysicsPath` site.
         reverse: the physics run backwards, ``reverse(t0, t1, x)``: from the state ``x`` at ``t1`` to the earlier
             ``t0``. None: minus the drift, x - (Phi(x) - x). What is learned is added to it, so anything will do, but
-            what is stable learns faster: for strong dissipation the identity is better than an explicit step back.
+            what is stable learns faster: for strong dissipation the identity is better than an explicit step back, and
+            of a step that is part transport, part dissipation, the transport alone turned round.
         waves: learn in Fourier space, wavenumber by wavenumber, for fields on periodic grids whose laws are the same
-            everywhere. For linear physics regression alone then is the answer, whatever the size of the field.
+            everywhere. For linear physics regression alone then is the answer, whatever the size of the field; for
+            others give `fit` a `ConvNet` as ``net``, which moves fields.
 
     >>> Physics("x").site
     'x'
