@@ -141,6 +141,41 @@ class Store:
                 break
         return _join(parts, self.path)
 
+    def to_zarr(self, path: str | os.PathLike[str]) -> None:
+        """Copy the rows to a new zarr group, in the order of their numbers, for xarray, dask and other readers.
+
+        An array for each field of `Rows`, one ``output.<name>`` for each output, and the manifest as attributes; shard
+        by shard, so that memory is bounded as for learning.
+
+        Args:
+            path: folder of the group.
+
+        Raises:
+            ImportError: without zarr.
+            FileExistsError: where ``path`` holds something.
+            UnreadableFile: as for `read`.
+        """
+        try:
+            import zarr
+        except ImportError as error:
+            raise ImportError("`to_zarr` needs zarr: pip install 'scoreinfer[store]'.") from error
+        if Path(path).exists() and any(Path(path).iterdir()):
+            raise FileExistsError(f"`{path}` holds something already: expected a new or an empty folder.")
+        rows = self.index()
+        group = zarr.create_group(str(path), zarr_format=2, attributes=self.manifest)
+        for name in ("number", "z", "status", "error", "seed", "seconds"):
+            group.create_array(name, data=getattr(rows, name))
+        num = len(rows.number)
+        chunk = max(min(self.capacity(rows), num), 1)
+        arrays = {}
+        for name, value in rows.outputs.items():
+            shape = value.shape[1:]
+            arrays[name] = group.create_array(f"output.{name}", shape=(num, *shape), chunks=(chunk, *shape), dtype="f8")
+        for part in self.parts():
+            places = np.searchsorted(rows.number, part.number)
+            for name, value in part.outputs.items():
+                arrays[name].oindex[places] = value
+
     def _shards(self) -> list[Path]:
         return sorted(self.path.glob("*.npz"))
 

@@ -354,6 +354,23 @@ def large(problem, tmp_path_factory):
     return si.Store(path, memory=2 * 2**20)
 
 
+def test_stores_can_be_copied_to_zarr(problem, tmp_path):
+    """Two shards, failures among their rows: every column as `read` has it."""
+    import zarr
+
+    for num in (30, 60):
+        store = si.simulate(jax.random.key(1), problem, simulators.unreliable, num, store=tmp_path / "npz", **QUIET)
+    store.to_zarr(tmp_path / "zarr")
+    group, rows = zarr.open_group(str(tmp_path / "zarr"), mode="r"), store.read()
+    columns = {name: getattr(rows, name) for name in Rows._fields if name != "outputs"}
+    columns |= {f"output.{name}": value for name, value in rows.outputs.items()}
+    assert group.attrs["num"] == 60 and set(group.array_keys()) == set(columns) and len(set(rows.status)) > 1
+    for name, column in columns.items():
+        np.testing.assert_array_equal(group[name][:], column)
+    with pytest.raises(FileExistsError, match="a new or an empty folder"):
+        store.to_zarr(tmp_path / "zarr")
+
+
 def test_large_stores_are_read_in_pieces(problem, large):
     """Every epoch takes other rows, none of those held out, each with its own outputs, in bounded memory."""
 
