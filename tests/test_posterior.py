@@ -52,6 +52,7 @@ def mixture():
     return oracle, si.fit(jax.random.key(0), oracle.model, **SMALL)
 
 
+@pytest.mark.slow
 def test_linear_gaussian_is_solved_by_the_whitening_alone():
     """The regression is the answer: nearly equal weights after hardly any training."""
     oracle = linear_gaussian(5)
@@ -289,6 +290,7 @@ def test_same_key_same_weights(mixture):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_fixed_budget_holds_out_and_stops():
     oracle = linear_gaussian(2)
     posterior = si.fit(
