@@ -99,7 +99,11 @@ class Burgers(NamedTuple):
         return jnp.fft.irfft(decay * jnp.fft.rfft(x), self.size)
 
     def back(self, t0, t1, x):
-        """Advect backwards; viscosity is not turned round, which no noise would survive."""
+        """Advect backwards; viscosity is not turned round, which no noise would survive.
+
+        Fields are cut at four standard deviations, beyond which the Runge-Kutta step is not stable.
+        """
+        x = jnp.clip(x, -4 * self.amplitude, 4 * self.amplitude)
         for _ in range(NUM_SUBSTEPS):
             x = self.advect((t0 - t1) / NUM_SUBSTEPS, x)
         return x

@@ -123,7 +123,8 @@ class LearnedBackward(AbstractBackward):
             centre, spread = self.frame.centre[k], self.frame.spread[k]
             seen.append((x - centre) / jnp.sqrt((spread**2).mean()))
             seen.append((self.process.forward(k, x) - x) / self.process.scale[k])
-        return jnp.concatenate(seen).astype(jnp.float32)
+        # Physics may blow up where a runaway path takes it: what the network sees stays finite.
+        return jnp.clip(jnp.nan_to_num(jnp.concatenate(seen)), -MOST_SEEN, MOST_SEEN).astype(jnp.float32)
 
     def score(self, t: Float[Array, ""], x: State) -> State:
         """Compute (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q, the score that the learned means stand for.
@@ -183,8 +184,11 @@ def corrected_path(
 CORRECTION = 0.5
 """Noise of a Langevin correction, in units of the backward kernel's own."""
 MAX_LOG_SCALE = 4.0
-FARTHEST = 1e4
-"""Standard deviations of the state at which kernels' means are stopped."""
+MOST_SEEN = 1e4
+"""Largest number that a network is shown."""
+FARTHEST = 10.0
+"""Standard deviations of the simulated states at which kernels' means are stopped: paths
+that run away from them are lost anyway, and take physics with them to where it is not finite."""
 
 
 def heads(network: Callable, seen: Array, log_time: Array, context: Context) -> tuple[State, State]:
