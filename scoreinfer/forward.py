@@ -48,11 +48,12 @@ class ForwardBank(NamedTuple):
         # Where the proposal's own weights are poor they say so; only good-looking weights can hide a missed mode.
         counts = self.log_share > jnp.log(TRUSTED_SHARE)
         near, distances = self.nearest(x, counts)
-        rank = (self.distance >= _neighbour_distance(distances)).mean()
+        rank = (self.distance >= neighbour_distance(distances)).mean()
         return ForwardCheck(jnp.where(counts[near], self.log_excess[near], jnp.nan), rank)
 
 
-def _neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
+def neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
+    """Compute the mean distance to the nearest of them."""
     return -jax.lax.top_k(-distances, min(num_nearest, distances.size))[0].mean()
 
 
@@ -83,7 +84,7 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
 
     features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
-    return ForwardBank(features, _loneliness(features), excess, share, truth)
+    return ForwardBank(features, loneliness(features), excess, share, truth)
 
 
 @eqx.filter_jit
@@ -93,13 +94,13 @@ def outlier_bank(proposal: Proposal, z: Float[Array, "num dim"], x: Sites) -> Fo
     affine = jax.vmap(proposal.whitening)(x)
     truth = jax.vmap(lambda affine, z: affine.inverse(z))(affine, z.astype(jnp.float32))
     nothing = jnp.full(features.shape[0], jnp.nan)
-    return ForwardBank(features, _loneliness(features), nothing, jnp.full_like(nothing, -jnp.inf), truth)
+    return ForwardBank(features, loneliness(features), nothing, jnp.full_like(nothing, -jnp.inf), truth)
 
 
-def _loneliness(features: Float[Array, "num features"]) -> Float[Array, " num"]:
+def loneliness(features: Float[Array, "num features"]) -> Float[Array, " num"]:
     """Compute the distance of each simulation to its nearest fellows."""
 
     def lonely(i):
-        return _neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
+        return neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
 
     return jax.lax.map(lonely, jnp.arange(features.shape[0]), batch_size=64)

@@ -32,7 +32,7 @@ from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.correct import effective_sample_size
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.forward import ForwardBank
+from scoreinfer.forward import ForwardBank, loneliness, neighbour_distance
 from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP, ResidualMLP
 from scoreinfer.nets.embedding import flatten
@@ -85,15 +85,11 @@ class Ends(NamedTuple):
 
     def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
         """Compute the share of the ends that lie at least as far from the others as ``x`` does."""
-        return (self.distance >= _to_nearest(jnp.linalg.norm(self.features - x, axis=1))).mean()
+        return (self.distance >= neighbour_distance(jnp.linalg.norm(self.features - x, axis=1))).mean()
 
     def ratio(self, x: Float[Array, " features"]) -> Float[Array, ""]:
         """Compute how many times as far from the ends ``x`` lies as these, by their median, from each other."""
-        return _to_nearest(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
-
-
-def _to_nearest(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
-    return -jax.lax.top_k(-distances, num_nearest)[0].mean()
+        return neighbour_distance(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
 
 
 class PathPosterior(eqx.Module):
@@ -629,8 +625,4 @@ def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num 
 @eqx.filter_jit
 def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Ends:
     features = jax.vmap(lambda y: _features(proposal, y))(y)
-
-    def lonely(i: Array) -> Float[Array, ""]:
-        return _to_nearest(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))
-
-    return Ends(features, jax.lax.map(lonely, jnp.arange(len(features)), batch_size=64))
+    return Ends(features, loneliness(features))
