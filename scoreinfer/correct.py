@@ -32,6 +32,14 @@ def effective_sample_size(log_weight: LogWeights) -> float:
     return float(w.sum() ** 2 / (w**2).sum()) if w.any() else 0.0
 
 
+def log_effective_share(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
+    """Compute log(effective sample size / number) within compiled code; NaN where every weight is zero.
+
+    Exactness: as for `effective_sample_size`.
+    """
+    return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) - jnp.log(log_weight.size)
+
+
 def log_evidence(log_weight: LogWeights) -> tuple[float, float]:
     """Compute log mean weight, the log evidence, and its standard error by the delta method.
 

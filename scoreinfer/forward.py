@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import ForwardCheck
+from scoreinfer.correct import log_effective_share
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Proposal, draw, weigh
 
@@ -77,11 +78,8 @@ def forward_bank(key: Key, proposal: Proposal, num: int = 512, num_proposals: in
         keys = jax.random.split(for_draws, num_proposals)
         log_ws = jax.vmap(lambda key: draw(key, proposal, context, y))(keys).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
-        total = jax.nn.logsumexp(log_ws)
-        log_mean, log_share = (
-            part - jnp.log(num_proposals) for part in (total, 2 * total - jax.nn.logsumexp(2 * log_ws))
-        )
-        return flatten(proposal.features(y)), log_w - log_mean, log_share, truth
+        log_mean = jax.nn.logsumexp(log_ws) - jnp.log(num_proposals)
+        return flatten(proposal.features(y)), log_w - log_mean, log_effective_share(log_ws), truth
 
     features, excess, share, truth = jax.lax.map(one, jax.random.split(key, num), batch_size=64)
     return ForwardBank(features, loneliness(features), excess, share, truth)

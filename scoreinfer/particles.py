@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import Kernel, LearnedBackward
+from scoreinfer.correct import log_effective_share
 from scoreinfer.problem import Problem
 from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths
 
@@ -155,9 +156,8 @@ def _resample(key: Key, now: Particles, conditional: bool) -> tuple[Particles, I
 
 
 def _log_share(log_weight: Float[Array, " particles"]) -> Float[Array, ""]:
-    """Compute the logarithm of the effective share."""
-    sums = jax.nn.logsumexp(log_weight), jax.nn.logsumexp(2 * log_weight)
-    return jnp.nan_to_num(2 * sums[0] - sums[1] - jnp.log(log_weight.size), nan=0.0)
+    """Compute the logarithm of the effective share; none is lost where every weight is zero."""
+    return jnp.nan_to_num(log_effective_share(log_weight), nan=0.0)
 
 
 def _log_mean(log_weight: Float[Array, " particles"]) -> Float[Array, ""]:

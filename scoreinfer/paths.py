@@ -29,7 +29,7 @@ from scoreinfer.backward import (
     through_time,
 )
 from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
-from scoreinfer.correct import effective_sample_size
+from scoreinfer.correct import effective_sample_size, log_effective_share
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank, loneliness, neighbour_distance
@@ -614,8 +614,7 @@ def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num 
         log_ws = draw_rows(for_draws, proposal, y, rows).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
         total = jax.nn.logsumexp(log_ws)
-        log_share = 2 * total - jax.nn.logsumexp(2 * log_ws) - jnp.log(NUM_PROPOSALS)
-        return _features(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_share
+        return _features(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_effective_share(log_ws)
 
     features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
     none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
