@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.scipy.linalg import cho_solve, solve_triangular
 from numpyro.infer import NUTS
 
 import scoreinfer as si
@@ -33,16 +34,31 @@ JITTER = 3.0
 
 
 def model(time, error, velocity=None, num_planets=1):
-    """Circular orbits: offset + sum of a cos(2 pi t / P) + b sin(2 pi t / P), and noise of unknown size."""
-    amplitude = dist.Normal(0.0, AMPLITUDE).expand([num_planets]).to_event(1)
-    period = numpyro.sample("period", dist.LogUniform(SHORTEST, LONGEST).expand([num_planets]).to_event(1))
-    cosine, sine = numpyro.sample("cosine", amplitude), numpyro.sample("sine", amplitude)
-    offset = numpyro.sample("offset", dist.Normal(0.0, AMPLITUDE))
+    """Circular orbits: offset + sum of a cos(2 pi t / P) + b sin(2 pi t / P), and noise of unknown size.
+
+    The periods are log-uniform, the longest first: planets whose names could be swapped would double every mode. Of n
+    uniform numbers the largest is Beta(n, 1), the second largest that times a Beta(n - 1, 1), and so on.
+
+    Offset and amplitudes, linear with normal priors, are integrated out of the likelihood and drawn from what it leaves
+    of them (as by The Joker: Price-Whelan et al. 2017, ApJ 837, 20): the same posterior, but periods move freely.
+    """
+    ratio = numpyro.sample("ratio", dist.Beta(jnp.arange(num_planets, 0.0, -1.0), 1.0).to_event(1))
+    period = numpyro.deterministic("period", SHORTEST * (LONGEST / SHORTEST) ** jnp.cumprod(ratio))
     jitter = numpyro.sample("jitter", dist.LogNormal(jnp.log(JITTER), 1.0))
-    numpyro.deterministic("semi_amplitude", jnp.hypot(cosine, sine))
+    unit = numpyro.sample("unit", dist.Normal(0.0, 1.0).expand([1 + 2 * num_planets]).to_event(1))
     phase = 2 * jnp.pi * time[:, None] / period
-    mean = offset + jnp.cos(phase) @ cosine + jnp.sin(phase) @ sine
-    numpyro.sample("velocity", dist.Normal(mean, jnp.hypot(error, jitter)).to_event(1), obs=velocity)
+    waves = AMPLITUDE * jnp.concatenate([jnp.ones_like(time)[:, None], jnp.cos(phase), jnp.sin(phase)], axis=1)
+    variance = error**2 + jitter**2
+    velocity = numpyro.sample(
+        "velocity", dist.LowRankMultivariateNormal(jnp.zeros_like(time), waves, variance), obs=velocity
+    )
+    weighted = waves.T / variance
+    lower = jnp.linalg.cholesky(jnp.eye(waves.shape[1]) + weighted @ waves)
+    linear = AMPLITUDE * (cho_solve((lower, True), weighted @ velocity) + solve_triangular(lower.T, unit))
+    cosine, sine = linear[1:].reshape(2, num_planets)
+    numpyro.deterministic("offset", linear[0])
+    numpyro.deterministic("semi_amplitude", jnp.hypot(cosine, sine))
+    numpyro.deterministic("phase", jnp.arctan2(sine, cosine))
 
 
 def read():
@@ -70,13 +86,18 @@ def marginal_likelihood(basis, velocity, error, jitter):
 
 
 def exact(num_planets, num_frequencies, num_jitters=20):
-    """Compute the frequencies of a grid, the posterior mass of each cell (of each pair, for two), and log evidence."""
+    """Compute the frequencies of a grid, the posterior mass of each cell (of each pair, for two), and log evidence.
+
+    The likelihood is taken at the middle of each cell, because the density is high at the longest period allowed.
+    """
     time, velocity, error = read()
-    frequency = np.linspace(1 / LONGEST, 1 / SHORTEST, num_frequencies)
+    edges = np.linspace(1 / LONGEST, 1 / SHORTEST, num_frequencies + 1)
+    frequency = 0.5 * (edges[1:] + edges[:-1])
     phase = 2 * np.pi * frequency[:, None] * time
     waves = np.stack([np.cos(phase), np.sin(phase)], axis=2)
-    log_jitter = np.linspace(np.log(0.3), np.log(30.0), num_jitters)
-    log_prior = dist.Normal(np.log(JITTER), 1.0).log_prob(log_jitter) + np.log(log_jitter[1] - log_jitter[0])
+    edges_of_jitter, width = np.linspace(np.log(0.3), np.log(30.0), num_jitters + 1, retstep=True)
+    log_jitter = edges_of_jitter[1:] - 0.5 * width
+    log_prior = dist.Normal(np.log(JITTER), 1.0).log_prob(log_jitter) + np.log(width)
     cells = np.stack(np.triu_indices(num_frequencies), 1) if num_planets == 2 else np.arange(num_frequencies)[:, None]
     parts = []
     for chunk in np.array_split(cells, max(len(cells) // 50_000, 1)):
@@ -88,9 +109,9 @@ def exact(num_planets, num_frequencies, num_jitters=20):
         ]
         parts.append(np.logaddexp.reduce(both, axis=0))
     # Log-uniform in the period is log-uniform in the frequency.
-    log_step = np.log(frequency[1] - frequency[0]) - np.log(frequency) - np.log(np.log(LONGEST / SHORTEST))
-    log_mass = np.concatenate(parts) + log_step[cells].sum(1)
-    if num_planets == 2:  # the planets' names are interchangeable: one triangle stands for both
+    log_share = np.log(np.diff(np.log(edges)) / np.log(LONGEST / SHORTEST))
+    log_mass = np.concatenate(parts) + log_share[cells].sum(1)
+    if num_planets == 2:  # in order of their periods: each pair of cells once, at twice the density
         log_mass = np.where(cells[:, 0] < cells[:, 1], log_mass + np.log(2.0), log_mass)
     log_evidence = np.logaddexp.reduce(log_mass)
     return frequency, cells, np.exp(log_mass - log_evidence), log_evidence

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
-from scipy.stats import multivariate_normal
+from numpyro import handlers
+from scipy.stats import multivariate_normal, norm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import k2_24_velocities as k2_24
@@ -26,6 +30,42 @@ def test_linear_parameters_are_integrated_out(num_planets):
     expected = multivariate_normal(np.zeros(32), covariance).logpdf(velocity)
     found = k2_24.marginal_likelihood(basis[None], velocity, error, 2.5)
     assert found == pytest.approx([expected], rel=1e-6)
+
+
+def test_linear_parameters_are_drawn_from_what_the_likelihood_leaves():
+    """The model's joint density is that of amplitudes and offset beside the data, in other coordinates."""
+    time, velocity, error = (jnp.asarray(column, jnp.float32) for column in k2_24.read())
+    ratio, jitter, unit = jnp.array([0.75, 0.8]), jnp.array(2.5), jnp.linspace(-1.0, 1.5, 5)
+
+    def run(unit):
+        model = handlers.substitute(k2_24.model, {"ratio": ratio, "jitter": jitter, "unit": unit})
+        return handlers.trace(model).get_trace(time, error, velocity, 2)
+
+    def linear(sites):
+        size, angle = sites["semi_amplitude"]["value"], sites["phase"]["value"]
+        offset = sites["offset"]["value"][None]
+        return jnp.concatenate([offset, size * jnp.cos(angle), size * jnp.sin(angle)])
+
+    @jax.jit
+    def log_densities(unit):
+        sites = run(unit)
+        found = sum(sites[name]["fn"].log_prob(sites[name]["value"]) for name in ("velocity", "unit"))
+        angle = 2 * jnp.pi * time[:, None] / sites["period"]["value"]
+        mean = jnp.concatenate([jnp.ones((32, 1)), jnp.cos(angle), jnp.sin(angle)], axis=1) @ linear(sites)
+        expected = dist.Normal(mean, jnp.hypot(error, jitter)).log_prob(velocity).sum()
+        expected += dist.Normal(0.0, k2_24.AMPLITUDE).log_prob(linear(sites)).sum()
+        return found, expected + jnp.linalg.slogdet(jax.jacfwd(lambda unit: linear(run(unit)))(unit))[1]
+
+    found, expected = log_densities(unit)
+    assert float(found) == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("num_planets", [1, 2])
+def test_the_grid_of_periods_covers_the_prior_once(num_planets, monkeypatch):
+    """Without data, the evidence is the prior's share of the grid: all periods, and jitters from 0.3 to 30 m/s."""
+    monkeypatch.setattr(k2_24, "marginal_likelihood", lambda basis, velocity, error, jitter: np.zeros(len(basis)))
+    sd = np.log(10.0)  # the jitter's prior is normal in its logarithm, around log 3
+    assert k2_24.exact(num_planets, 40)[3] == pytest.approx(np.log(2 * norm.cdf(sd) - 1), abs=1e-3)
 
 
 def test_aliases_do_not_see_the_planets_order():
