@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import effective_sample_size, resample_indices, tempering_power
+from scoreinfer.correct import effective_sample_size, log_evidence, resample_indices, tempering_power
 from scoreinfer.drawing import weighted_draws
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, score_module, target_precision
 from scoreinfer.nets import Concatenate
@@ -40,9 +40,22 @@ MAX_OCTAVES, MAX_WAVES = 6, 40
 DETAIL = 10.0
 """Fisher information of a whitened coordinate (1 for a normal one) from which it gets sine features at all."""
 ROUNDS = 4
-"""Rounds of training; between them the sampler's own draws, by weight, take the place of the explorer's particles."""
+"""Rounds of training; between them the sampler's own draws, by weight, take the place of half of the particles."""
 REPLACED_SHARE = 0.3
 """Share of the effective sample size that the weights between rounds keep, tempered where they must be."""
+ABLE = 0.5
+"""Share of the largest effective sample size that a round must reach for its evidence to count."""
+REPLACED_EACH = 2
+"""Between rounds one particle in so many is replaced. The others know small modes that the sampler may not draw yet."""
+
+
+class Round(NamedTuple):
+    """What a round of training gave: a sampler, and its draws' effective sample size, log evidence and its error."""
+
+    proposal: Any
+    ess: float
+    log_evidence: float
+    error: float
 
 
 class Effort(NamedTuple):
@@ -90,7 +103,8 @@ def learn(
 
     Particles walk by tempering from the prior (or, where there is none to draw from, from a t distribution of scale
     ``start_scale``) to the posterior and train an unconditional score. Then draws of that sampler,
-    resampled by weight and moved, train it further, so that the modes' weights no longer rest on the explorer's.
+    resampled by weight and moved, train it further beside half of the particles: the modes' weights rest less on the
+    explorer's, and small modes that it found are not forgotten.
 
     Args:
         key: random key.
@@ -173,7 +187,7 @@ def teach(
     *,
     progress_bar: bool = True,
 ) -> tuple[P, float, int]:
-    """Train a score on particles near the posterior, put the sampler's own weighted draws in their place, and again.
+    """Train a score on particles near the posterior, put the sampler's weighted draws in place of half, and again.
 
     Args:
         key: random key.
@@ -185,14 +199,13 @@ def teach(
         progress_bar: show progress bars on a terminal.
 
     Returns:
-        The sampler of the round with the largest effective sample size, the effective share of its draws, and how
-        often the particles were moved.
+        The sampler of the best round (`choose`), the effective share of its draws, and how often the particles were
+        moved.
     """
     num, num_passes = pools.particles.values.shape[0], 0
     steps = max(num_steps // ROUNDS, 1)
     budget = Budget(steps, min(256, num), min(EPOCH_STEPS, steps), learning_rate=4e-3)
-    precision = best = None
-    best_ess = -1.0
+    precision, rounds = None, []
     for number, for_round in enumerate(jax.random.split(key, ROUNDS)):
         for_pool, for_training, for_draws, for_rows = jax.random.split(for_round, 4)
         validation = pools(for_pool)
@@ -204,15 +217,22 @@ def teach(
         )
         proposal = make(module)
         drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, num)
-        ess = effective_sample_size(drawn.log_weight)
-        if ess > best_ess:
-            best, best_ess = proposal, ess
-        pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn))
+        rounds.append(Round(proposal, effective_sample_size(drawn.log_weight), *log_evidence(drawn.log_weight)))
+        pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn, REPLACED_EACH))
         num_passes += len(history.loss) + 1
         if history.stopped == "interrupted":
             break
-    assert best is not None
-    return best, best_ess / num, num_passes
+    best = choose(rounds)
+    return best.proposal, best.ess / num, num_passes
+
+
+def choose(rounds: list[Round]) -> Round:
+    """Choose the most effective round, but none whose evidence is too low: weights that miss mass look better."""
+    most = max(one.ess for one in rounds)
+    able = [one for one in rounds if one.ess >= ABLE * most]
+    top = max(able, key=lambda one: one.log_evidence)
+    covering = [one for one in able if top.log_evidence - one.log_evidence <= 2 * np.hypot(one.error, top.error)]
+    return max(covering or able, key=lambda one: one.ess)
 
 
 def start(problem: Problem, scale: float) -> AbstractReference:
@@ -273,11 +293,13 @@ def _whitening(particles: Particles) -> Bent:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), Bent(Affine(w.mean(0), factor), tails))
 
 
-def replace(key: Key, particles: Particles, drawn: Weighted) -> Particles:
-    """Put draws, resampled by weight (tempered where few would be left), in the particles' place."""
+def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> Particles:
+    """Put draws, resampled by weight (tempered where few would be left), in place of one in ``each`` particles."""
     log_weight = np.asarray(drawn.log_weight, np.float64)
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):
         return particles
     power = tempering_power(log_weight, REPLACED_SHARE * drawn.num)
-    return particles._replace(values=drawn.values[resample_indices(key, power * log_weight, drawn.num)])
+    resampled = drawn.values[resample_indices(key, power * log_weight, drawn.num)]
+    replaced = jnp.arange(drawn.num)[:, None] % each == 0
+    return particles._replace(values=jnp.where(replaced, resampled, particles.values))
