@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from numpyro.infer import HMC, MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
@@ -111,9 +112,10 @@ class Comparison:
 
 def compare(
     key: Key,
-    model: Callable,
+    model: Callable | None,
     kernels: Mapping[str, MCMCKernel],
     *args: Any,
+    init_params: PyTree = None,
     num_warmup: int = 500,
     num_samples: int = 1000,
     num_chains: int = 4,
@@ -132,17 +134,19 @@ def compare(
 
     Args:
         key: random key, the same for every kernel.
-        model: the NumPyro model; its latent sites are what is compared.
+        model: the NumPyro model; its sites are what is compared. None for kernels of one ``potential_fn``.
         kernels: name to kernel.
         *args: the model's own arguments, with the data.
+        init_params: where the chains start (chain axis first), as `MCMC.run` takes it; a bare density needs it.
         num_warmup: iterations of warm-up.
         num_samples: iterations kept of each chain.
         num_chains: number of chains.
         chain_method: as in NumPyro's `MCMC`.
         seconds: where given, every kernel's chains are thinned so that warm-up and sampling, without compilation, take
-            about this long; those slower than that take longer. An unthinned run of ``num_samples``, not counted and
-            thrown away, is their measure.
-        reference: draws known to be right, site to array with the draw axis first.
+            about this long; those slower than that take longer. Up to three runs, not counted and thrown away, are
+            their measure: unthinned, then a tenth as long as wanted.
+        reference: draws known to be right, site to array with the draw axis first (the array that a bare density
+            takes is called ``z``).
         modes: from draws (site to array with the draw axis first) to the number of the mode of each.
         progress_bar: show NumPyro's progress bars.
         **kwargs: the model's own keyword arguments.
@@ -161,7 +165,7 @@ def compare(
     for_warmup, for_measuring, for_sampling = jax.random.split(key, 3)
     for name, kernel in kernels.items():
         if getattr(kernel, "model", None) not in (None, model):
-            raise ValueError(f"Expected kernels of the model {model.__name__!r}, got another model in {name!r}.")
+            raise ValueError(f"Expected kernels of the model {model!r}, got another model in {name!r}.")
         fields = _extra_fields(kernel)
         make = partial(
             MCMC, kernel, num_warmup=num_warmup, num_chains=num_chains, chain_method=chain_method,
@@ -169,18 +173,22 @@ def compare(
         )  # fmt: skip
         mcmc = make(num_samples=num_samples)
         with _Clock() as warming:
-            mcmc.warmup(for_warmup, *args, extra_fields=fields, collect_warmup=True, **kwargs)
+            mcmc.warmup(for_warmup, *args, extra_fields=fields, collect_warmup=True, init_params=init_params, **kwargs)
             jax.block_until_ready(mcmc.post_warmup_state)
         before = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
         if seconds is not None:
-            state, left = mcmc.post_warmup_state, seconds - (warming.wall - warming.compile)
-            for _ in range(2):  # a short run is measured again, without tracing
+            state, left, measured = mcmc.post_warmup_state, seconds - (warming.wall - warming.compile), 1
+            for _ in range(3):  # a short run is mostly tracing and collecting: a longer one is measured next
                 with _Clock() as measuring:
                     mcmc.run(for_measuring, *args, extra_fields=fields, **kwargs)
                     jax.block_until_ready(mcmc.last_state)
-                thinning = max(1, int(left / (measuring.wall - measuring.compile)))
-                if thinning < 4:
+                thinning = max(1, int(measured * left / (measuring.wall - measuring.compile)))
+                if thinning < 4 * measured:
                     break
+                if thinning >= 20:
+                    measured = thinning // 10
+                    mcmc = make(num_samples=num_samples * measured, thinning=measured)
+                mcmc.post_warmup_state = state
             mcmc = make(num_samples=num_samples * thinning, thinning=thinning)
             mcmc.post_warmup_state = state
         with _Clock() as sampling:
@@ -191,7 +199,7 @@ def compare(
         if isinstance(kernel, ScoreSDE):
             certificates[name] = certify(mcmc)
             log_evidence = certificates[name].weights.log_evidence
-        samples = {site: np.asarray(value, np.float64) for site, value in mcmc.get_samples().items()}
+        samples = {site: np.asarray(value, np.float64) for site, value in _named(mcmc.get_samples()).items()}
         errors = _errors(samples, reference) if reference is not None else (np.nan, np.nan)
         labels, counts = np.unique(modes(samples) if modes is not None else [], return_counts=True)
         results[name] = Result(
@@ -200,7 +208,7 @@ def compare(
             sampling.wall - sampling.compile,
             warming.cpu + sampling.cpu,
             _evaluations(kernel, mcmc, before, after),
-            *_worth(mcmc.get_samples(group_by_chain=True)),
+            *_worth(_named(mcmc.get_samples(group_by_chain=True))),
             float(mcmc.thinning * after["diverging"].sum()) if "diverging" in after else np.nan,
             log_evidence,
             *errors,
@@ -235,6 +243,13 @@ class _Clock:
         self.compile += duration_secs if event == _COMPILE_EVENT else 0.0
 
 
+def _named(samples: PyTree) -> Arrays:
+    """Name the parts of draws: sites bear names, and what a bare density takes is ``z``."""
+    if isinstance(samples, Mapping):
+        return samples
+    return {f"z{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(samples)}
+
+
 def _extra_fields(kernel: MCMCKernel) -> tuple[str, ...]:
     if isinstance(kernel, HMC):
         return "num_steps", "diverging", "accept_prob"
@@ -261,7 +276,7 @@ def _worth(samples: Arrays) -> tuple[float, float, float]:
     """Compute the smallest bulk and tail effective sample size and the largest R-hat of any component, by ArviZ."""
     import arviz as az
 
-    columns = [np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
+    columns = [np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for leaf in samples.values()]
     parts = [column[..., i] for column in columns for i in range(column.shape[-1])]
     bulk = min(float(az.ess(part, method="bulk")) for part in parts)
     tail = min(float(az.ess(part, method="tail", prob=(0.05, 0.95))) for part in parts)

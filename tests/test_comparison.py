@@ -58,15 +58,16 @@ class ScriptedClock:
 
 
 def test_same_seconds_for_all(monkeypatch):
-    """A kernel that is done early goes on, thinned to as many draws."""
-    monkeypatch.setattr(ScriptedClock, "walls", iter([1.0, 0.5, 0.25, 3.0]))
+    """A kernel that is done early goes on, thinned to as many draws; a longer run is measured by a longer one."""
+    monkeypatch.setattr(ScriptedClock, "walls", iter([1.0, 0.2, 0.1, 0.25, 3.0]))
     monkeypatch.setattr("scoreinfer.comparison._Clock", ScriptedClock)
     compared = compare(
         random.key(0), location_scale, {"mala": MALA(location_scale)}, Y1, num_warmup=50, num_samples=50, num_chains=2,
         seconds=4.0,
     )  # fmt: skip
     result, mcmc = compared.results["mala"], compared.mcmc["mala"]
-    assert mcmc.thinning == (4 - 1) / 0.25 and mcmc.get_samples()["mu"].shape == (100,)
+    assert mcmc.thinning == 3 * (4 - 1) / 0.25  # measured thinned by 3: a tenth of thirty runs of 0.1 s
+    assert mcmc.get_samples()["mu"].shape == (100,)
     assert result.num_evaluations == 2 * (50 + 50 * mcmc.thinning)
     assert result.warmup_seconds + result.sampling_seconds == 4.0
     assert "4 s each" in str(compared)
@@ -79,6 +80,20 @@ def test_table_plot_and_arviz(comparison):
     assert frame.shape[0] == 3 and "ess_per_second" in frame and "mode 1" in frame
     assert all("mu" in data["posterior"] for data in comparison.to_arviz().values())
     comparison.plot(var_names=["mu"])
+
+
+def test_bare_densities_are_compared():
+    """A normal density of mean 3 and standard deviation 2: its draws are called z."""
+    kernels = {"mala": MALA(potential_fn=lambda x: 0.125 * ((x - 3.0) ** 2).sum())}
+    reference = {"z": 3.0 + 2.0 * np.random.default_rng(0).normal(size=(20_000, 1))}
+    compared = compare(
+        random.key(0), None, kernels, init_params=jnp.ones((2, 1)), num_warmup=200, num_samples=400, num_chains=2,
+        reference=reference, modes=lambda draws: (draws["z"][:, 0] > 3.0).astype(int),
+    )  # fmt: skip
+    result = compared.results["mala"]
+    bound = 5 / np.sqrt(result.bulk_ess)
+    assert result.bulk_ess > 100 and result.mean_error < bound and result.sd_error < bound
+    assert abs(result.modes[1] - 0.5) < 0.5 * bound
 
 
 def test_other_model_is_refused():
