@@ -85,22 +85,26 @@ def test_posterior_with_an_embedding_of_sets():
 
 def field_net(shape, **options):
     """A small network of fields whose last layer is not zero."""
-    net = si.ConvNet(jax.random.key(0), shape, width=8, dilations=(1, 2), kernel_size=3, **options)
+    net = si.ConvNet(jax.random.key(0), shape, **{"width": 8, "dilations": (1, 2), "kernel_size": 3} | options)
     weight = 0.1 * jax.random.normal(jax.random.key(1), net.last.weight.shape)
     return eqx.tree_at(lambda net: net.last.weight, net, weight)
 
 
+@eqx.filter_jit
 def on_fields(net, x, shape):
     return net(x.ravel(), jnp.float32(-0.3), jnp.full(1, 0.2)).reshape(-1, *shape)
 
 
-@pytest.mark.parametrize(("shape", "num_space"), [((12,), 1), ((2, 5, 6), 2)])
-def test_periodic_convolutions_commute_with_shifts(shape, num_space):
+@pytest.mark.parametrize(
+    ("shape", "num_space", "levels", "steps"),
+    [((12,), 1, 1, (2,)), ((2, 5, 6), 2, 1, (2, -1)), ((12,), 1, 3, (4,)), ((2, 4, 6), 2, 2, (2, -4))],
+)
+def test_periodic_convolutions_commute_with_shifts(shape, num_space, levels, steps):
     x, axes = jax.random.normal(jax.random.key(2), shape), tuple(range(-num_space, 0))
-    shift = lambda x: jnp.roll(x, (2, -1)[:num_space], axes)  # noqa: E731
+    shift = lambda x: jnp.roll(x, steps, axes)  # noqa: E731
     found = {}
     for padding in ("periodic", "dirichlet", "neumann"):
-        net = field_net(shape, num_space=num_space, padding=padding, physics=False)
+        net = field_net(shape, num_space=num_space, padding=padding, physics=False, levels=levels)
         there, back = shift(on_fields(net, x, shape)), on_fields(net, shift(x), shape)
         assert there.shape == (2, *shape)
         found[padding] = float(jnp.abs(there - back).max() / jnp.abs(there).max())
@@ -110,20 +114,41 @@ def test_periodic_convolutions_commute_with_shifts(shape, num_space):
 
 def test_edges_are_those_of_the_padding():
     """A constant field has no edge under periodic and Neumann padding, and one under Dirichlet padding."""
-    shape = (7, 12)
-    for padding, flat in (("periodic", True), ("neumann", True), ("dirichlet", False)):
-        field = on_fields(field_net(shape, padding=padding, physics=False), jnp.ones(shape), shape)
+    shape = (6, 12)
+    cases = (("periodic", 1, True), ("neumann", 1, True), ("dirichlet", 1, False), ("neumann", 2, True))
+    for padding, levels, flat in cases:
+        field = on_fields(field_net(shape, padding=padding, physics=False, levels=levels), jnp.ones(shape), shape)
         spread = float(jnp.abs(field - field.mean(tuple(range(1, field.ndim)), keepdims=True)).max())
         assert (spread < 1e-5) == flat
 
 
-def test_all_weights_of_a_field_network_have_gradients():
-    net, x = field_net((6, 5)), jax.random.normal(jax.random.key(3), (3 * 30,))
+def test_coarser_grids_reach_further():
+    """Blocks of three points: seven points off on one grid (two blocks, first and last layer), anywhere on three."""
+    reach = {}
+    for levels in (1, 3):
+        net = field_net((32,), physics=False, dilations=(1, 1), padding="neumann", levels=levels)
+        slope = jax.jacobian(lambda x, net=net: on_fields(net, x, (32,))[0, 16])(jnp.sin(jnp.arange(32.0)))
+        reach[levels] = np.abs(np.flatnonzero(slope) - 16).max()
+    assert reach[1] == 4 and reach[3] >= 12
+
+
+@pytest.mark.parametrize(("shape", "levels"), [((6, 5), 1), ((6,), 2)])
+def test_all_weights_of_a_field_network_have_gradients(shape, levels):
+    net, x = field_net(shape, levels=levels), jax.random.normal(jax.random.key(3), (3 * np.prod(shape),))
     assert {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(net, eqx.is_array))} == {jnp.dtype("float32")}
-    gradient = eqx.filter_grad(lambda net: (on_fields(net, x, (6, 5)) ** 2).sum())(net)
+    gradient = eqx.filter_grad(lambda net: (on_fields(net, x, shape) ** 2).sum())(net)
     gradient = eqx.tree_at(lambda net: net.frequencies, gradient, jnp.ones(1))  # fixed
     for leaf in jax.tree.leaves(eqx.filter(gradient, eqx.is_array)):
         assert jnp.abs(leaf).max() > 0
+    assert (jnp.abs(gradient.modulations.weight).max(1) > 0).all()  # every shift, every scale
+
+
+def test_field_networks_are_told_level_and_context():
+    net, x = field_net((6,), physics=False), jnp.sin(jnp.arange(6.0))
+    told = eqx.filter_jit(net)
+    one = told(x, jnp.float32(-0.3), jnp.full(1, 0.2))
+    for level, context in ((-2.0, 0.2), (-0.3, 0.9)):
+        assert jnp.abs(told(x, jnp.float32(level), jnp.full(1, context)) - one).max() > 1e-3
 
 
 def test_networks_on_waves_move_fields():
@@ -139,6 +164,8 @@ def test_bad_field_networks_are_refused():
     for options, message in (
         ({"padding": "open"}, "one of periodic, dirichlet, neumann, got 'open'"),
         ({"kernel_size": 4}, "odd, got 4"),
+        ({"levels": 2}, r"divisible by 2\^\(levels - 1\), got 2 for \(5, 6\)"),
+        ({"levels": 0}, "at least 1"),
         ({"num_space": 3}, r"num_space` of them, got \(5, 6\) and 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -151,10 +178,11 @@ def test_bad_field_networks_are_refused():
 
 
 @pytest.mark.slow
-def test_convolutions_learn_a_linear_field():
+@pytest.mark.parametrize(("dilations", "levels"), [((1, 2), 1), ((1,), 2)], ids=["dilated", "U-Net"])
+def test_convolutions_learn_a_linear_field(dilations, levels):
     """Heat on a ring in pixels, from few simulations, without regression, against the smoother; ESS/N .69 reached."""
     field = ring(8, 4, smoothness=0.0, end_time=0.05)
-    net = si.ConvNet(jax.random.key(5), (8,), width=8, dilations=(1, 2), kernel_size=3)
+    net = si.ConvNet(jax.random.key(5), (8,), width=8, dilations=dilations, kernel_size=3, levels=levels)
     physics = si.Physics("x", lambda t0, t1, x: x)
     options = {"num_simulations": 2000, "num_steps": 500, "progress_bar": False}
     posterior = si.fit(jax.random.key(0), field.model, process=physics, net=net, **options)
