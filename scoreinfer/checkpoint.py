@@ -8,6 +8,7 @@ description, without allocating or executing anything, and takes only arrays tha
 import dataclasses
 import math
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ from scoreinfer.validity import Validity, validity_network
 from scoreinfer.whitening import Whitening, identity, whitening_network
 
 FORMAT, SCHEMA = "scoreinfer posterior", 1
+PATHS_FORMAT = "scoreinfer posterior of paths"
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
 """Largest width, number of blocks and number of sampler steps that are written and read."""
@@ -71,37 +73,10 @@ def write_posterior(path: Path, parts: Parts) -> None:
     Raises:
         ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
     """
-    remove_leftovers(path, CONFIG, WEIGHTS)
-    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    strangers = {name for name in entries - {CONFIG, WEIGHTS} if not name.endswith(".tmp")}
-    if strangers or (path.exists() and not path.is_dir()):
-        raise ValueError(
-            f"`{path}` must be a new folder or hold a saved posterior and nothing else, got "
-            f"{', '.join(sorted(strangers)) or 'a file'}. Choose another path."
-        )
-    problem = parts.proposal.problem
-    network = _describe(parts)
-    _check_described(parts, _outline(problem, network, _first(parts.proposal).embedding))
-    arrays = arrays_by_name((parts.proposal, parts.bank, parts.validity)) | _prefixed("probe", _probe(problem))
-    record = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "versions": versions(),
-        "model": {
-            "name": getattr(problem.model, "__qualname__", type(problem.model).__name__),
-            "latents": [_site(site) for site in problem.latents],
-            "observed": [_site(site) for site in problem.observed],
-            "dim": problem.dim,
-            "has_density": problem.has_density,
-            "foreign": problem.not_simulable == FOREIGN,
-            "likelihood": problem.observation is not None,
-        },
-        "network": network,
-        "training": _training(parts),
-    }
-    path.mkdir(parents=True, exist_ok=True)
-    write_arrays(path / WEIGHTS, {name: np.asarray(array) for name, array in arrays.items()})
-    write_record(path / CONFIG, record | {"weights": seal(path / WEIGHTS)})
+    problem, tree = parts.proposal.problem, (parts.proposal, parts.bank, parts.validity)
+    network = describe(parts)
+    check_described(tree, outline(problem, network, _first(parts.proposal).embedding))
+    write_folder(path, FORMAT, problem, tree, network, _training(parts))
 
 
 def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) -> Parts:
@@ -116,37 +91,107 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
         UnreadableFile: where the folder or its content is not whole, newer, changed, or not ours.
         ValueError: where it was made for another model, or needs an ``embedding``.
     """
-    record = read_description(path)
-    try:
-        check_seal(path / WEIGHTS, record["weights"])
-        _check_sites(record["model"], problem)
-        network = record["network"]
+
+    def rebuild(network: dict[str, Any]) -> PyTree:
         _check_embedding(path, network["embedding"], embedding)
-        outline = _outline(problem, network, embedding)
-        probe = jax.eval_shape(lambda: _probe(problem))
-        expected = arrays_by_name(outline) | _prefixed("probe", probe)
-        size = sum(math.prod(leaf.shape) * 8 for leaf in expected.values())
-        arrays, _ = read_arrays(path / WEIGHTS, size)
-        _check_arrays(path / WEIGHTS, arrays, expected)
-        history = _history(record["training"])
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
-    _check_density(arrays, problem)
-    proposal, bank, validity = put_arrays(outline, arrays)
+        return outline(problem, network, embedding)
+
+    (proposal, bank, validity), history = read_folder(path, FORMAT, problem, rebuild, _history)
     return Parts(proposal, bank, history, validity)
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def write_folder(
+    path: Path, kind: str, problem: Problem, tree: PyTree, network: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Write the arrays of a tree, and the description by which it can be rebuilt.
+
+    Raises:
+        ValueError: where the folder holds other things.
+    """
+    remove_leftovers(path, CONFIG, WEIGHTS)
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    strangers = {name for name in entries - {CONFIG, WEIGHTS} if not name.endswith(".tmp")}
+    if strangers or (path.exists() and not path.is_dir()):
+        raise ValueError(
+            f"`{path}` must be a new folder or hold a saved posterior and nothing else, got "
+            f"{', '.join(sorted(strangers)) or 'a file'}. Choose another path."
+        )
+    arrays = arrays_by_name(tree) | _prefixed("probe", _probe(problem))
+    record = {
+        "format": kind,
+        "schema": SCHEMA,
+        "versions": versions(),
+        "model": {
+            "name": getattr(problem.model, "__qualname__", type(problem.model).__name__),
+            "latents": [_site(site) for site in problem.latents],
+            "observed": [_site(site) for site in problem.observed],
+            "dim": problem.dim,
+            "has_density": problem.has_density,
+            "foreign": problem.not_simulable == FOREIGN,
+            "likelihood": problem.observation is not None,
+        },
+        "network": network,
+        "training": training,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_arrays(path / WEIGHTS, {name: np.asarray(array) for name, array in arrays.items()})
+    write_record(path / CONFIG, record | {"weights": seal(path / WEIGHTS)})
+
+
+def read_folder(
+    path: Path,
+    kind: str,
+    problem: Problem,
+    rebuild: Callable[[dict[str, Any]], PyTree],
+    recount: Callable[[dict[str, Any]], Any],
+) -> tuple[PyTree, Any]:
+    """Read what `write_folder` wrote: the tree, and the training.
+
+    Args:
+        path: the folder.
+        kind: its format.
+        problem: the problem of the model at hand.
+        rebuild: from the description to the tree, with the shapes of its arrays in their place.
+        recount: what to make of the record of the training.
+
+    Raises:
+        UnreadableFile: where the folder or its content is not whole, newer, changed, or not ours.
+        ValueError: where it was made for another model.
+    """
+    record = read_description(path, kind)
+    try:
+        check_seal(path / WEIGHTS, record["weights"])
+        _check_sites(record["model"], problem)
+        tree = rebuild(record["network"])
+        expected = arrays_by_name(tree) | _prefixed("probe", jax.eval_shape(lambda: _probe(problem)))
+        size = sum(math.prod(leaf.shape) * 8 for leaf in expected.values())
+        arrays, _ = read_arrays(path / WEIGHTS, size)
+        _check_arrays(path / WEIGHTS, arrays, expected)
+        training = recount(record["training"])
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
+    _check_density(arrays, problem)
+    return put_arrays(tree, arrays), training
+
+
+def read_description(path: Path, kind: str = FORMAT) -> dict[str, Any]:
     """Read and check the config.json of a saved posterior.
 
     Raises:
         UnreadableFile: where it is not whole, newer, changed, or not ours.
+        ValueError: where it is a posterior of the other kind.
     """
     if not path.is_dir():
         raise UnreadableFile(path, "there is no such folder", "A saved posterior is the folder that `save` wrote")
     record = read_record(path / CONFIG)
-    if record.get("format") != FORMAT:
-        raise UnreadableFile(path / CONFIG, f"expected the format {FORMAT!r}, got {record.get('format')!r}")
+    found = record.get("format")
+    if found in (FORMAT, PATHS_FORMAT) and found != kind:
+        raise ValueError(
+            f"`{path}` holds a {found.removeprefix('scoreinfer ')}, not a {kind.removeprefix('scoreinfer ')}: "
+            f"`load` it {'with' if found == PATHS_FORMAT else 'without'} `process=`, as it was fitted."
+        )
+    if found != kind:
+        raise UnreadableFile(path / CONFIG, f"expected the format {kind!r}, got {found!r}")
     schema = record.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise UnreadableFile(path / CONFIG, f"expected a schema number, got {schema!r}")
@@ -169,7 +214,7 @@ def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
                 "and a store of the same simulator, `simulations=`, to `load`."
             )
         return {
-            str(site["name"]): tuple(_size(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
+            str(site["name"]): tuple(size_of(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
         }
     except (KeyError, TypeError) as error:
         raise UnreadableFile(path / CONFIG, f"it does not describe a posterior ({error!r})") from error
@@ -223,24 +268,27 @@ def _check_sites(stored: dict[str, Any], problem: Problem) -> None:
 
 def _probe(problem: Problem) -> dict[str, Any]:
     """Compute densities and parameters at three places: they tell a design from another with the same sites."""
-    if problem.simulate is not None and problem.has_density:
-        z, y = jax.vmap(problem.simulate)(jax.vmap(jax.random.key)(jnp.arange(3)))
-    else:
-        z, y = 0.5 * jnp.sin(jnp.arange(3.0)[:, None] + jnp.arange(problem.dim)), {}
-    return {"z": z, "y": y, **_densities(problem, z, y)}
+    source = problem.observation or problem
+    probe: dict[str, Any] = {"z": 0.5 * jnp.sin(jnp.arange(3.0)[:, None] + jnp.arange(problem.dim)), "y": {}}
+    if source.simulate is not None and source.has_density:
+        rows, y = jax.vmap(source.simulate)(jax.vmap(jax.random.key)(jnp.arange(3)))
+        probe |= {"z" if source is problem else "outputs": rows, "y": y}
+    return probe | _densities(problem, probe)
 
 
 @eqx.filter_jit
-def _densities(problem: Problem, z: Any, y: Sites) -> dict[str, Any]:
+def _densities(problem: Problem, probe: dict[str, Any]) -> dict[str, Any]:
+    source, z, y = problem.observation or problem, probe["z"], probe["y"]
     densities = {"log_prior": jax.vmap(problem.log_prior)(z)}
     densities |= {f"site {name}": value for name, value in jax.vmap(problem.latent_sites)(z).items()}
-    return densities | ({"log_likelihood": jax.vmap(problem.log_likelihood)(z, y)} if y else {})
+    return densities | ({"log_likelihood": jax.vmap(source.log_likelihood)(probe.get("outputs", z), y)} if y else {})
 
 
 def _check_density(arrays: Arrays, problem: Problem) -> None:
-    y = {name: arrays[f"probe.y.{name}"] for name in sorted(site.name for site in problem.observed)
+    places = {name: jnp.asarray(arrays[f"probe.{name}"]) for name in ("z", "outputs") if f"probe.{name}" in arrays}
+    y = {name: jnp.asarray(arrays[f"probe.y.{name}"]) for name in sorted(site.name for site in problem.observed)
          if f"probe.y.{name}" in arrays}  # fmt: skip
-    own = _densities(problem, jnp.asarray(arrays["probe.z"]), jax.tree.map(jnp.asarray, y))
+    own = _densities(problem, {**places, "y": y})
     for name, value in own.items():
         stored = arrays[f"probe.{name}"]
         if not np.allclose(value, stored, rtol=1e-2, atol=1e-2, equal_nan=True):
@@ -262,7 +310,7 @@ def _forward(bank: ForwardBank | ExploredBank | None) -> ForwardBank | None:
     return bank.original if isinstance(bank, ExploredBank) else bank
 
 
-def _describe(parts: Parts) -> dict[str, Any]:
+def describe(parts: Parts) -> dict[str, Any]:
     """Describe everything that is not an array."""
     proposal = _first(parts.proposal)
     network = proposal.score.network
@@ -308,7 +356,7 @@ def _check_embedding(path: Path, stored: dict[str, Any], embedding: Embedding | 
 
 
 def _make_embedding(network: dict[str, Any], x: Sites, embedding: Embedding | None) -> Embedding:
-    sizes = {name: _size(value, name, MAX_SIZE) for name, value in network.items() if name not in ("type", "name")}
+    sizes = {name: size_of(value, name, MAX_SIZE) for name, value in network.items() if name not in ("type", "name")}
     key = jax.random.key(0)
     if network["type"] == "Concatenate":
         return Concatenate()
@@ -353,31 +401,34 @@ def _make(classes: tuple[type, ...], described: dict[str, Any]) -> Any:
     values = {name: value for name, value in described.items() if name != "type"}
     for name, value in values.items():
         if name == "num_steps":
-            _size(value, name, MAX_STEPS)
+            size_of(value, name, MAX_STEPS)
         elif name != "process" and not (isinstance(value, float) and math.isfinite(value)):
             raise TypeError(f"expected a number for {name!r}, got {value!r}")
     return found[0](**values)
 
 
-def _size(value: Any, name: str, largest: int, smallest: int = 1) -> int:
+def size_of(value: Any, name: str, largest: int, smallest: int = 1) -> int:
+    """Check a whole number that was read."""
     if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
         raise TypeError(f"expected a whole number from {smallest} to {largest} for {name!r}, got {value!r}")
     return value
 
 
-def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree, PyTree]:
+def perceptron_sizes(described: dict[str, Any]) -> dict[str, int]:
+    """Check width and depth that were read."""
+    return {
+        "width": size_of(described["width"], "width", MAX_SIZE),
+        "depth": size_of(described["depth"], "depth", MAX_DEPTH),
+    }
+
+
+def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree, PyTree]:
     """Rebuild proposal and bank with the shapes of their arrays in place of the arrays."""
     sampler, bend = _make_sampler(network["sampler"]), network["bend"]
     if not isinstance(bend, float) or not bend > 0:
         raise TypeError(f"expected a positive number for 'bend', got {bend!r}")
-    sizes = {
-        part: {
-            "width": _size(network[part]["width"], "width", MAX_SIZE),
-            "depth": _size(network[part]["depth"], "depth", MAX_DEPTH),
-        }
-        for part in ("whitening", "score")
-    }
-    octaves = tuple(_size(number, "octaves", MAX_DEPTH, 0) for number in network["score"]["octaves"])
+    sizes = {part: perceptron_sizes(network[part]) for part in ("whitening", "score")}
+    octaves = tuple(size_of(number, "octaves", MAX_DEPTH, 0) for number in network["score"]["octaves"])
     if len(octaves) not in (0, problem.dim):
         raise TypeError(f"expected no octaves or {problem.dim}, got {len(octaves)}")
     kind = network["proposal"]
@@ -387,8 +438,8 @@ def _outline(problem: Problem, network: dict[str, Any], embedding: Embedding | N
     if not isinstance(has_validity, bool):
         raise TypeError(f"expected true or false for 'validity', got {has_validity!r}")
     num, num_explored = network["bank"], network["explored"]
-    num = None if num is None else _size(num, "bank", MAX_SIZE)
-    num_explored = None if num_explored is None else _size(num_explored, "explored", MAX_SIZE)
+    num = None if num is None else size_of(num, "bank", MAX_SIZE)
+    num_explored = None if num_explored is None else size_of(num_explored, "explored", MAX_SIZE)
 
     def build() -> tuple[PyTree, PyTree, PyTree]:
         dim, key = problem.dim, jax.random.key(0)
@@ -427,9 +478,9 @@ def _prefixed(prefix: str, tree: PyTree) -> dict[str, Any]:
     return {f"{prefix}.{name}": leaf for name, leaf in arrays_by_name(tree).items()}
 
 
-def _check_described(parts: Parts, outline: tuple[PyTree, PyTree, PyTree]) -> None:
+def check_described(tree: PyTree, rebuilt: PyTree) -> None:
     """Refuse, while writing, what could not be read back."""
-    own, theirs = arrays_by_name((parts.proposal, parts.bank, parts.validity)), arrays_by_name(outline)
+    own, theirs = arrays_by_name(tree), arrays_by_name(rebuilt)
     wrong = [name for name in own.keys() | theirs.keys()
              if name not in own or name not in theirs or own[name].shape != theirs[name].shape]  # fmt: skip
     if wrong:
@@ -459,7 +510,7 @@ def _training(parts: Parts) -> dict[str, Any]:
     history, bank = parts.history, _forward(parts.bank)
     told: dict[str, Any] = {"history": None, "budget": None, "certificate": None}
     if history is not None:
-        told["history"] = {"whitening": _run(history.whitening), "score": _run(history.score)}
+        told["history"] = {"whitening": run_record(history.whitening), "score": run_record(history.score)}
         told["budget"] = None if history.budget is None else history.budget._asdict()
     if bank is not None and parts.proposal.problem.has_density:
         share = np.exp(np.asarray(bank.log_share, np.float64))
@@ -471,7 +522,8 @@ def _training(parts: Parts) -> dict[str, Any]:
     return told
 
 
-def _run(history: History) -> dict[str, Any]:
+def run_record(history: History) -> dict[str, Any]:
+    """Make a record of a training run."""
     rows = {name: [float(v) if np.isfinite(v) else None for v in getattr(history, name)]
             for name in ("loss", "validation")}  # fmt: skip
     return history._asdict() | rows
@@ -481,10 +533,13 @@ def _history(training: dict[str, Any]) -> TrainingHistory | None:
     stored, budget = training["history"], training["budget"]
     if stored is None:
         return None
+    return TrainingHistory(
+        read_run(stored["whitening"]), read_run(stored["score"]), None if budget is None else Budget(**budget)
+    )
 
-    def run(part: dict[str, Any]) -> History:
-        rows = {name: np.array([np.nan if v is None else v for v in part[name]], float)
-                for name in ("loss", "validation")}  # fmt: skip
-        return History(**part | rows)
 
-    return TrainingHistory(run(stored["whitening"]), run(stored["score"]), None if budget is None else Budget(**budget))
+def read_run(part: dict[str, Any]) -> History:
+    """Invert `run_record`."""
+    rows = {name: np.array([np.nan if v is None else v for v in part[name]], float)
+            for name in ("loss", "validation")}  # fmt: skip
+    return History(**part | rows)

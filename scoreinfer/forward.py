@@ -53,6 +53,21 @@ class ForwardBank(NamedTuple):
         return ForwardCheck(jnp.where(counts[near], self.log_excess[near], jnp.nan), rank)
 
 
+class Ends(NamedTuple):
+    """Standardised ends of simulated paths, and the distance of each to its nearest fellows."""
+
+    features: Float[Array, "num features"]
+    distance: Float[Array, " num"]
+
+    def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute the share of the ends that lie at least as far from the others as ``x`` does."""
+        return (self.distance >= neighbour_distance(jnp.linalg.norm(self.features - x, axis=1))).mean()
+
+    def ratio(self, x: Float[Array, " features"]) -> Float[Array, ""]:
+        """Compute how many times as far from the ends ``x`` lies as these, by their median, from each other."""
+        return neighbour_distance(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
+
+
 def neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
     """Compute the mean distance to the nearest of them."""
     return -jax.lax.top_k(-distances, min(num_nearest, distances.size))[0].mean()

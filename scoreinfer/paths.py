@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,12 +19,9 @@ from scoreinfer._errors import MisspecificationWarning, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import (
-    Frame,
     LearnedBackward,
-    OnWaves,
     corrected_path,
     draw_path,
-    elapsed,
     linear_frame,
     probability_flow,
     through_time,
@@ -32,21 +30,22 @@ from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.correct import effective_sample_size, log_effective_share
 from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.forward import ForwardBank, loneliness, neighbour_distance
-from scoreinfer.model import from_numpyro, noisy_end, read_physics, sees_path, unknowns
-from scoreinfer.nets import ConditionalMLP, ResidualMLP
+from scoreinfer.forward import Ends, ForwardBank, loneliness
+from scoreinfer.model import unknowns
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.particles import ResampledPaths
+from scoreinfer.path_checkpoint import PathParts, read_paths, write_paths
 from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import add_noise_stage
 from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.reversal import features_of, read_reversal, samplers, untrained
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
-from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, beginning, pinned
+from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths
 from scoreinfer.train import Budget, History, train
 
-NUM_PILOT = 8192
+NUM_PILOT, PER_STEP = 8192, 64
+"""Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
 PENALTY = 200.0
 """Penalty of learned variances on a fixed budget of paths, times their number."""
 POOL = 8192
@@ -75,21 +74,6 @@ class Conditioned(NamedTuple):
 
     states: Float[Array, "num times dim"]
     context: Float[Array, "num context"]
-
-
-class Ends(NamedTuple):
-    """Standardised ends of simulated paths, and the distance of each to its nearest fellows."""
-
-    features: Float[Array, "num features"]
-    distance: Float[Array, " num"]
-
-    def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
-        """Compute the share of the ends that lie at least as far from the others as ``x`` does."""
-        return (self.distance >= neighbour_distance(jnp.linalg.norm(self.features - x, axis=1))).mean()
-
-    def ratio(self, x: Float[Array, " features"]) -> Float[Array, ""]:
-        """Compute how many times as far from the ends ``x`` lies as these, by their median, from each other."""
-        return neighbour_distance(jnp.linalg.norm(self.features - x, axis=1)) / jnp.median(self.distance)
 
 
 class PathPosterior(eqx.Module):
@@ -158,15 +142,18 @@ class PathPosterior(eqx.Module):
         return dataclasses.replace(self, num_particles=num_particles)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Refuse: learned physics is not kept on disk by itself yet.
+        """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
+
+        As `Posterior.save` does. The model and its physics are not saved: they are code.
+
+        Args:
+            path: a new folder, or one that holds a saved posterior.
 
         Raises:
-            NotImplementedError: always, with the ways out.
+            ValueError: where the folder holds anything else, or a part was replaced by one of another size.
         """
-        raise NotImplementedError(
-            "A posterior of paths cannot be saved yet. Pickle `ScoreSDE(posterior=...)`, which reads the physics from "
-            "the importable model again; or fit again: the same key gives the same weights."
-        )
+        parts = PathParts(self.paths, self.bank, self.ends, self.history, self.num_particles)
+        write_paths(Path(path), parts)
 
     def sample(
         self,
@@ -281,7 +268,7 @@ class PathPosterior(eqx.Module):
             return None  # its simulations lie in the space of observations
         if known and isinstance(self.paths, PathProposal):
             y = {self.paths.site: y[END_STATE]}  # the observation it would be without noise
-        x = _features(self.paths, y)
+        x = features_of(self.paths, y)
         check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
         if check.distance_rank <= MAX_OUTLYING:
             warnings.warn(
@@ -325,22 +312,13 @@ def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[A
     return jax.vmap(lambda end: probability_flow(proposal.backward, end, proposal.num_steps))(ends)
 
 
-@eqx.filter_jit
-def _features(proposal: PathProposal | StartedPaths, y: Sites) -> Float[Array, " features"]:
-    """Standardise an observation."""
-    if isinstance(proposal, StartedPaths):
-        return flatten(proposal.start.features(y))
-    assert isinstance(proposal.backward, LearnedBackward)
-    frame = proposal.backward.frame
-    return frame.standardise(proposal.num_steps - 1, proposal.context(y)).astype(jnp.float32)
-
-
 def fit_paths(
     key: Key,
     model: Callable,
     *args: Any,
     process: Physics,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    resimulate: bool = False,
     num_simulations: int | None = None,
     num_steps: int = 10_000,
     batch_size: int = 256,
@@ -367,33 +345,36 @@ def fit_paths(
     Raises:
         UnsupportedModel: where the model cannot be simulated.
         ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside them,
-            or ``net`` does not fit the state.
+            or there are none to be resimulated, or ``net`` does not fit the state.
     """
-    problem = from_numpyro(model, *args, observed=observed, **kwargs)
+    reversal = read_reversal(process, model, *args, observed=observed, **kwargs)
+    problem, physics, end, conditioned = reversal.problem, reversal.physics, reversal.end, reversal.conditioned
     if problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
-    physics = read_physics(process, model, *args, **kwargs)
-    has_parameters = len(problem.latents) > 1
-    if has_parameters and trajectories is not None:
+    if reversal.has_parameters and trajectories is not None:
         raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
-    end = noisy_end(process.site, model, *args, **kwargs) if len(problem.observed) == 1 else None
-    conditioned = end is None and sees_path(problem, process.site, physics.num_steps + 1)
-    if end is not None:
-        physics = add_noise_stage(physics, end.scale)
+    if resimulate and trajectories is None:
+        raise ValueError("`resimulate` runs the physics again from the first states of `trajectories`; there are none.")
+    recorded = None if trajectories is None else check_trajectories(trajectories, reversal.free)
     windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
     def paths(key: Key, num: int) -> Simulated:
-        return _simulated(key, problem, process.site, physics, end, conditioned, num)
+        if recorded is None:
+            return _simulated(key, problem, process.site, physics, end, conditioned, num)
+        for_paths, for_ends = jax.random.split(key)
+        again = _rolled_forward(for_paths, reversal.free, recorded[:, 0], num)
+        return _recorded(for_ends, again, problem, physics, end, conditioned)
 
-    if trajectories is not None and num_simulations is not None:
+    if recorded is not None and num_simulations is not None:
         raise ValueError("Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget.")
-    online = trajectories is None and num_simulations is None
-    if trajectories is None:
-        pilot = paths(for_pilot, num_simulations or min(NUM_PILOT, room))
+    online = resimulate or (recorded is None and num_simulations is None)
+    if recorded is None or resimulate:
+        num_pilot = max(NUM_PILOT, PER_STEP * physics.num_steps)
+        pilot = paths(for_pilot, num_simulations or min(num_pilot, room))
     else:
-        pilot = _recorded(for_pilot, trajectories, problem, physics, end, conditioned)
+        pilot = _recorded(for_pilot, recorded, problem, physics, end, conditioned)
     scale = standardiser(pilot.conditions)
     standardised = _condition(scale, pilot)
     held_out = max(len(pilot.states) // 10, 1)
@@ -401,35 +382,22 @@ def fit_paths(
         jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
     )
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
-    untrained = _untrained(for_net, physics, linear_frame(physics, *training), usual, net, width, depth)
+    start_from = untrained(for_net, physics, linear_frame(physics, *training), usual, net, width, depth)
     per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
     fresh = (lambda key: _condition(scale, paths(key, min(POOL, room)))) if online else None
     if num_steps == 0:
-        backward, history = untrained, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
+        backward, history = start_from, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
     else:
         num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
         backward, history = _learn(
-            for_training, untrained, training, validation, fresh, windows, num_pairs, budget, progress_bar
+            for_training, start_from, training, validation, fresh, windows, num_pairs, budget, progress_bar
         )
 
-    def started(site: str | None, problem: Problem) -> StartedPaths:
-        start = learn_start(for_start, beginning(problem, physics, process.site, site))
-        return StartedPaths(start, backward, scale, site, process.site, problem)
-
-    known: PathProposal | StartedPaths | None = None
-    if not has_parameters and not conditioned:
-        known = PathProposal(backward, END_STATE, pinned(problem))
-    elif not problem.observed:
-        known = started(END_STATE, pinned(problem))
-    if end is not None and not has_parameters:
-        proposal: PathProposal | StartedPaths = PathProposal(backward, end.site, problem)
-    elif problem.observed:
-        proposal = started(None if end is None else end.site, problem)
-    else:
-        assert known is not None
-        proposal = known
+    beginnings = reversal.start_problem
+    start = None if beginnings is None else learn_start(for_start, beginnings)
+    proposal, known = samplers(reversal, backward, scale, start)
     z, y = _joint(for_truths, proposal)
     bank = _bank(for_bank, proposal, z[:NUM_BANK], jax.tree.map(lambda leaf: leaf[:NUM_BANK], y))
     return PathPosterior(proposal, known, bank, _ends(proposal, y), history)
@@ -459,7 +427,7 @@ def _learn(
             loss: Callable = partial(transition_loss, **options)
         else:
             loss = partial(multistep_loss, **options, backward=backward, window=window, how=windows)
-        seen = prepare(training)
+        seen = prepare(training) if fresh is None else None
 
         def pools(key: Key, prepare: Callable = prepare, seen: Any = seen) -> Any:
             return seen if fresh is None else prepare(fresh(key))
@@ -482,37 +450,19 @@ def _joined(histories: list[History]) -> History:
     return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
 
 
-def _untrained(
-    key: Key,
-    process: PhysicsProcess,
-    frame: Frame,
-    usual: Float[Array, " context"],
-    net: Callable | None,
-    width: int,
-    depth: int,
-) -> LearnedBackward:
-    """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own."""
-    if net is None:
-        net = ConditionalMLP(key, process.dim, 1 + usual.size, 2 * process.dim, width=width, depth=depth)
-        return LearnedBackward(process, frame, net, usual)
-    backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False))
-    first = jnp.zeros((), int)
-    fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
-
-    def output() -> Array:
-        log_time, time = elapsed(process, first)
-        return net(backward.features(first, frame.centre[0]), log_time, jnp.concatenate([time, usual]))
-
-    try:
-        returned = jax.eval_shape(output)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
-    if returned.shape != (2 * process.dim,):
-        raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
-    if process.waves:
-        on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
-        backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
-    return backward
+def load_paths(
+    path: Path,
+    process: Physics,
+    model: Callable,
+    *args: Any,
+    net: Callable | None = None,
+    observed: tuple[str, ...] | None = None,
+    **kwargs: Any,
+) -> PathPosterior:
+    """Load a saved posterior of paths; see `scoreinfer.load`, whose ``process=`` leads here."""
+    reversal = read_reversal(process, model, *args, observed=observed, **kwargs)
+    built, parts = read_paths(path, reversal, net)
+    return PathPosterior(*built, parts.bank, parts.ends, parts.history, parts.num_particles)
 
 
 @eqx.filter_jit
@@ -539,23 +489,44 @@ def _with_ends(physics, z, ends):
     return physics.flatten(paths)
 
 
-def _recorded(key, trajectories, problem, physics, end, conditioned):
-    """Check trajectories against the process, and observe their ends."""
-    trajectories = jnp.asarray(trajectories, jnp.result_type(float))
-    expected = (physics.num_steps + (end is None), *physics.shape)
-    if trajectories.shape[1:] != expected or trajectories.shape[0] < 2:
+def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Array, "num times *state"]:
+    """Check recorded paths against the process (without the noise of an observation)."""
+    paths = jnp.asarray(trajectories, jnp.result_type(float))
+    expected = (physics.num_steps + 1, *physics.shape)
+    if paths.shape[1:] != expected or paths.shape[0] < 2:
         raise ValueError(
             "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
-            f"{', '.join(map(str, expected))}), got {trajectories.shape}."
+            f"{', '.join(map(str, expected))}), got {paths.shape}."
         )
-    if not bool(jnp.isfinite(trajectories).all()):
+    if not bool(jnp.isfinite(paths).all()):
         raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
-    num = trajectories.shape[0]
-    paths, x = trajectories.reshape(num, -1), {}
+    return paths
+
+
+@eqx.filter_jit
+def _rolled_forward(
+    key: Key, physics: PhysicsProcess, starts: Float[Array, "recorded *state"], num: int
+) -> Float[Array, "num times *state"]:
+    """Simulate paths anew from recorded first states, each as often as the others."""
+    starts = physics.flatten(starts)[jnp.arange(num) % len(starts)]
+    return physics.unflatten(jax.vmap(physics.simulate)(jax.random.split(key, num), starts))
+
+
+def _recorded(key, paths, problem, physics, end, conditioned):
+    """Observe the ends of paths (or whatever else is observed of them)."""
+    num = len(paths)
+    z, x = paths.reshape(num, -1), {}
     if end is not None or conditioned:
         keys = jax.random.split(key, num)
-        x = jax.jit(jax.vmap(lambda key, path: encode(problem, problem.simulate_observation(key, path))))(keys, paths)
-    return Simulated(_with_ends(physics, paths, None if end is None else x[end.site]), x if conditioned else {})
+        x = _observed_of(keys, problem, z)
+    return Simulated(_with_ends(physics, z, None if end is None else x[end.site]), x if conditioned else {})
+
+
+@eqx.filter_jit
+def _observed_of(keys: Array, problem: Problem, z: Float[Array, "num dim"]) -> Sites:
+    assert problem.simulate_observation is not None
+    observe: Callable = problem.simulate_observation
+    return jax.vmap(lambda key, path: encode(problem, observe(key, path)))(keys, z)
 
 
 def _transitions(backward: LearnedBackward, paths: Conditioned) -> Transitions:
@@ -614,7 +585,7 @@ def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num 
         log_ws = draw_rows(for_draws, proposal, y, rows).log_weight
         log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
         total = jax.nn.logsumexp(log_ws)
-        return _features(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_effective_share(log_ws)
+        return features_of(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_effective_share(log_ws)
 
     features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
     none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
@@ -623,5 +594,5 @@ def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num 
 
 @eqx.filter_jit
 def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Ends:
-    features = jax.vmap(lambda y: _features(proposal, y))(y)
+    features = jax.vmap(lambda y: features_of(proposal, y))(y)
     return Ends(features, loneliness(features))

@@ -32,7 +32,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.path_losses import Windows
-from scoreinfer.paths import PathPosterior, fit_paths
+from scoreinfer.paths import PathPosterior, fit_paths, load_paths
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
 from scoreinfer.proposal import Proposal, Weighted, default_sampler
@@ -310,6 +310,18 @@ class Posterior(eqx.Module):
         return certify(drawn.log_weight, explored.check(_features(self.proposal, y)))
 
 
+@overload
+def load(
+    path: str | os.PathLike[str], model: Callable | Problem, *args: Any, process: None = None, **kwargs: Any
+) -> Posterior: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], model: Callable, *args: Any, process: Physics, **kwargs: Any
+) -> PathPosterior: ...
+
+
 def load(
     path: str | os.PathLike[str],
     model: Callable | Problem,
@@ -318,31 +330,39 @@ def load(
     observed: tuple[str, ...] | None = None,
     simulations: Store | str | os.PathLike[str] | None = None,
     likelihood: Callable[..., Any] | None = None,
+    process: Physics | None = None,
+    net: Callable | None = None,
     **kwargs: Any,
-) -> Posterior:
+) -> Posterior | PathPosterior:
     """Load a saved posterior for the model it was fitted to.
 
     Nothing in the files is executed and nothing is trained or compiled for a template: the networks' shapes follow
     from the model and from ``config.json``. What was saved on one kind of device loads on any other.
 
     Args:
-        path: the folder that `Posterior.save` wrote.
+        path: the folder that `Posterior.save` or `PathPosterior.save` wrote.
         model: the model, or the `Problem`, that the posterior was fitted to.
         *args: the model's own arguments, as for `fit`; data may be left out.
         embedding: where `fit` was given an embedding module of the user's own: one like it, trained or not.
         observed: as for `fit`.
         simulations: for a posterior fitted with a ``likelihood``: a store of the same simulator.
         likelihood: as for `fit`.
+        process: for a posterior of paths: as for `fit`, the physics in reverse included, which is code.
+        net: where `fit` was given a network of the user's own: one like it, trained or not.
         **kwargs: the model's own keyword arguments.
 
     Raises:
         UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
-        ValueError: where sites or densities of the model differ from those of the model that was learned (the
+        ValueError: where sites, densities or physics of the model differ from those of the model that was learned (the
             message says which), or a module of the user's own is needed.
 
     Exactness: the loaded posterior draws the same as the saved one, to the last bit on the same machine. Whatever
         the files hold, weights are computed from the model at hand.
     """
+    if process is not None:
+        if isinstance(model, Problem):
+            raise ValueError("Physics is read from a NumPyro model: `load` it with the model, not with a `Problem`.")
+        return load_paths(Path(path), process, model, *args, net=net, observed=observed, **kwargs)
     problem = model if isinstance(model, Problem) else from_numpyro(model, *args, observed=observed, **kwargs)
     if likelihood is not None:
         problem = _stored(jax.random.key(0), problem, simulations, likelihood, "learn", None).problem
@@ -418,6 +438,7 @@ def fit(
     process: Physics | None = None,
     net: Callable | None = None,
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None,
+    resimulate: bool = False,
     windows: tuple[int, ...] | Windows = (),
     progress_bar: bool = True,
     **kwargs: Any,
@@ -465,6 +486,9 @@ def fit(
             ``depth``. Every step then takes one transition of each of its ``batch_size`` simulations, not 2048.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
+        resimulate: with ``trajectories``: take their first states alone, and run the model's physics and noise anew
+            from these for every epoch. Nothing but the beginnings is learned by heart then; right where the physics
+            of the model is that of the record.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
             training each after that on single transitions; for reverse solvers that are not stable alone. `Windows`
             says more: noise, truncated gradients, memory.
@@ -484,11 +508,11 @@ def fit(
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
     """
-    if process is not None or net is not None or trajectories is not None or windows:
+    if process is not None or net is not None or trajectories is not None or windows or resimulate:
         if process is None or isinstance(model, Problem):
             raise ValueError(
                 "Physics is learned from a NumPyro model with `process=Physics(site)`, for which alone `net`, "
-                "`trajectories` and `windows` are."
+                "`trajectories`, `resimulate` and `windows` are."
             )
         of_no_use = {
             "embedding": embedding, "sampler": sampler, "target_score": target_score, "simulations": simulations,
@@ -505,9 +529,10 @@ def fit(
             return start.proposal
 
         return fit_paths(
-            key, model, *args, process=process, trajectories=trajectories, num_simulations=num_simulations,
-            num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, width=width, depth=depth,
-            net=net, windows=windows, learn_start=learn_start, observed=observed, progress_bar=progress_bar, **kwargs,
+            key, model, *args, process=process, trajectories=trajectories, resimulate=resimulate,
+            num_simulations=num_simulations, num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate,
+            width=width, depth=depth, net=net, windows=windows, learn_start=learn_start, observed=observed,
+            progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
     settings = {
         "num_simulations": num_simulations, "num_steps": num_steps, "batch_size": batch_size,

@@ -23,11 +23,12 @@ tempering
 losses sampling foreign stored path_losses
 train certificate proposal
 drawing forward validity smoothing
-particles focus learning
-paths
+particles focus learning recorded reversal
 refinement
 exploration
 checkpoint
+path_checkpoint
+paths
 posterior filters
 kernels export
 comparison calibration

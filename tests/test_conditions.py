@@ -44,6 +44,15 @@ def test_unknown_rate_seen_at_several_times(unknown_rate):
     check(draws, RATE.truth(SEEN), 0.3)
 
 
+def test_drawn_paths_have_the_density_they_were_drawn_by(unknown_rate):
+    """Of the start and of every kernel, for given paths as for drawn ones."""
+    proposal = unknown_rate.proposal
+    context = proposal.context({"y": jnp.asarray(SEEN)})
+    z, drawn = jax.jit(jax.vmap(lambda key: proposal.propose(key, context)))(jax.random.split(jax.random.key(3), 16))
+    given = jax.jit(jax.vmap(lambda z: proposal.log_q(jax.random.key(4), context, z)))(z)
+    np.testing.assert_allclose(given, drawn, atol=0.02)
+
+
 @pytest.mark.slow
 def test_kernel_moves_rate_and_path(unknown_rate):
     kernel = si.ScoreSDE(posterior=unknown_rate, num_local_steps=1)

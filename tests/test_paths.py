@@ -92,8 +92,6 @@ def test_kernel_draws_whole_paths(posterior):
     np.testing.assert_array_equal(copy.get_samples()["x"], paths)
     copy.run(jax.random.key(2), y=END)  # the physics is read from the model again
     np.testing.assert_allclose(copy.get_samples()["x"], paths, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="Pickle `ScoreSDE"):
-        posterior.save("anywhere")
 
 
 @pytest.mark.slow
@@ -105,6 +103,21 @@ def test_few_trajectories_still_give_exact_weights():
     assert effective_sample_size(draws.log_weight) < 0.9 * 10_000, "it should not be right"
     assert abs(draws.certificate.log_evidence - MODES.smoother(END)[2]) < 5 * draws.certificate.log_evidence_se < 0.5
     assert MODES.disagreement(draws.sites["x"], draws.log_weight, END) < 5.5
+
+
+def test_resimulated_trajectories_need_their_first_states_alone():
+    """A hundred recorded beginnings; everything after them is the physics' own, and its noise fresh."""
+    paths = np.array(MODES.path().sample(jax.random.key(3), (100,)))
+    paths[:, 1:] = 7.0
+    options = SMALL | {"process": si.Physics("x"), "num_steps": 0}
+    posterior = si.fit(jax.random.key(0), MODES.model, trajectories=paths, resimulate=True, **options)
+    draws = posterior.sample(jax.random.key(1), 4000, y=END)
+    found = draws.certificate
+    assert found.certified and found.ess > 0.8 * 4000, found
+    assert abs(found.log_evidence - MODES.smoother(END)[2]) < 5 * found.log_evidence_se + 1e-3
+    assert MODES.disagreement(draws.sites["x"], draws.log_weight, END) < 5.5
+    with pytest.raises(ValueError, match="there are none"):
+        si.fit(jax.random.key(0), MODES.model, resimulate=True, **options)
 
 
 @pytest.mark.slow

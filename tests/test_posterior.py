@@ -149,6 +149,7 @@ def test_focusing_and_moving_for_a_second_observation_cost_no_compilation(mixtur
     assert compilations.count == 0  # of the second round
 
 
+@pytest.mark.slow
 def test_refined_score_is_exact_and_stays_with_its_observation(mixture, monkeypatch):
     """A badly learned score, trained further on one observation: exact there, and the original's elsewhere."""
     oracle, posterior = mixture

@@ -14,9 +14,20 @@ import pytest
 
 import scoreinfer as si
 from modes import ornstein_uhlenbeck
-from scoreinfer.backward import Frame, LearnedBackward, LearnedScore, linear_frame
+from scoreinfer.backward import Frame, LearnedBackward, LearnedScore, elapsed, heads, linear_frame, through_time
+from scoreinfer.correct import colour
 from scoreinfer.nets import ConditionalMLP
-from scoreinfer.path_losses import Windows, check_windows, implicit_score_loss, rollout_loss, transition_denoising_loss
+from scoreinfer.path_losses import (
+    PathBatch,
+    Transitions,
+    Windows,
+    check_windows,
+    implicit_score_loss,
+    multistep_loss,
+    rollout_loss,
+    transition_denoising_loss,
+    transition_loss,
+)
 
 MODES = ornstein_uhlenbeck(32)
 
@@ -40,6 +51,40 @@ def test_one_step_is_the_squared_residual(setting):
     loss = jax.jit(lambda key: rollout_loss(backward.network, paths, key, backward=backward, window=1, num_windows=64))
     losses = [loss(jax.random.key(i)) for i in range(8)]
     assert abs(np.mean(losses) - residual.mean()) < 5 * residual.std() / np.sqrt(8 * 16 * 64)
+
+
+def test_noise_on_the_way_is_the_kernels_own_and_has_no_gradient(setting):
+    """One step: squared errors grow by the kernels' variances; log scales, which it alone brings in, stay unmoved."""
+    backward, paths = setting
+    steps = jnp.arange(32)
+    scales = jax.vmap(lambda path: jax.vmap(backward)(steps, path[1:]).scale)(paths)
+    added = np.asarray((scales / backward.process.scale) ** 2)
+
+    def loss(network, key, noisy):
+        options = {"backward": backward, "window": 1, "num_windows": 64, "how": Windows(noisy=noisy)}
+        return rollout_loss(network, paths, key, **options)
+
+    pairs = [[jax.jit(loss, static_argnums=2)(backward.network, jax.random.key(i), noisy) for noisy in (True, False)]
+             for i in range(8)]  # fmt: skip
+    more = np.diff(np.array(pairs)[:, ::-1])[:, 0]
+    assert abs(more.mean() - added.mean()) < 5 * more.std() / np.sqrt(8 - 1)
+    assert added.mean() > 10 * more.std() / np.sqrt(8 - 1)
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)(backward.network, jax.random.key(0), True).last.weight
+    assert gradient[:2].any() and not gradient[2:].any()
+
+
+def test_multistep_loss_is_both_parts_with_their_share(setting):
+    backward, paths = setting
+    batch = PathBatch(Transitions(paths[:, 1:], paths[:, :-1], jnp.zeros((16, 0))), paths)
+    single = {"times": through_time(backward.process), "num_pairs": 8, "penalty": 0.1}
+    how, key = Windows((4,), share=0.3), jax.random.key(5)
+    for_pairs, for_windows = jax.random.split(key)
+    found = multistep_loss(backward.network, batch, key, **single, backward=backward, window=4, how=how)
+    parts = (
+        transition_loss(backward.network, batch.transitions, for_pairs, **single),
+        rollout_loss(backward.network, paths, for_windows, backward=backward, window=4, num_windows=2, how=how),
+    )
+    np.testing.assert_allclose(found, parts[0] + 0.3 * parts[1], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -150,12 +195,27 @@ def test_score_losses_are_stationary_at_the_exact_score(sliced):
     assert abs(distance) < 5 * error
 
 
+def test_separate_updates_see_what_the_physics_has_led_to(setting):
+    """The network sees the state after the step back; physics and regression around it are the same."""
+    joint = dataclasses.replace(setting[0], process=MODES.process(False))
+    separate, x = dataclasses.replace(joint, separate=True), jnp.array([0.4, -0.3])
+    k = jnp.asarray(3)
+    before = joint.process.reverse(k, x)
+    assert not jnp.allclose(before, x, atol=1e-3)
+    np.testing.assert_array_equal(separate.features(k, x), joint.features(k, before))
+    move = heads(joint.network, joint.features(k, before), *elapsed(joint.process, k))[0]
+    mean = joint.frame.mean(joint.process, k, x, jnp.zeros(0)) + colour(joint.frame.factor[k], move)
+    np.testing.assert_allclose(separate(k, x).mean, mean, atol=1e-6)
+    assert not jnp.allclose(joint(k, x).mean, mean, atol=1e-3)
+
+
 @pytest.mark.slow
-def test_learning_with_windows_keeps_the_weights_exact():
+@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
+def test_learning_with_windows_keeps_the_weights_exact(separate):
     options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False}
     options["windows"] = si.Windows((2, 4), kept=2)
     modes = ornstein_uhlenbeck()
-    posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x"), **options)
+    posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x", separate=separate), **options)
     end = jnp.array([-1.0, 0.5])
     draws = posterior.sample(jax.random.key(1), 4000, y=end)
     assert draws.certificate.ess > 0.9 * 4000

@@ -87,6 +87,7 @@ class LearnedBackward(AbstractBackward):
         network: ``(v, log of elapsed time, (elapsed time in [-1, 1], *c)) -> 2 dim`` numbers, f and h.
         context: c, of one observation and one value of the parameters (see `given`); none, or zeros: their mean.
         physics: show the network, behind v, the plain state and the physics' increment in units of the noise, too.
+        separate: show the network the state after the physics backwards instead of before.
 
     Exactness: exact weights whatever was learned; without weights biased, as good as the training.
 
@@ -99,6 +100,7 @@ class LearnedBackward(AbstractBackward):
     network: Callable[[Array, Array, Array], Array]
     context: Context = eqx.field(default_factory=lambda: jnp.zeros(0, jnp.float32))
     physics: bool = eqx.field(static=True, default=False)
+    separate: bool = eqx.field(static=True, default=False)
 
     def given(self, context: Context) -> "LearnedBackward":
         """Condition the kernels."""
@@ -118,6 +120,7 @@ class LearnedBackward(AbstractBackward):
 
     def features(self, k: Int[Array, ""], x: State) -> Float[Array, " features"]:
         """Compute what the network sees of the state at the end of step k."""
+        x = self.process.reverse(k, x) if self.separate else x
         seen = [self.frame.standardise(k, x)]
         if self.physics:
             centre, spread = self.frame.centre[k], self.frame.spread[k]

@@ -20,11 +20,12 @@ from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_model
 from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
-from scoreinfer.model.physics import Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
+from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
 from scoreinfer.problem import Problem
 
 __all__ = [
+    "NoisyEnd",
     "PhysicsPath",
     "Report",
     "Unknowns",

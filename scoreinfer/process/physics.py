@@ -35,6 +35,9 @@ class Physics(NamedTuple):
         waves: learn in Fourier space, wavenumber by wavenumber, for fields on periodic grids whose laws are the same
             everywhere. For linear physics regression alone then is the answer, whatever the size of the field; for
             others give `fit` a `ConvNet` as ``net``, which moves fields.
+        separate: show the network the state that the physics backwards has led to (separate updates: physics first,
+            then the learned correction of its result), not the one it started from (joint updates). What the network
+            moves is the same; where the physics backwards is good, its result is nearer to what is to be corrected.
 
     >>> Physics("x").site
     'x'
@@ -43,6 +46,7 @@ class Physics(NamedTuple):
     site: str
     reverse: Step | None = None
     waves: bool = False
+    separate: bool = False
 
 
 class PhysicsProcess(AbstractProcess):
