@@ -17,6 +17,7 @@ from scoreinfer.paths import PathPosterior
 from scoreinfer.posterior import Posterior, fit, load
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
+from scoreinfer.recorded import record
 from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
 from scoreinfer.store import Store
 
@@ -62,6 +63,7 @@ __all__ = [
     "from_numpyro",
     "load",
     "predictive_check",
+    "record",
     "sbc",
     "simulate",
     "to_arviz",

@@ -25,7 +25,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
 from scoreinfer.resuming import key_bits
 from scoreinfer.storage import digest
-from scoreinfer.store import FAILED, INVALID, OK, TIMEOUT, Row, Store, only_writer, open_store, write_shard
+from scoreinfer.store import FAILED, TIMEOUT, Row, Store, only_writer, open_store, status_of, write_shard
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
@@ -106,12 +106,14 @@ def simulate(
             "mp_context=multiprocessing.get_context('spawn')."
         )
     if isinstance(prior, Draws):
-        rows, told = partial(_rows_of_draws, key, prior), _told_of_draws(prior, num)
+        rows, told = partial(_rows_of_draws, key, prior), told_of_draws(prior, num)
     else:
         problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
-        rows, told = partial(_prior_rows, key, problem), _told_of_prior(problem)
+        rows, told = partial(_prior_rows, key, problem), told_of_prior(problem)
     path = Path(store)
-    opened = open_store(path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | _first(rows))
+    opened = open_store(
+        path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | first_rows(rows, 4)
+    )
     with only_writer(path):
         done = opened.index()
         missing = np.setdiff1d(np.arange(num), done.number)
@@ -148,14 +150,14 @@ class _Task(NamedTuple):
     attempts: int = 0
 
 
-def _told_of_prior(problem: Problem) -> dict[str, Any]:
+def told_of_prior(problem: Problem) -> dict[str, Any]:
     """Describe the prior in a store's manifest."""
     if problem.simulate is None:
         raise UnsupportedModel(f"Parameters are drawn from the prior, and this one cannot be: {problem.not_simulable}")
     return {"dim": problem.dim, "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents]}
 
 
-def _told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
+def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
     """Describe draws in a store's manifest."""
     if num > draws.num:
         raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
@@ -163,8 +165,9 @@ def _told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
     return {"dim": draws.values.shape[1], "latents": latents, "draws": digest({"values": np.asarray(draws.values)})}
 
 
-def _first(rows: _SomeRows) -> dict[str, Any]:
-    z, sites, seeds = rows(jnp.arange(4))
+def first_rows(rows: _SomeRows, num: int) -> dict[str, Any]:
+    """Tell the first rows, at most four: parameters of other bounds have others at the same places."""
+    z, sites, seeds = rows(jnp.arange(min(num, 4)))
     first = [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()]
     return {"first": first, "parameters": _rounded(sites)}
 
@@ -269,7 +272,7 @@ def _run(
                     continue
                 lost.add(future)
                 settle(task, Outcome(None, f"no answer within {plan.timeout} s", now - since), TIMEOUT)
-            if len(finished) >= _most(shapes) or (finished and now - flushed > FLUSH_SECONDS):
+            if len(finished) >= most_rows(shapes) or (finished and now - flushed > FLUSH_SECONDS):
                 write_shard(path, finished)
                 finished, flushed = [], now
     finally:
@@ -289,11 +292,11 @@ def _row(task: _Task, outcome: Outcome, status: str | None, shapes: dict[str, tu
     if outputs is None:
         status = status or FAILED
     else:
-        status = OK if all(np.isfinite(value).all() for value in outputs.values()) else INVALID
+        status = status_of(outputs)
     return Row(task.number, task.z, status, error, task.seed, outcome.seconds, outputs)
 
 
-def _most(shapes: dict[str, tuple[int, ...]]) -> int:
+def most_rows(shapes: dict[str, tuple[int, ...]]) -> int:
     """Count the rows that are written at once, where there are so many."""
     size = 8 * sum(map(math.prod, shapes.values()))
     return min(FLUSH_ROWS, max(FLUSH_BYTES // max(size, 1), 1))

@@ -40,7 +40,7 @@ class Row(NamedTuple):
         status: ``ok``, ``invalid`` (numbers that are not finite), ``failed`` (it raised) or ``timeout``.
         error: what it raised, in words.
         seed: the seed it was given.
-        seconds: wall time.
+        seconds: wall time; NaN where nobody measured it.
         outputs: its outputs by name; None where it has none.
     """
 
@@ -196,8 +196,9 @@ class Store:
     def __str__(self) -> str:
         rows = self.index()
         counts = ", ".join(f"{int(np.sum(rows.status == status))} {status}" for status in STATUSES)
-        seconds = float(rows.seconds.mean()) if len(rows.number) else math.nan
-        return f"{len(rows.number)} of {self.manifest['num']} simulations ({counts}), {seconds:.3g} s each"
+        timed = rows.seconds[np.isfinite(rows.seconds)]
+        seconds = f", {timed.mean():.3g} s each" if len(timed) else ""
+        return f"{len(rows.number)} of {self.manifest['num']} simulations ({counts}){seconds}"
 
 
 def open_store(path: Path, record: dict[str, Any]) -> Store:
@@ -245,6 +246,11 @@ def only_writer(path: Path) -> Iterator[None]:
         except OSError as error:
             raise RuntimeError(f"Another process is simulating into `{path}`. Wait for it, or end it.") from error
         yield
+
+
+def status_of(outputs: Mapping[str, np.ndarray]) -> str:
+    """Judge outputs: ``ok`` where every number is finite, else ``invalid``."""
+    return OK if all(np.isfinite(value).all() for value in outputs.values()) else INVALID
 
 
 def write_shard(path: Path, rows: list[Row]) -> None:

@@ -276,6 +276,7 @@ def exact_moments(y, with_failures):
     return mean, np.sqrt(p @ (a - mean) ** 2)
 
 
+@pytest.mark.slow
 def test_posterior_accounts_for_failures(problem, failing, tmp_path):
     """Learned validity undoes the bias; leaving failures out has it, to the same letter."""
     y = np.array([-0.5, -0.9])

@@ -110,10 +110,27 @@ def test_stored_simulations_show_what_the_proposal_misses(posterior, store, tmp_
     assert certificate.missed > 0.5 and "the stored simulations that explain the data are where" in certificate.reason
 
 
+def test_runs_on_draws_may_be_made_elsewhere(posterior, draws, tmp_path):
+    fields = np.asarray(draws.sites["theta"]) @ MATRIX.T
+    theirs = si.record(draws, draws.sites, {"field": fields}, store=tmp_path / "theirs")
+    ours = run(physics, draws, tmp_path / "ours")
+    told = [posterior.weigh(jax.random.key(3), draws, runs).log_weight for runs in (ours, theirs)]
+    assert np.allclose(*told, atol=1e-4)
+    turned = {"theta": -draws.sites["theta"]}
+    with pytest.raises(ValueError, match="must be those of the draws"):
+        si.record(draws, turned, {"field": fields}, store=tmp_path / "turned")
+
+
 def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tmp_path):
     posterior.save(tmp_path / "p")
     with pytest.raises(ValueError, match="pass `likelihood=`"):
         si.load(tmp_path / "p", problem)
+
+    def narrower(parameters, outputs, y=None):
+        numpyro.sample("y", dist.LogNormal(outputs["field"], 0.4).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="other densities or bounds: expected log_likelihood"):
+        si.load(tmp_path / "p", problem, simulations=store, likelihood=narrower)
     loaded = si.load(tmp_path / "p", problem, simulations=store, likelihood=likelihood)
     again = loaded.sample(jax.random.key(2), 2000, y=Y)
     assert np.array_equal(again.values, draws.values)
