@@ -1,12 +1,15 @@
 """Calibration: uniform ranks for what is exact, and none for what is not."""
 
 import html.parser
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -264,6 +267,21 @@ def test_predictive_check_finds_data_the_model_does_not_make(learned):
     assert rows["y max"].p_value < 0.01 < rows["y min"].p_value
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-component-update",
+    "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1000,1500",
+)  # fmt: skip
+
+
+def photograph(page: Path) -> np.ndarray:
+    """Open a page in a browser without a network: the red, green and blue (0 to 255) of every pixel it shows."""
+    shot = page.with_suffix(".png")
+    own = f"--user-data-dir={page.parent / 'profile'}", f"--screenshot={shot}"
+    subprocess.run([BROWSER, *OPTIONS, *own, page.as_uri()], check=True, timeout=60, capture_output=True)
+    return np.round(255 * plt.imread(shot)[..., :3]).astype(int)
+
+
 class Page(html.parser.HTMLParser):
     """Collects the tags that are open, and everything a page would load."""
 
@@ -280,9 +298,13 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_is_one_page_that_loads_nothing(learned, tmp_path):
+@pytest.fixture(scope="module")
+def report(learned):
     draws = learned.sample(jax.random.key(6), 2000, Y1)
-    report = si.calibrate(jax.random.key(8), learned, learned.problem, 200, draws=draws, **QUIET)
+    return si.calibrate(jax.random.key(8), learned, learned.problem, 200, draws=draws, **QUIET)
+
+
+def test_report_is_one_page_that_loads_nothing(report, tmp_path):
     assert report.trusted, report
     assert "contained the truth as often as it claims" in report.verdict[0]
     report.save(tmp_path / "report.html")
@@ -291,6 +313,24 @@ def test_report_is_one_page_that_loads_nothing(learned, tmp_path):
     page.feed(text)
     assert not page.open and not page.loads and "http" not in text and "url(" not in text and "<script" not in text
     assert text.count("<svg") == 4 and "y max" in text and "Trusted" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("trusted", [True, False])
+def test_report_in_a_browser(report, tmp_path, trusted):
+    report._replace(trusted=trusted).save(tmp_path / "report.html")
+    pixels = photograph(tmp_path / "report.html")
+
+    def shown(*colour):
+        return np.argwhere((pixels == colour).all(-1))
+
+    verdict, other = shown(0x22, 0xAA, 0x77), shown(0xCC, 0x33, 0x33)
+    verdict, other = (verdict, other) if trusted else (other, verdict)
+    assert len(verdict) > 500 and not len(other)  # the bar beside the verdict, tall and in its colour
+    bands = shown(0xE4, 0xEC, 0xF7)
+    assert len(bands) > 4 * 240 * 60 and np.ptp(bands[:, 1]) > 600  # four bands, beside each other
+    assert len(shown(0x11, 0x22, 0x44)) > 400  # curves, but for their soft edges
+    assert verdict[:, 0].max() < bands[:, 0].min() and bands[:, 0].max() < 1400  # in this order, nothing pushed out
 
 
 def test_report_on_a_bad_posterior_says_what_is_wrong(problem, tmp_path):

@@ -21,6 +21,8 @@ from scoreinfer.store import Store
 
 SUSPICIOUS = 0.01
 """Predictive p-value below which a statistic of the data is named."""
+TINY = 1e-16
+"""Smaller p-values are not told apart."""
 
 
 class CalibrationReport(NamedTuple):
@@ -98,18 +100,22 @@ def calibrate(
     return CalibrationReport(trusted, tuple(verdict), ranks, draws.certificate, rows)
 
 
+def _told(p_value: float) -> str:
+    return f"= {p_value:.2g}" if p_value > TINY else f"< {TINY:g}"
+
+
 def _of_ranks(ranks: SBC) -> str:
-    num, p_value = ranks.num_simulations, ranks.p_value
+    num, p_value = ranks.num_simulations, _told(ranks.p_value)
     if ranks.calibrated:
         return (
             f"On {num} simulated data sets the posterior contained the truth as often as it claims "
-            f"(p = {p_value:.2g} over all quantities)."
+            f"(p {p_value} over all quantities)."
         )
     findings = [f"{row.name} ({row.finding})" for row in ranks.rows() if row.finding]
     worst = min(ranks.rows(), key=lambda row: row.p_value)
     told = ", ".join(findings) or f"{worst.name}, without a clear direction"
     return (
-        f"The posterior is not calibrated (p = {p_value:.2g} on {num} simulated data sets): {told}. Its intervals do "
+        f"The posterior is not calibrated (p {p_value} on {num} simulated data sets): {told}. Its intervals do "
         "not mean what they say."
     )
 
@@ -119,11 +125,11 @@ def _of_data(certificate: Certificate, rows: tuple[Discrepancy, ...]) -> list[st
     rank = certificate.distance_rank
     if rank <= MAX_OUTLYING:
         told.append(
-            f"Your data are unlike the model's: only {rank:.1%} of the simulations lie as far from the others. The "
+            f"Your data are unlike the model's: only {rank:.1%} of its simulations lie as far out. The "
             "model may be misspecified."
         )
     elif np.isfinite(rank):
-        told.append(f"Your data lie among the model's: {rank:.0%} of the simulations lie further from the others.")
+        told.append(f"Your data lie among the model's: {rank:.0%} of its simulations lie further out.")
     bad = [row.name for row in rows if row.p_value < SUSPICIOUS]
     if bad:
         told.append(f"Simulations from the posterior do not reproduce the data in: {', '.join(bad)}.")
@@ -133,6 +139,9 @@ def _of_data(certificate: Certificate, rows: tuple[Discrepancy, ...]) -> list[st
 
 
 # --- the page
+
+LEFT, WIDE = 45, 240
+"""Where a figure's axes begin, and their width, in pixels."""
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -148,14 +157,15 @@ def _page(report: CalibrationReport) -> str:
     ranks, mark = report.sbc, "yes" if report.trusted else "no"
     verdict = "".join(f"<p>{html.escape(line)}</p>" for line in report.verdict)
     rows = "".join(
-        f"<tr><td>{html.escape(row.name)}</td><td>{row.p_value:.3g}</td>"
+        f"<tr><td>{html.escape(row.name)}</td><td>{_told(row.p_value).removeprefix('= ')}</td>"
         + "".join(f"<td>{share:.1%}</td>" for share in row.coverage)
         + f"<td>{html.escape(row.finding)}</td></tr>"
         for row in ranks.rows()
     )
     figures = "".join(_figure(name, values, ranks.num_draws) for name, values, _ in ranks.columns())
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Calibration report</title><style>{STYLE}</style></head><body>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Calibration report</title><style>{STYLE}</style></head><body>
 <h1>Calibration report</h1>
 <section class="verdict {mark}"><h2>{"Trusted" if report.trusted else "Not trusted"}</h2>{verdict}</section>
 <h2>Ranks of known truths</h2>
@@ -188,12 +198,17 @@ def _figure(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int) -> st
     counts = np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=num_draws + 1))])
     gap, band = counts / len(ranks) - at, np.sqrt(np.log(2 / 0.01) / (2 * len(ranks)))
     top = 1.25 * max(band, np.abs(gap).max())
-    points = " ".join(f"{20 + 240 * x:.1f},{70 - 60 * y / top:.1f}" for x, y in zip(at, gap, strict=True))
+    points = " ".join(f"{LEFT + WIDE * x:.1f},{70 - 60 * y / top:.1f}" for x, y in zip(at, gap, strict=True))
     high, low = 70 - 60 * band / top, 70 + 60 * band / top
+    label = "fill='#666' font-size='11'"
     return (
-        f'<figure><svg width="280" height="140" role="img" aria-label="ranks of {html.escape(name, quote=True)}">'
-        f'<rect x="20" y="{high:.1f}" width="240" height="{low - high:.1f}" fill="#e4ecf7"/>'
-        f'<line x1="20" y1="70" x2="260" y2="70" stroke="#999"/>'
-        f'<polyline points="{points}" fill="none" stroke="#124" stroke-width="1.5"/></svg>'
+        f'<figure><svg width="300" height="152" role="img" aria-label="ranks of {html.escape(name, quote=True)}">'
+        f'<rect x="{LEFT}" y="{high:.1f}" width="{WIDE}" height="{low - high:.1f}" fill="#e4ecf7"/>'
+        f'<line x1="{LEFT}" y1="70" x2="{LEFT + WIDE}" y2="70" stroke="#999"/>'
+        f'<polyline points="{points}" fill="none" stroke="#124" stroke-width="1.5"/>'
+        f'<g {label} text-anchor="end"><text x="{LEFT - 5}" y="{high + 4:.1f}">{band:.2f}</text>'
+        f'<text x="{LEFT - 5}" y="74">0</text><text x="{LEFT - 5}" y="{low + 4:.1f}">\u2212{band:.2f}</text></g>'
+        f'<g {label} text-anchor="middle"><text x="{LEFT}" y="146">0</text>'
+        f'<text x="{LEFT + WIDE / 2}" y="146">rank</text><text x="{LEFT + WIDE}" y="146">1</text></g></svg>'
         f"<figcaption>{html.escape(name)}</figcaption></figure>"
     )

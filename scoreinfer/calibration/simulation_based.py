@@ -21,6 +21,7 @@ from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.calibration.uniformity import Row, judge
+from scoreinfer.correct import log_effective_share
 from scoreinfer.export import to_prior_sbc
 from scoreinfer.kernels.conditioning import chain_sampler, is_kernel
 from scoreinfer.model import from_numpyro
@@ -231,8 +232,7 @@ def _rank_rows(
         drawn = jax.vmap(lambda k: draw(k, proposal, context, y))(keys)
         log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
         picked = jax.random.categorical(for_pick, log_weight, shape=(num_draws,))
-        total = jax.nn.logsumexp(log_weight)
-        share = jnp.exp(2 * total - jax.nn.logsumexp(2 * log_weight)) / num_proposals
+        share = jnp.exp(log_effective_share(log_weight))
         return _ranks(for_ties, problem, references, z, y, drawn.values[picked]), share
 
     return jax.vmap(one)(rows)
