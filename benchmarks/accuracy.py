@@ -10,6 +10,8 @@
     python benchmarks/accuracy.py --suite k2_24
     python benchmarks/accuracy.py --suite lynx_hare
     python benchmarks/accuracy.py --suite smdp
+    python benchmarks/accuracy.py --suite trust
+    python benchmarks/accuracy.py --suite cost
 
 The expected figures are in expected.json.
 """
@@ -21,6 +23,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +147,9 @@ class Target(NamedTuple):
 
     Args:
         name: its name.
-        kernels: what to run, by name.
+        model: the NumPyro model; None for a bare density.
+        kernel: the learned sampler.
+        rivals: other kernels, by name.
         arguments: keyword arguments of ``MCMC.run``.
         mode_of: number of the mode of every draw.
         modes: the modes' weights.
@@ -153,7 +158,9 @@ class Target(NamedTuple):
     """
 
     name: str
-    kernels: dict[str, Any]
+    model: Callable | None
+    kernel: si.ScoreSDE
+    rivals: dict[str, Any]
     arguments: dict[str, Any]
     mode_of: Callable
     modes: np.ndarray
@@ -170,15 +177,12 @@ def _targets(args) -> Iterator[Target]:
 
     for i, target in enumerate(oracles.densities()):
         potential = target.potential
-        kernels = {
-            "score": si.ScoreSDE(potential_fn=potential, start_scale=target.start_scale, num_proposals=8),
-            "nuts": NUTS(potential_fn=potential),
-            "mala": si.MALA(potential_fn=potential),
-        }
+        kernel = si.ScoreSDE(potential_fn=potential, start_scale=target.start_scale, num_proposals=8)
+        rivals = {"nuts": NUTS(potential_fn=potential), "mala": si.MALA(potential_fn=potential)}
         first = 2.0 * jax.random.normal(jax.random.fold_in(jax.random.key(args.seed), i), (4, target.dim))
         yield Target(
-            target.name, kernels, {"init_params": first}, target.mode_of, target.modes, target.log_evidence,
-            lambda target=target: target.sample(np.random.default_rng(0), NUM_DRAWS),
+            target.name, None, kernel, rivals, {"init_params": first}, target.mode_of, target.modes,
+            target.log_evidence, lambda target=target: target.sample(np.random.default_rng(0), NUM_DRAWS),
         )  # fmt: skip
     modes_of = {
         "two_moons": lambda theta: (theta.sum(1) > 0).astype(int),
@@ -186,49 +190,56 @@ def _targets(args) -> Iterator[Target]:
     }
     for task in TASKS:
         if task.name in modes_of and _chosen(task.name, args.tasks):
-            kernels = {"score": si.ScoreSDE(task.model, num_proposals=8), "nuts": NUTS(task.model)}
-            kernels["mala"] = si.MALA(task.model)
+            kernel = si.ScoreSDE(task.model, num_proposals=8)
+            rivals = {"nuts": NUTS(task.model), "mala": si.MALA(task.model)}
             mode_of, reference = modes_of[task.name], task.reference(1)
             modes = np.bincount(mode_of(reference), minlength=2) / len(reference)
             yield Target(
-                task.name, kernels, {"y": task.observation(1)}, mode_of, modes, None, lambda draws=reference: draws
-            )
+                task.name, task.model, kernel, rivals, {"y": task.observation(1)}, mode_of, modes, None,
+                lambda draws=reference: draws,
+            )  # fmt: skip
 
 
 def run_multimodal(args) -> Iterator[Row]:
-    """Learn single posteriors with many modes in warm-up, beside NUTS and MALA with the same iterations."""
+    """Learn single posteriors with many modes in warm-up; then NUTS and MALA, thinned, for as many seconds."""
     from numpyro.infer import MCMC
 
+    budget = {"num_warmup": (args.num_steps or 10_000) // 10, "num_samples": NUM_DRAWS // 4, "num_chains": 4}
     for i, target in enumerate(_targets(args)):
         if not _chosen(target.name, args.tasks):
             continue
         jax.clear_caches()
         key = jax.random.fold_in(jax.random.key(args.seed), i)
-        figures: dict[str, float] = {}
-        for name, kernel in target.kernels.items():
-            mcmc = MCMC(
-                kernel, num_warmup=(args.num_steps or 10_000) // 10, num_samples=NUM_DRAWS // 4, num_chains=4,
-                chain_method="vectorized", progress_bar=False,
-            )  # fmt: skip
-            with Clock() as running:
-                mcmc.run(key, **target.arguments, extra_fields=("accept_prob",))
-                draws = mcmc.get_samples()
-                draws = np.asarray(draws["theta"] if isinstance(draws, dict) else draws, np.float64)
-            shares = np.bincount(target.mode_of(draws), minlength=len(target.modes)) / len(draws)
-            figures[f"{name}_mode_error"] = 0.5 * np.abs(shares - target.modes).sum()
-            figures[f"{name}_s"] = running.times.wall
-            if name != "score":
-                continue
-            found = si.certify(mcmc, num=NUM_DRAWS)
-            if target.log_evidence is not None:
-                figures["log_evidence_error"] = abs(found.weights.log_evidence - target.log_evidence)
-            figures |= {"ess_share": found.weights.ess / NUM_DRAWS, "k_hat": found.weights.k_hat, "r_hat": found.r_hat}
-            figures["certified"] = float(found.certified)
-            figures["accept_prob"] = found.accept_prob
-            print(f"  {found}", flush=True)
-            if not args.no_classifier:
-                figures["c2st"] = si.c2st(key, target.reference(), draws)
+        mcmc = MCMC(target.kernel, chain_method="vectorized", progress_bar=False, **budget)
+        with Clock() as running:
+            mcmc.run(key, **target.arguments, extra_fields=("accept_prob",))
+            draws = _only(mcmc.get_samples())
+        found = si.certify(mcmc, num=NUM_DRAWS)
+        print(f"  {found}", flush=True)
+        figures = {"score_mode_error": _mode_error(target, target.mode_of(draws)), "score_s": running.times.wall}
+        if target.log_evidence is not None:
+            figures["log_evidence_error"] = abs(found.weights.log_evidence - target.log_evidence)
+        figures |= {"ess_share": found.weights.ess / NUM_DRAWS, "k_hat": found.weights.k_hat, "r_hat": found.r_hat}
+        figures |= {"certified": float(found.certified), "accept_prob": found.accept_prob}
+        if not args.no_classifier:
+            figures["c2st"] = si.c2st(key, target.reference(), draws)
+        rivals = si.compare(key, target.model, target.rivals, seconds=running.times.wall, **budget, **target.arguments)
+        for name, result in rivals.results.items():
+            numbers = target.mode_of(_only(rivals.mcmc[name].get_samples()))
+            figures |= {f"{name}_mode_error": _mode_error(target, numbers), f"{name}_r_hat": result.r_hat}
+            figures[f"{name}_s"] = result.warmup_seconds + result.sampling_seconds
         yield target.name, figures
+
+
+def _only(samples) -> np.ndarray:
+    """Take the draws of the only site, or those of a bare density."""
+    return np.asarray(samples["theta"] if isinstance(samples, dict) else samples, np.float64)
+
+
+def _mode_error(target: Target, numbers: np.ndarray) -> float:
+    """Compute the total variation between the modes' shares among draws and their weights."""
+    shares = np.bincount(numbers, minlength=len(target.modes)) / len(numbers)
+    return 0.5 * float(np.abs(shares - target.modes).sum())
 
 
 def run_deceived(args) -> Iterator[Row]:
@@ -428,6 +439,7 @@ def run_smdp(args) -> Iterator[Row]:
     for num in (2500, 250, 25):
         for name, learn, measure in (
             (f"toy/{num}", toy.learn, toy.measure),
+            (f"toy_resimulated/{num}", partial(toy.learn, resimulate=True), toy.measure),
             (f"toy_implicit/{num}", toy.learn_score, toy.measure_score),
         ):
             if not _chosen(name, args.tasks):
@@ -456,11 +468,29 @@ def _burgers(key, args) -> Iterator[Row]:
         yield name, measure(jax.random.fold_in(key, 1), grid, posterior) | {"train_s": training.times.wall}
 
 
+def run_trust(args) -> Iterator[Row]:
+    """Calibrate, fail, spread over threads; learn and weigh a C program."""
+    import trust
+
+    for name, figures in (
+        ("threads", trust.threads), ("failures", trust.failures), ("calibration", trust.calibration),
+        ("rainfall", lambda: trust.rainfall(args.seed)),
+    ):  # fmt: skip
+        if _chosen(name, args.tasks):
+            yield name, figures()
+
+
+def run_cost(args) -> Iterator[Row]:
+    """Memory of physics in reverse: flat in the window and the number of steps, linear in the size of the state."""
+    import cost
+
+    yield "memory", cost.growth()
+
+
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
-    "lynx_hare": run_lynx_hare,
-    "smdp": run_smdp,
+    "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
     python benchmarks/cost.py            # minutes on one core
 
 A ring of points under noisy diffusion and a small convolutional network. Memory is what the compiled programs ask for
-beside arguments and results, so that it does not depend on the machine's mood; seconds are the best of three.
+beside arguments and results, so that it does not depend on the machine's mood; seconds are the best of three. How
+memory grows is held against bounds by ``python benchmarks/accuracy.py --suite cost``.
 """
 
 import argparse
@@ -66,6 +67,22 @@ def sampling(backward, end):
     """Compute the cost of drawing paths."""
     draw = jax.vmap(lambda key: draw_path(key, backward, end)[0][0])
     return cost(draw, jax.random.split(jax.random.key(0), NUM_DRAWS))
+
+
+def growth():
+    """Compute how many times as much memory is needed for windows, paths and states so many times as long."""
+    short, long, small, large = setting(32, 16), setting(32, 256), setting(128, 16), setting(512, 16)
+
+    def ratio(more, less):
+        return more[1] / less[1]
+
+    return {
+        "window_64_times": ratio(rollout(*long, 256, 4), rollout(*long, 4, 4)),
+        "window_64_times_all_kept": ratio(rollout(*long, 256, None), rollout(*long, 4, None)),
+        "steps_16_times_training": ratio(training(*long), training(*short)),
+        "size_4_times_training": ratio(training(*large), training(*small)),
+        "size_4_times_drawing": ratio(sampling(large[0], large[1][0, -1]), sampling(small[0], small[1][0, -1])),
+    }
 
 
 def line(label, found):

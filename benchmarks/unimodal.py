@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -51,14 +52,16 @@ def correlated_gaussian(covariance, y=None):
 
 
 def stochastic_volatility(y=None, num_days=98):
-    """Log volatility as a stationary autoregression, in units of its innovations (two more parameters: 100 in all)."""
+    """Log volatility as an autoregression, in units of its innovations (two more parameters: 100 in all)."""
     persistence = numpyro.sample("persistence", dist.Beta(20.0, 1.5))
     size = numpyro.sample("size", dist.HalfNormal(0.5))
     unit = numpyro.sample("unit", dist.Normal(0.0, 1.0).expand([num_days]).to_event(1))
-    powers = persistence ** jnp.arange(num_days)
-    lag = jnp.arange(num_days)[:, None] - jnp.arange(num_days)
-    weights = jnp.where(lag >= 0, powers[jnp.maximum(lag, 0)], 0.0)
-    log_volatility = size * (weights @ unit)
+
+    def next_day(level, innovation):
+        level = persistence * level + size * innovation
+        return level, level
+
+    _, log_volatility = jax.lax.scan(next_day, jnp.zeros(()), unit)
     numpyro.sample("y", dist.Normal(0.0, jnp.exp(0.5 * log_volatility)).to_event(1), obs=y)
 
 

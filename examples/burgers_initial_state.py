@@ -256,7 +256,7 @@ def compare(key, burgers, posterior, num=10_000, num_particles=200_000, num_nuts
 
 
 def plot(key, burgers, posterior, file):
-    """Draw truth, observation and draws, spectra, and a path backwards in time."""
+    """Plot truth, observation and draws, a drawn path, spectra."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -268,19 +268,23 @@ def plot(key, burgers, posterior, file):
     x = np.linspace(0, 2 * np.pi, burgers.size, endpoint=False)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
     axes[0].plot(x, drawn[:40, 0].T, color="tab:blue", alpha=0.15)
-    axes[0].plot(x, truth[0], color="black")
-    axes[0].set(title="start: truth and draws", xlabel="x")
-    axes[1].plot(x, y[0], ".", color="tab:red")
-    axes[1].plot(x, truth[-1], color="black")
-    axes[1].set(title="end: truth and observation", xlabel="x")
-    axes[2].imshow(drawn[0], aspect="auto", origin="lower", extent=(0, 2 * np.pi, 0, END_TIME), cmap="RdBu_r")
+    axes[0].plot([], color="tab:blue", label="40 draws, without weights")
+    axes[0].plot(x, truth[0], color="black", label="truth")
+    axes[0].set(title="start", xlabel="x", ylabel="u")
+    axes[1].plot(x, y[0], ".", color="tab:red", label="observation")
+    axes[1].plot(x, truth[-1], color="black", label="truth")
+    axes[1].set(title="end", xlabel="x", ylabel="u")
+    high, extent = np.abs(drawn[0]).max(), (0, 2 * np.pi, 0, END_TIME)
+    image = axes[2].imshow(drawn[0], aspect="auto", origin="lower", extent=extent, cmap="RdBu_r", vmin=-high, vmax=high)
+    figure.colorbar(image, label="u")
     axes[2].set(title="one drawn path", xlabel="x", ylabel="t")
     k = np.arange(1, burgers.spectrum(truth[0]).size + 1)
     axes[3].loglog(k, burgers.spectrum(drawn[:40, 0]).T, color="tab:blue", alpha=0.15)
     axes[3].loglog(k, burgers.spectrum(truth[0]), color="black", label="truth")
-    axes[3].loglog(k, burgers.spectrum(drawn[:, 0].mean(0)), color="tab:red", label="posterior mean")
+    axes[3].loglog(k, burgers.spectrum(drawn[:, 0].mean(0)), color="tab:red", label="mean of the draws")
     axes[3].set(title="power of the start", xlabel="wavenumber")
-    axes[3].legend()
+    for ax in (axes[0], axes[1], axes[3]):
+        ax.legend(frameon=False)
     figure.savefig(file)
     plt.close(figure)
 

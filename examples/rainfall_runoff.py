@@ -135,9 +135,17 @@ def simulate(catchment, seed, num, store, draws=None, progress_bar=True):
         )  # fmt: skip
 
 
-def simulate_and_kill(arguments, store):
+def simulate_runs(args, progress_bar=True):
+    """Run the program on prior draws, those that are missing."""
+    catchment = Catchment(args.output_dir / "hymod", args.output_dir / "forcing.txt")
+    num = 1500 if args.smoke else 20_000
+    return simulate(catchment, args.seed, num, args.output_dir / "runs", progress_bar=progress_bar)
+
+
+def simulate_and_kill(args, store):
     """Let another process simulate, and kill it as soon as it has written something."""
-    child = subprocess.Popen([sys.executable, __file__, *arguments, "--only-simulate"])
+    options = ["--seed", str(args.seed), "--output-dir", str(args.output_dir), *(["--smoke"] if args.smoke else [])]
+    child = subprocess.Popen([sys.executable, __file__, *options, "--only-simulate"])
     while child.poll() is None and not list(store.glob("*.npz")):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
@@ -187,25 +195,16 @@ def plot_parameters(path, sites, tried, valid):
     plt.close(figure)
 
 
-def main():
-    """Simulate, kill, resume, train, draw, weigh, calibrate, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny budgets: see that everything runs")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/rainfall_runoff"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only-simulate", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def run(args):
+    """Simulate, kill, resume, train, draw, weigh, calibrate, report; return the draws and the report."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    num_runs, num_steps, num_draws, num_tests = (1500, 400, 512, 100) if args.smoke else (20_000, 8000, 4000, 1000)
+    num_steps, num_draws, num_tests = (400, 512, 100) if args.smoke else (8000, 4000, 1000)
     small = {"width": 32, "depth": 1} if args.smoke else {}
     # The flow by default starts a little too wide, for the weights' sake; here the learned draws are judged, too.
     sampler = si.ReverseSDE(num_steps=16) if args.smoke else si.ProbabilityFlow()
     train, draw, weigh, test = jax.random.split(jax.random.key(args.seed), 4)
     weather = read_weather() or make_weather(args.seed)
     forcing, runs = args.output_dir / "forcing.txt", args.output_dir / "runs"
-    if args.only_simulate:
-        simulate(Catchment(args.output_dir / "hymod", forcing), args.seed, num_runs, runs, progress_bar=False)
-        return
     np.savetxt(forcing, np.stack([weather.rain, weather.evaporation], axis=1), fmt="%.9g")
     catchment = Catchment(compile_program(args.output_dir), forcing)
     discharge = weather.discharge
@@ -216,9 +215,9 @@ def main():
 
     print("=== Run the program on prior draws; killed half way, it goes on\n")
     start = time.perf_counter()
-    simulate_and_kill(sys.argv[1:], runs)
+    simulate_and_kill(args, runs)
     print(f"killed:  {si.Store(runs)}")
-    store = simulate(catchment, args.seed, num_runs, runs)
+    store = simulate_runs(args)
     print(f"resumed: {store}; {time.perf_counter() - start:.0f} s in all")
 
     print("\n=== Train on the runs, with the likelihood's noise\n")
@@ -254,6 +253,21 @@ def main():
     tried = jax.vmap(posterior.problem.constrain)(jnp.asarray(rows.z, float))
     plot_parameters(args.output_dir / "parameters.png", sites, tried, rows.valid)
     print(f"\nReport, draws (netCDF) and plots are in {args.output_dir}")
+    return draws, report
+
+
+def main():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny budgets: see that everything runs")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/rainfall_runoff"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-simulate", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only_simulate:
+        simulate_runs(args, progress_bar=False)
+    else:
+        run(args)
 
 
 if __name__ == "__main__":
