@@ -181,10 +181,10 @@ def metropolis_langevin_step(
     return metropolis(for_accept, new, point, log_ratio)
 
 
-def spread(values: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
+def spread(values: Float[Array, "num dim"], ridge: float = 1e-4) -> Float[Array, "dim dim"]:
     """Compute the Cholesky factor of the covariance of draws, its diagonal raised a little, to scale moves with."""
     covariance = jnp.atleast_2d(jnp.cov(values, rowvar=False))
-    return jnp.linalg.cholesky(covariance + jnp.diag(1e-4 * covariance.diagonal() + 1e-12))
+    return jnp.linalg.cholesky(covariance + jnp.diag(ridge * covariance.diagonal() + 1e-12))
 
 
 class Moves(NamedTuple):

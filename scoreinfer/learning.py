@@ -12,13 +12,14 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import effective_sample_size, log_evidence, resample_indices, tempering_power
+from scoreinfer.change import Chain, Change, pull
+from scoreinfer.correct import effective_sample_size, log_evidence, resample_indices, spread, tempering_power
 from scoreinfer.drawing import weighted_draws
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, score_module, target_precision
 from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, SingleProposal, Weighted, default_sampler
-from scoreinfer.tails import Bent, fit_tails
+from scoreinfer.shape import fit_shape, has_tails
 from scoreinfer.tempering import (
     KEPT_SHARE,
     AbstractReference,
@@ -133,8 +134,7 @@ def learn(
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
     pools = Pools(reference, target, particles, whitening, nothing, effort.num_moves)
-    bent = bool((whitening.tails.bend > 0).any())
-    octaves = () if bent else choose_octaves(pools.batch(particles))
+    octaves = () if has_tails(whitening) else choose_octaves(pools.batch(particles))
     module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
@@ -160,7 +160,7 @@ class Pools(eqx.Module):
     reference: AbstractReference
     target: LogDensity
     particles: Particles
-    whitening: Affine | Bent
+    whitening: Change
     x: Sites
     num_moves: int = eqx.field(static=True)
 
@@ -172,7 +172,7 @@ class Pools(eqx.Module):
     def batch(self, particles: Particles) -> ScoreBatch:
         """Bring particles to the whitened space."""
         u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
-        gradient = jax.vmap(self.whitening.pull)(u, particles.gradient.astype(jnp.float32))
+        gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.gradient.astype(jnp.float32))
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
         return ScoreBatch(u, x, gradient)
 
@@ -285,12 +285,11 @@ def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
 
 
 @eqx.filter_jit
-def _whitening(particles: Particles) -> Bent:
-    tails = fit_tails(particles.values, particles.gradient)
-    w = tails.inverse(particles.values)
-    covariance = jnp.atleast_2d(jnp.cov(w, rowvar=False))
-    factor = jnp.linalg.cholesky(covariance + 1e-6 * jnp.diag(covariance.diagonal()))
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), Bent(Affine(w.mean(0), factor), tails))
+def _whitening(particles: Particles) -> Chain:
+    shape = fit_shape(particles.values, particles.gradient)
+    w = shape.inverse(particles.values)
+    whitening = Chain((Affine(w.mean(0), spread(w, 1e-6)), *shape.changes))
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf, whitening)
 
 
 def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> Particles:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
+from scoreinfer.change import Chain
 from scoreinfer.nets import Embedding
 from scoreinfer.problem import Problem
 from scoreinfer.sampling import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
 from scoreinfer.simulation import Standardiser, encode
-from scoreinfer.tails import Bent
 from scoreinfer.whitening import Affine, Whitening
 
 
@@ -77,7 +77,7 @@ class SingleProposal(eqx.Module):
     Exactness: as for `Proposal`.
     """
 
-    whitening: Bent
+    whitening: Chain
     score: NeuralScore
     sampler: AbstractSampler
     problem: Problem = eqx.field(static=True)

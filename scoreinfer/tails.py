@@ -1,7 +1,7 @@
 """Tails: a map that draws heavy tails in, coordinate by coordinate, so that one step size and one network suit them.
 
-In a funnel, or under a wide prior on a scale, a coordinate is narrow where another one is small and wide where it is
-large. Seen through asinh it has about the same spread everywhere.
+Under a wide prior on a scale, a coordinate is narrow in the middle and wide outside. Seen through asinh it has about
+the same spread everywhere.
 """
 
 import equinox as eqx
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer.whitening import Affine
+from scoreinfer.change import fisher_product, pull
 
 WIDTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 """Widths that are tried, in units of half the interquartile range."""
@@ -41,47 +41,13 @@ class Tails(eqx.Module):
         """Compute the logarithm of the Jacobian determinant."""
         return jnp.log(self.slope(w)).sum(-1)
 
-    def pull(self, w: Float[Array, "*num dim"], gradient: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
-        """Compute the gradient of the log density of w from that of z."""
-        return gradient * self.slope(w) + self.bend * jnp.tanh(self.bend * w)
-
-    def push(self, w: Float[Array, "*num dim"], gradient: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
-        """Compute the gradient of the log density of z from that of w."""
-        return (gradient - self.bend * jnp.tanh(self.bend * w)) / self.slope(w)
-
     @property
     def _safe(self):
         return jnp.where(self.bend > 0, self.bend, 1.0)
 
 
-class Bent(eqx.Module):
-    """The map u -> z that first stretches, as an affine map, and then bends the tails."""
-
-    affine: Affine
-    tails: Tails
-
-    def forward(self, u: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute z from u."""
-        return self.tails.forward(self.affine.forward(u))
-
-    def inverse(self, z: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute u from z."""
-        return self.affine.inverse(self.tails.inverse(z))
-
-    def log_det(self, u: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the logarithm of the Jacobian determinant."""
-        return self.affine.log_det(u) + self.tails.log_det(self.affine.forward(u))
-
-    def pull(self, u: Float[Array, " dim"], gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute the gradient of the log density of u from that of z."""
-        return self.affine.pull(u, self.tails.pull(self.affine.forward(u), gradient))
-
-
 def fit_tails(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]) -> Tails:
     """Choose the bend of every coordinate that makes the draws' variance times their Fisher information smallest.
-
-    That product is 1 for a normal coordinate that is independent of the others and more for any other; it is the mean
-    square of what a score network has to learn, and what limits the step of a Langevin move.
 
     Args:
         values: draws.
@@ -94,7 +60,7 @@ def fit_tails(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]
     def product(bend):
         tails = Tails(centre, bend)
         w = tails.inverse(values)
-        return w.var(0) * (tails.pull(w, gradient) ** 2).mean(0)
+        return fisher_product(w, pull(tails, w, gradient))
 
     products = jax.vmap(product)(bends)
     products = jnp.where(jnp.isfinite(products), products, jnp.inf)

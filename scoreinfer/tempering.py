@@ -1,8 +1,8 @@
 """Tempered sequential Monte Carlo: walk a population of particles from a reference density to a target.
 
 Temperatures are chosen so that each step keeps a fixed share of the effective sample size; between them the particles
-are moved by Langevin steps whose preconditioner is the population's own covariance, seen through a map that draws heavy
-tails in, and whose size adapts.
+are moved by Langevin steps whose preconditioner is the population's own covariance, seen through a map that undoes
+funnels and draws heavy tails in, and whose size adapts.
 """
 
 import abc
@@ -16,9 +16,10 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
+from scoreinfer.change import pull, push
 from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
 from scoreinfer.problem import Problem
-from scoreinfer.tails import fit_tails
+from scoreinfer.shape import fit_shape
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 KEPT_SHARE = 0.7
@@ -152,15 +153,15 @@ def advance(
     rows = resample(for_rows, log_weight)
     values = particles.values[rows]
     value, gradient = mix(power, jax.tree.map(lambda leaf: leaf[rows], ends))
-    tails = fit_tails(values, gradient)
-    w = tails.inverse(values)
-    states = (w, value + tails.log_det(w), tails.pull(w, gradient))
+    shape = fit_shape(values, gradient)
+    w = shape.inverse(values)
+    states = (w, value + shape.log_det(w), pull(shape, w, gradient))
     factor = spread(w)
     step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, 0))
 
     def value_and_grad(w):
-        value, gradient = mix(power, both(tails.forward(w)))
-        return value + tails.log_det(w), tails.pull(w, gradient)
+        value, gradient = mix(power, both(shape.forward(w)))
+        return value + shape.log_det(w), pull(shape, w, gradient)
 
     def move(carry, key):
         states, log_step = carry
@@ -172,9 +173,9 @@ def advance(
 
     keys = jax.random.split(for_moves, num_moves)
     ((w, _, gradient), log_step), accept = jax.lax.scan(move, (states, particles.log_step), keys)
-    gradient = tails.push(w, gradient)
+    gradient = push(shape, w, gradient)
     increment = jax.nn.logsumexp(log_weight) - jnp.log(num)
-    return Particles(tails.forward(w), gradient, power, log_step, particles.log_evidence + increment, accept.mean())
+    return Particles(shape.forward(w), gradient, power, log_step, particles.log_evidence + increment, accept.mean())
 
 
 def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"], kept_share: float) -> Float[Array, ""]:

@@ -36,10 +36,6 @@ class Affine(eqx.Module):
         """Compute log |det factor|, the same at every u."""
         return jnp.log(jnp.abs(jnp.diagonal(self.factor))).sum()
 
-    def pull(self, u: Float[Array, " dim"], gradient: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute the gradient of the log density of u from that of z."""
-        return gradient @ self.factor
-
     def after(self, first: "Affine") -> "Affine":
         """Compose two maps: ``first``, then this one."""
         return Affine(self.forward(first.mean), self.factor @ first.factor)

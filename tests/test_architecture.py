@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = """
 _typing _errors
 _tree storage
-problem correct nets process
+problem correct nets process change
 draws model simulation score whitening resuming store backward
-tails
+tails scales
+shape
 tempering
 losses sampling foreign stored path_losses
 train certificate proposal

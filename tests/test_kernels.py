@@ -426,6 +426,7 @@ def supports(y=None):
 ORDERED = dist.transforms.OrderedTransform()
 
 
+@pytest.mark.slow
 def test_every_support():
     class Fixed(doubles.GaussianProposal):
         def context(self, y):

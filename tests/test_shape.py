@@ -5,7 +5,9 @@ import pytest
 from scipy import stats
 
 import oracles
-from scoreinfer.tails import Bent, Tails, fit_tails
+from scoreinfer.change import Chain, fisher_product, pull, push
+from scoreinfer.scales import Scales, fit_scales
+from scoreinfer.tails import Tails, fit_tails
 from scoreinfer.tempering import Overdispersed, Particles, advance
 from scoreinfer.whitening import Affine
 
@@ -20,27 +22,58 @@ def funnel():
     return target, values, -jax.vmap(jax.grad(target.potential))(values)
 
 
+@pytest.fixture(scope="module")
+def hierarchy():
+    """Draws of groups' effects about their mean, shifted and scaled by it and by their log spread, and gradients."""
+
+    def log_density(z):
+        mean, log_spread, effects = z[0], z[1], z[2:]
+        unit = (effects - mean) * jnp.exp(-log_spread)
+        return -0.5 * ((mean / 3) ** 2 + log_spread**2 + (unit**2).sum()) - effects.size * log_spread
+
+    mean, log_spread, *unit = np.random.default_rng(1).normal(size=(6, 8192)) * np.array([[3.0], *[[1.0]] * 5])
+    values = jnp.asarray(np.stack([mean, log_spread, *(mean + np.exp(log_spread) * unit)], axis=1), jnp.float32)
+    return values, jax.vmap(jax.grad(log_density))(values)
+
+
 def test_map_is_a_change_of_variables():
-    factor = jnp.array([[1.3, 0.0, 0.0], [0.4, 0.6, 0.0], [-0.2, 0.1, 0.8]])
-    bent = Bent(
-        Affine(jnp.array([0.1, -0.3, 0.2]), factor), Tails(jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 2.0, 0.5]))
-    )
+    affine = Affine(jnp.array([0.1, -0.3, 0.2]), jnp.array([[1.3, 0.0, 0.0], [0.4, 0.6, 0.0], [-0.2, 0.1, 0.8]]))
+    tails = Tails(jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 2.0, 0.5]))
+    mean, log_scale = jnp.array([[0.3, 0.0, -0.2], [0.1, 0.0, 0.6]]), jnp.array([[0.1, 0.0, 0.2], [-0.7, 0.0, 0.4]])
+    chain = Chain((affine, tails, Scales(jnp.array([1]), jnp.array([0.5]), jnp.array([2.0]), mean, log_scale)))
     u, g = jnp.array([0.5, -1.2, 2.0]), jnp.array([0.3, -0.7, 1.1])
-    jacobian = jax.jacfwd(bent.forward)(u)
-    assert np.allclose(bent.inverse(bent.forward(u)), u, rtol=1e-4)
-    assert np.allclose(bent.log_det(u), jnp.linalg.slogdet(jacobian)[1], rtol=1e-5)
-    assert np.allclose(bent.pull(u, g), g @ jacobian + jax.grad(bent.log_det)(u), rtol=1e-4)
-    assert np.allclose(bent.tails.push(u, bent.tails.pull(u, g)), g, rtol=1e-5)
+    jacobian = jax.jacfwd(chain.forward)(u)
+    assert np.allclose(chain.inverse(chain.forward(u)), u, rtol=1e-4)
+    assert np.allclose(chain.log_det(u), jnp.linalg.slogdet(jacobian)[1], rtol=1e-5)
+    pulled = pull(chain, u, g)
+    assert np.allclose(pulled, g @ jacobian + jax.grad(chain.log_det)(u), rtol=1e-4)
+    assert np.allclose(push(chain, u, pulled), g, rtol=1e-4)
 
 
-def test_funnel_is_bent_and_modes_are_not(funnel):
+def test_scales_of_a_funnel_and_of_a_hierarchy_are_undone(funnel, hierarchy):
+    """What is left is normal and independent: of that the product of variance and Fisher information is 1."""
+    for values, gradient in (funnel[1:], hierarchy):
+        scales = jax.jit(fit_scales)(values, gradient)
+        w = scales.inverse(values)
+        assert fisher_product(values, gradient).max() > 10
+        assert np.allclose(fisher_product(w, pull(scales, w, gradient)), 1.0, atol=0.15)
+        assert np.allclose(scales.forward(w), values, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_of_separate_modes_are_left_alone():
+    fit = jax.jit(fit_scales)
+    for density in oracles.densities()[:2]:
+        values = jnp.asarray(density.sample(np.random.default_rng(0), 4096), jnp.float32)
+        scales = fit(values, -jax.vmap(jax.grad(density.potential))(values))
+        assert (np.asarray(scales.inverse(values)) == values).all()
+
+
+def test_tails_are_bent_and_modes_are_not(funnel):
     _, values, gradient = funnel
-    tails = fit_tails(values, gradient)
+    tails = jax.jit(fit_tails)(values, gradient)
     assert (np.asarray(tails.bend) > 0).tolist() == [False, True, True, True]
     w = tails.inverse(values)
-    before, after = (
-        np.asarray(v.var(0) * (g**2).mean(0)) for v, g in ((values, gradient), (w, tails.pull(w, gradient)))
-    )
+    before, after = (np.asarray(fisher_product(v, g)) for v, g in ((values, gradient), (w, pull(tails, w, gradient))))
     assert (after[1:] < 0.02 * before[1:]).all()
     two_modes = oracles.gaussian_mixture_density("two", np.array([[-1.0, 0.0], [30.0, 5.0]]), 0.3, 30.0)
     values = jnp.asarray(two_modes.sample(np.random.default_rng(0), 2000), jnp.float32)
