@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 
 import scoreinfer as si
 from scoreinfer.model import read_physics
+from scoreinfer.process.physics import add_noise_stage
 
 TS = jnp.array([0.0, 0.1, 0.3, 0.35, 0.6])
 RATES = np.array([0.7, 2.0])
@@ -51,6 +52,31 @@ def test_path_density_and_draws_are_those_of_the_joint_gaussian(noise):
         sd = np.sqrt(np.diag(truth[i]))
         error = (values[:, :, i].T @ values[:, :, i] / len(values) - truth[i]) / np.outer(sd, sd)
         assert np.abs(error).max() < 5 * np.sqrt(2 / len(values))
+
+
+@pytest.mark.parametrize("euler", [False, True], ids=["path", "Euler-Maruyama"])
+def test_physics_of_other_parameters_than_it_was_read_with(euler):
+    """Steps and noise; that of an observation of the end stays what it is."""
+
+    def model():
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        noise = numpyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        step = lambda t0, t1, x: x - (t1 - t0) * rate * x  # noqa: E731
+        path = si.PhysicsPath(step, noise * jnp.diff(TS)[:, None] ** 0.5, TS, normal(2))
+        numpyro.sample("x", dist.EulerMaruyama(TS, lambda x, t: (-rate * x, noise), normal(2)) if euler else path)
+
+    process = add_noise_stage(read_physics(si.Physics("x"), model), jnp.full(2, 0.3))
+
+    @jax.jit
+    def steps(values):
+        other = process.given(values)
+        return other.scale, other.forward(1, jnp.ones(2)), other.forward(4, jnp.ones(2))
+
+    scale, moved, observed = steps({"rate": 2.0, "noise": 0.5})
+    np.testing.assert_allclose(scale[:-1], 0.5 * np.diff(TS)[:, None] ** 0.5 * np.ones(2), rtol=1e-5)
+    np.testing.assert_allclose(scale[-1], 0.3, rtol=1e-5)
+    np.testing.assert_allclose(moved, 1 - 0.2 * 2.0, rtol=1e-5)
+    np.testing.assert_allclose(observed, 1.0)
 
 
 def test_path_of_euler_steps_is_euler_maruyama():

@@ -1,5 +1,6 @@
 """Reading physics: the site of a NumPyro model that is a process in time, as transitions on its grid."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
-from numpyro.handlers import seed, trace
+from numpyro.handlers import seed, substitute, trace
 
 from scoreinfer._errors import Offence, UnsupportedModel
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.problem import Problem
@@ -33,26 +34,36 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
 
     Returns:
         The process; its initial distribution stays in the model's own density. Where parameters of the physics are
-        latent it is that of one value of them, drawn from their prior: for kernels to start from.
+        latent it is that of one value of them, drawn from their prior: for kernels to start from. Its ``given`` makes
+        that of others.
 
     Raises:
         UnsupportedModel: where the site is missing or no process in time, or its noise depends on the state.
         ValueError: where the drift has a wrong shape, times do not increase, noise is not positive, or a step is not
             finite.
     """
-    played = trace(seed(Open(functools.partial(model, *args, **kwargs)), fixed_key())).get_trace()
-    fn = _process_site(physics.site, played)
+    run = functools.partial(model, *args, **kwargs)
+
+    def site(values: Sites) -> Any:
+        played = trace(substitute(seed(Open(run), fixed_key()), data=values)).get_trace()
+        return _process_site(physics.site, played)
+
+    fn = site({})
     state = tuple(fn.init_dist.event_shape)
-    advance, scale_of = _path_step(fn) if isinstance(fn, PhysicsPath) else _euler_step(fn, state)
     ts = check_times(fn.ts if isinstance(fn, PhysicsPath) else fn.t, "Physics")
     paths = jax.jit(lambda key: fn.sample(key, (NUM_PROBES,)))(jax.random.fold_in(fixed_key(), 1))
-    scale = _constant_noise(physics.site, scale_of, ts, paths)
-    reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
-    scale = scale.reshape(len(ts) - 1, -1)
+    advance, scale_of = _transitions(fn)
+    scale = _constant_noise(physics.site, scale_of, ts, paths).reshape(len(ts) - 1, -1)
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
         raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
-    advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
-    process = PhysicsProcess(ts, scale, advance, reverse, state, physics.waves, physics)
+    usual = np.asarray(paths).mean(0)[:-1]
+
+    def given(values: Sites) -> PhysicsProcess:
+        advance, scale_of = _transitions(site(values))
+        scales = jax.vmap(scale_of)(jnp.arange(len(usual)), ts[:-1], usual)
+        return _process(physics, ts, scales.reshape(len(usual), -1), advance, state)
+
+    process = dataclasses.replace(_process(physics, ts, scale, advance, state), given=given)
     _check_finite(process, process.flatten(paths))
     return process
 
@@ -79,8 +90,23 @@ def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
     return fn
 
 
-def _path_step(fn: PhysicsPath) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
-    return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]
+def _process(
+    physics: Physics,
+    ts: Float[Array, " times"],
+    scale: Float[Array, "steps dim"],
+    advance: Step,
+    state: tuple[int, ...],
+) -> PhysicsProcess:
+    reverse = minus_drift(advance) if physics.reverse is None else _checked(physics.reverse, "reverse")
+    advance, reverse = (_flat(step, state, physics.waves) for step in (advance, reverse))
+    return PhysicsProcess(ts, scale, advance, reverse, state, physics.waves, physics)
+
+
+def _transitions(fn: Any) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+    """Take the step of a path's distribution, and its noise as a function of step, time and state."""
+    if isinstance(fn, PhysicsPath):
+        return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]
+    return _euler_step(fn, tuple(fn.init_dist.event_shape))
 
 
 def _euler_step(fn: dist.EulerMaruyama, state: tuple[int, ...]) -> tuple[Step, Callable[[Any, Any, Any], Array]]:

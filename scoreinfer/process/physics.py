@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.process.base import AbstractProcess
 
 Index = Int[Array, ""] | int
@@ -60,6 +60,7 @@ class PhysicsProcess(AbstractProcess):
         shape: shape of one state.
         waves: components are real Fourier coefficients (an orthogonal change of variables), not the state's own.
         source: the site of a model that it was read from, where it was.
+        given: makes the process of other values of the model's latent sites, on the same grid.
     """
 
     ts: Float[Array, " times"]
@@ -69,10 +70,11 @@ class PhysicsProcess(AbstractProcess):
     shape: tuple[int, ...] = eqx.field(static=True)
     waves: bool = eqx.field(static=True, default=False)
     source: Physics | None = eqx.field(static=True, default=None)
+    given: "Callable[[Sites], PhysicsProcess] | None" = eqx.field(static=True, default=None)
 
     def without_steps(self) -> "PhysicsProcess":
         """Copy the process without the model's own functions, which cannot be pickled (see `read_again`)."""
-        return dataclasses.replace(self, advance=_left_out, retreat=_left_out)
+        return dataclasses.replace(self, advance=_left_out, retreat=_left_out, given=None)
 
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
         """Compute components of states, whose axes come last."""
@@ -155,10 +157,14 @@ def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> Phy
 
         return moved
 
-    ts = jnp.append(process.ts, 2 * last - before)
-    scales = jnp.concatenate([process.scale, scale[None]])
+    given = process.given
     return dataclasses.replace(
-        process, ts=ts, scale=scales, advance=still(process.advance), retreat=still(process.retreat)
+        process,
+        ts=jnp.append(process.ts, 2 * last - before),
+        scale=jnp.concatenate([process.scale, scale[None]]),
+        advance=still(process.advance),
+        retreat=still(process.retreat),
+        given=None if given is None else lambda values: add_noise_stage(given(values), scale),
     )
 
 
