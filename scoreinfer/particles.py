@@ -3,18 +3,24 @@ r"""Particles: many paths drawn backwards at a time, resampled on the way, one o
 Where the weights of whole paths are poor, because small errors of many kernels add up, particles that drift from what
 is likely are replaced by copies of better ones before the path is complete. They are steered by the bridging densities
 
-    gamma_k(x_k, ..., x_N) = q(x_N) p^_k(x_k) prod_{j >= k} f_j(x_{j+1} | x_j) / p^_N(x_N),    gamma_0 = p(path, y),
+    gamma_k = q(theta, x_N) prod_{j >= k} p^_j(x_j | c_j) f_j(x_{j+1} | x_j; theta) / p^_j(x_{j+1} | c_j),
+    gamma_0 = p(path, theta, y),
 
-f_j the transitions of the process and p^_k the Gaussian with the moments of its state at time k. Whatever these are,
-the last target is the model's own density, so that the product Z of the mean weights between resamplings is an unbiased
-estimate of the evidence, and the path kept, with weight Z, is exact in the same sense as a path with its own weight.
-Given a path, a run in which that path is one of the particles (conditional SMC) draws the rest of the run anew: a Gibbs
-step, with the weight Z that goes with it. So chains alternate exactly between both.
+f_j the transitions of the process at the particle's own unknown parameters theta, and p^_j Gaussians with the moments
+of simulated states, given the parameters and what the observation says of x_j beyond x_{j+1} (c_j, see
+`scoreinfer.backward.linear_frame`). By Bayes' formula the factors stand for p(x_j | x_{j+1}, theta, y), so that
+observations of earlier states need no likelihood on the way; without such, all p^ but the first and last cancel.
+Whatever they are, the last target is the model's own density, so that the product Z of the mean weights between
+resamplings is an unbiased estimate of the evidence, and the path kept (with its parameters), with weight Z, is exact in
+the same sense as a path with its own weight. Given a path, a run in which that path is one of the particles
+(conditional SMC) draws the rest of the run anew: a Gibbs step, with the weight Z that goes with it. So chains alternate
+exactly between both.
 
 References: Del Moral, Doucet and Jasra 2006 (bridging densities); Andrieu, Doucet and Holenstein 2010, sections 4.2
 (particle independent Metropolis-Hastings) and 4.5 (conditional SMC).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,7 +32,8 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.backward import Kernel, LearnedBackward
 from scoreinfer.correct import log_effective_share
 from scoreinfer.problem import Problem
-from scoreinfer.smoothing import END_STATE, PathProposal, StartedPaths
+from scoreinfer.process import PhysicsProcess
+from scoreinfer.smoothing import PathProposal, StartedPaths
 
 LEAST_SHARE = 0.5
 """Effective share of the particles below which they are resampled."""
@@ -36,18 +43,20 @@ class ResampledPaths(eqx.Module):
     """Paths of a particle smoother that runs backwards; an independent run for each draw.
 
     Args:
-        paths: the sampler of single paths; its kernels must not be conditioned on parameters or earlier observations,
-            for which there are no bridging densities.
+        paths: the sampler of single paths.
         num_particles: particles of each run.
 
     Raises:
-        ValueError: where the kernels are conditioned, or not learned ones.
+        ValueError: where the kernels are not learned ones, or nobody has asked for the moments of the states.
 
-    Exactness: ``log_q`` is log p(path, y) - log Z of the run that the path was drawn in, or (for a given path) of a
+    Exactness: ``log_q`` is log p(path, theta, y) - log Z of the run the path was drawn in, or (for a given path) of a
         conditional run: weights are exact over runs, their mean an unbiased estimate of the evidence, whatever the
         kernels and bridging densities are.
 
     Good values: as many particles as make the effective share of the draws a half; it costs as many paths a draw.
+        Conditions are in the bridging densities where at least `scoreinfer.backward.frame.ENOUGH_PATHS` simulations,
+        and no more conditions than `scoreinfer.backward.frame.MAX_CONTEXT`, make a regression of it; elsewhere
+        resampling does not help kernels that are conditioned on earlier observations.
     """
 
     paths: PathProposal | StartedPaths
@@ -56,10 +65,10 @@ class ResampledPaths(eqx.Module):
     def __check_init__(self) -> None:
         """Check that there are bridging densities."""
         backward = self.paths.backward
-        if not isinstance(backward, LearnedBackward) or backward.context.size:
+        if not isinstance(backward, LearnedBackward) or backward.frame.before is None:
             raise ValueError(
-                "Resampling along the path needs learned kernels that are conditioned on nothing but the next state: "
-                "with unknown parameters or observations of earlier states, use the plain weights."
+                "Resampling along the path needs learned kernels whose frame has the moments of every state (see "
+                f"`linear_frame`), got `{type(backward).__name__}`: use the plain weights."
             )
 
     @property
@@ -81,46 +90,59 @@ class ResampledPaths(eqx.Module):
     def log_q(self, key: Key, context: tuple[Any, Sites], z: Float[Array, " path"]) -> Float[Array, ""]:
         """Draw a run around a given path; compute ``log_q``; minus infinity where the path misses a known end."""
         log_q = self.problem.log_joint(z, context[1]) - self._run(key, context, z)[2]
-        if self.paths.site != END_STATE:
-            return log_q
-        return jnp.where(jnp.isfinite(self.paths.log_q(key, context[0], z)), log_q, -jnp.inf)
+        meets = self.paths.meets(context[0], self.paths.parts(context[0], z)[0])
+        return jnp.where(meets, log_q, -jnp.inf)
 
     def _run(
         self, key: Key, context: tuple[Any, Sites], given: Float[Array, " path"] | None
     ) -> tuple[Float[Array, "particles path"], Float[Array, " particles"], Float[Array, ""]]:
         """Draw all particles' paths with the weights since the last resampling, and log Z; the first may be given."""
-        paths, y = self.paths, context[1]
-        backward, num = paths.backward, self.num_particles
-        assert isinstance(backward, LearnedBackward)
+        paths, num, (known, y) = self.paths, self.num_particles, context
         for_begin, for_given, for_steps = jax.random.split(key, 3)
-        ends, log_start = jax.vmap(lambda key: _begin(paths, key, context[0]))(jax.random.split(for_begin, num))
-        num_steps = backward.process.num_steps if isinstance(paths, StartedPaths) else paths.num_steps
-        held = jnp.zeros((num_steps + 1, backward.process.dim), ends.dtype)
+        begun, log_start = jax.vmap(lambda key: paths.begin(key, known))(jax.random.split(for_begin, num))
+        held = jnp.zeros((paths.num_steps + 1, begun.end.shape[1]), begun.end.dtype)
         if given is not None:
-            held = _states(paths, context[0], given)
-            ends = ends.at[0].set(held[-1])
-            log_start = log_start.at[0].set(_log_begin(paths, for_given, context[0], held[-1]))
+            its, held = paths.parts(known, given)
+            begun = jax.tree.map(lambda rows, own: rows.at[0].set(own), begun, its)
+            log_start = log_start.at[0].set(paths.log_begin(for_given, known, its))
 
         def back(now: Particles, inputs: tuple[Array, Key, Array]) -> tuple[Particles, tuple[Array, Array]]:
             k, key, held = inputs
             for_ancestors, for_moves = jax.random.split(key)
             now, ancestors = _resample(for_ancestors, now, given is not None)
-            new, log_b = jax.vmap(lambda key, x: backward(k, x).draw(key))(jax.random.split(for_moves, num), now.x)
+            keys = jax.random.split(for_moves, num)
+            move = partial(self._move, known, k)
+            moved = jax.vmap(move)(keys, now.x, now.parameters)
             if given is not None:
-                new = new.at[0].set(held)
-                log_b = log_b.at[0].set(backward(k, now.x[0]).log_density(held))
-            gain = jnp.where(k == 0, 0.0, jax.vmap(lambda x, later: _bridge(backward, k, x, later))(new, now.x) - log_b)
-            moved = Particles(new, now.log_weight + gain, now.log_q + log_b, now.used + gain, now.log_evidence)
-            return moved, (new, ancestors)
+                first = move(keys[0], now.x[0], now.parameters[0], held)
+                moved = jax.tree.map(lambda rows, own: rows.at[0].set(own), moved, first)
+            return now.moved(*moved), (moved[0], ancestors)
 
-        steps = (jnp.arange(num_steps), jax.random.split(for_steps, num_steps), held[:-1])
+        steps = (jnp.arange(paths.num_steps), jax.random.split(for_steps, paths.num_steps), held[:-1])
         none = jnp.zeros_like(log_start)
-        first = Particles(ends, none, log_start, none, jnp.zeros((), log_start.dtype))
+        first = Particles(begun.end, begun.parameters, none, log_start, none, jnp.zeros((), log_start.dtype))
         last, (states, ancestors) = jax.lax.scan(back, first, steps, reverse=True)
-        z = jax.vmap(lambda path: _latent(paths, path))(_traced_back(states, ancestors, ends))
+        z = jax.vmap(paths.join)(last.parameters, _traced_back(states, ancestors, begun.end))
         log_joint = jax.vmap(lambda z: self.problem.log_joint(z, y))(z)
         log_weight = _clean(last.log_weight + log_joint - last.log_q - last.used)
         return z, log_weight, last.log_evidence + _log_mean(log_weight)
+
+    def _move(
+        self,
+        context: Any,
+        k: Int[Array, ""],
+        key: Key,
+        x: Float[Array, " dim"],
+        parameters: Float[Array, " parameters"],
+        to: Float[Array, " dim"] | None = None,
+    ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
+        """Move one particle (to a given state); return the state, its log density and the gain in log weight."""
+        backward = self.paths.kernels(context, parameters)
+        assert isinstance(backward, LearnedBackward)
+        kernel = backward(k, x)
+        new, log_b = kernel.draw(key) if to is None else (to, kernel.log_density(to))
+        bridge = _bridge(backward, self.paths.physics_of(parameters), k, new, x)
+        return new, log_b, jnp.where(k == 0, 0.0, bridge - log_b)
 
 
 class Particles(NamedTuple):
@@ -128,6 +150,7 @@ class Particles(NamedTuple):
 
     Args:
         x: their states.
+        parameters: the unknown parameters that each, and its ancestors, were drawn with.
         log_weight: their weights since they were last resampled.
         log_q: log density by which each, and its ancestors, were drawn.
         used: sum of the log weights, of each and its ancestors, that bridging densities have given so far.
@@ -135,10 +158,18 @@ class Particles(NamedTuple):
     """
 
     x: Float[Array, "particles dim"]
+    parameters: Float[Array, "particles parameters"]
     log_weight: Float[Array, " particles"]
     log_q: Float[Array, " particles"]
     used: Float[Array, " particles"]
     log_evidence: Float[Array, ""]
+
+    def moved(
+        self, x: Float[Array, "particles dim"], log_b: Float[Array, " particles"], gain: Float[Array, " particles"]
+    ) -> "Particles":
+        """Move the particles to new states, drawn with these log densities, of this gain in log weight."""
+        log_weight, log_q, used = self.log_weight + gain, self.log_q + log_b, self.used + gain
+        return self._replace(x=x, log_weight=log_weight, log_q=log_q, used=used)
 
 
 def _resample(key: Key, now: Particles, conditional: bool) -> tuple[Particles, Int[Array, " particles"]]:
@@ -152,7 +183,8 @@ def _resample(key: Key, now: Particles, conditional: bool) -> tuple[Particles, I
         ancestors = ancestors.at[0].set(0)
     evidence = now.log_evidence + jnp.where(uneven, _log_mean(log_weight), 0.0)
     weights = jnp.where(uneven, 0.0, log_weight)
-    return Particles(now.x[ancestors], weights, now.log_q[ancestors], now.used[ancestors], evidence), ancestors
+    x, parameters, log_q, used = (each[ancestors] for each in (now.x, now.parameters, now.log_q, now.used))
+    return Particles(x, parameters, weights, log_q, used, evidence), ancestors
 
 
 def _log_share(log_weight: Float[Array, " particles"]) -> Float[Array, ""]:
@@ -169,11 +201,18 @@ def _clean(log_weight: Float[Array, " particles"]) -> Float[Array, " particles"]
 
 
 def _bridge(
-    backward: LearnedBackward, k: Int[Array, ""], x: Float[Array, " dim"], later: Float[Array, " dim"]
+    backward: LearnedBackward,
+    physics: PhysicsProcess,
+    k: Int[Array, ""],
+    x: Float[Array, " dim"],
+    later: Float[Array, " dim"],
 ) -> Float[Array, ""]:
-    """Compute log p^_k(x_k) + log f_k(x_{k+1} | x_k) - log p^_{k+1}(x_{k+1})."""
-    transition = Kernel(backward.process.forward(k, x), backward.process.scale[k]).log_density(later)
-    return backward.frame.log_marginal(k - 1, x) + transition - backward.frame.log_marginal(k, later)
+    """Compute log p^_k(x_k | c) + log f_k(x_{k+1} | x_k) - log p^_k(x_{k+1} | c)."""
+    transition = Kernel(physics.forward(k, x), physics.scale[k]).log_density(later)
+    before, after, context = backward.frame.before, backward.frame.after, backward.context
+    assert before is not None
+    assert after is not None
+    return before.log_density(k, x, context) + transition - after.log_density(k, later, context)
 
 
 def _traced_back(
@@ -189,33 +228,3 @@ def _traced_back(
 
     who, paths = jax.lax.scan(later, jnp.arange(len(ends)), (states, ancestors))
     return jnp.concatenate([paths, ends[who][None]]).swapaxes(0, 1)
-
-
-# --- how both samplers of single paths begin, and lay out a path
-
-
-def _begin(paths: PathProposal | StartedPaths, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-    """Draw the state that the kernels start from, with its log density."""
-    if isinstance(paths, PathProposal):
-        return context, jnp.zeros((), context.dtype)
-    return paths.start.propose(key, context.start)
-
-
-def _log_begin(
-    paths: PathProposal | StartedPaths, key: Key, context: Any, end: Float[Array, " dim"]
-) -> Float[Array, ""]:
-    if isinstance(paths, PathProposal):
-        return jnp.zeros((), end.dtype)
-    return paths.start.log_q(key, context.start, end)
-
-
-def _states(paths: PathProposal | StartedPaths, context: Any, z: Float[Array, " path"]) -> Float[Array, "times dim"]:
-    process = paths.backward.process
-    path = process.flatten(z.reshape(-1, *process.shape))
-    if isinstance(paths, PathProposal) and paths.site != END_STATE:
-        return jnp.concatenate([path, context[None]])
-    return path
-
-
-def _latent(paths: PathProposal | StartedPaths, path: Float[Array, "times dim"]) -> Float[Array, " path"]:
-    return paths.backward.process.unflatten(path).reshape(-1)[: paths.problem.dim]

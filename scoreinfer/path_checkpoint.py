@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Sites
-from scoreinfer.backward import Frame, LearnedBackward, OnWaves
+from scoreinfer.backward import Frame, LearnedBackward, Moments, OnWaves
 from scoreinfer.checkpoint import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -104,7 +104,7 @@ def write_paths(path: Path, parts: PathParts) -> None:
         "separate": backward.separate,
         "frame": {
             "slope": frame.slope.ndim, "factor": frame.factor.ndim, "tilt": frame.tilt is not None,
-            "root": frame.root is not None,
+            "root": frame.before is not None and frame.before.root is not None,
         },
         "kernels": _describe_network(backward.network),
         "start": None if start is None else describe(Parts(start, None, None)),
@@ -211,7 +211,8 @@ def _outline(setting: Setting, network: dict[str, Any], net: Callable | None) ->
         row, rows = jnp.zeros((steps, dim)), jnp.zeros((steps, dim, dim))
         slope, factor = (row if ranks[name] == 2 else rows for name in ("slope", "factor"))
         tilt, root = jnp.zeros((steps, dim, usual.size)) if tilted else None, rows if rooted else None
-        frame = Frame(row, row, row, slope, factor, tilt, root)
+        moments = Moments(row, row, tilt, root)
+        frame = Frame(row, row, row, slope, factor, tilt, moments, moments)
         own = _make_network(setting.process, network["kernels"], usual.size, net)
         sizes = {"width": 1, "depth": 1} if own is not None else perceptron_sizes(network["kernels"])
         backward = untrained(jax.random.key(0), setting.process, frame, usual, own, **sizes)

@@ -32,7 +32,6 @@ from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
 from scoreinfer.forward import Ends, ForwardBank, loneliness
 from scoreinfer.model import unknowns
-from scoreinfer.nets.embedding import flatten
 from scoreinfer.particles import ResampledPaths
 from scoreinfer.path_checkpoint import PathParts, read_paths, write_paths
 from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
@@ -41,7 +40,7 @@ from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.proposal import Proposal, Weighted
 from scoreinfer.reversal import features_of, read_reversal, samplers, untrained
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
-from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths
+from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, layout_conditions
 from scoreinfer.train import Budget, History, train
 
 NUM_PILOT, PER_STEP = 8192, 64
@@ -130,7 +129,7 @@ class PathPosterior(eqx.Module):
             num_particles: particles of each draw.
 
         Raises:
-            ValueError: where kernels are conditioned on parameters or earlier observations, or there are no particles.
+            ValueError: where there are no particles.
 
         Exactness: exact weights, the evidence unbiased, as without.
 
@@ -201,7 +200,7 @@ class PathPosterior(eqx.Module):
         num_particles = self.num_particles or 1
         drawn = draw(key, num_particles)
         share = effective_sample_size(drawn.log_weight) / num
-        if self.num_particles is None and 0.0 < share < 1 / NUM_PARTICLES and not self.backward.context.size:
+        if self.num_particles is None and 0.0 < share < 1 / NUM_PARTICLES:
             again = draw(for_again, NUM_PARTICLES)
             if effective_sample_size(again.log_weight) / num > share:
                 drawn, num_particles = again, NUM_PARTICLES
@@ -351,7 +350,7 @@ def fit_paths(
     problem, physics, end, conditioned = reversal.problem, reversal.physics, reversal.end, reversal.conditioned
     if problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
-    if reversal.has_parameters and trajectories is not None:
+    if reversal.num_parameters and trajectories is not None:
         raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
     if resimulate and trajectories is None:
         raise ValueError("`resimulate` runs the physics again from the first states of `trajectories`; there are none.")
@@ -382,7 +381,8 @@ def fit_paths(
         jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
     )
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
-    start_from = untrained(for_net, physics, linear_frame(physics, *training), usual, net, width, depth)
+    frame = linear_frame(physics, training.states, training.context, reversal.num_parameters)
+    start_from = untrained(for_net, physics, frame, usual, net, width, depth)
     per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
@@ -469,7 +469,7 @@ def load_paths(
 def _condition(scale: Standardiser, drawn: Simulated) -> Conditioned:
     if not drawn.conditions:
         return Conditioned(drawn.states, jnp.zeros((len(drawn.states), 0), jnp.float32))
-    return Conditioned(drawn.states, jax.vmap(lambda conditions: flatten(scale(conditions)))(drawn.conditions))
+    return Conditioned(drawn.states, jax.vmap(partial(layout_conditions, scale))(drawn.conditions))
 
 
 def _simulated(key, problem, site, physics, end, conditioned, num):

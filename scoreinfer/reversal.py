@@ -47,9 +47,9 @@ class Reversal(NamedTuple):
         return self.free if self.end is None else add_noise_stage(self.free, self.end.scale)
 
     @property
-    def has_parameters(self) -> bool:
-        """Whether there are other latent sites than the physics."""
-        return len(self.problem.latents) > 1
+    def num_parameters(self) -> int:
+        """Unconstrained dimensions of other latent sites than the physics."""
+        return sum(latent.size for latent in self.problem.latents if latent.name != self.site)
 
     @property
     def start_site(self) -> str | None:
@@ -62,7 +62,7 @@ class Reversal(NamedTuple):
     def start_problem(self) -> Problem | None:
         """The problem of what is drawn before the path, parameters and last state; None where there is no such."""
         whole = self.problem if self.problem.observed else pinned(self.problem)
-        if not self.has_parameters and (self.end is not None or not self.problem.observed):
+        if not self.num_parameters and (self.end is not None or not self.problem.observed):
             return None
         return beginning(whole, self.physics, self.site, self.start_site)
 
@@ -106,11 +106,11 @@ def samplers(
         return StartedPaths(start, backward, standardiser, reversal.start_site, site, whole)
 
     known: PathProposal | StartedPaths | None = None
-    if not reversal.has_parameters and not reversal.conditioned:
+    if not reversal.num_parameters and not reversal.conditioned:
         known = PathProposal(backward, END_STATE, pinned(problem))
     elif not problem.observed:
         known = started(pinned(problem))
-    if reversal.end is not None and not reversal.has_parameters:
+    if reversal.end is not None and not reversal.num_parameters:
         return Samplers(PathProposal(backward, reversal.end.site, problem), known)
     if problem.observed:
         return Samplers(started(problem), known)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import AbstractBackward, LearnedBackward, draw_path, log_path
+from scoreinfer.backward import AbstractBackward, Context, LearnedBackward, draw_path, log_path
 from scoreinfer.model import Unknowns, unknowns
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem, Site
@@ -25,6 +25,18 @@ from scoreinfer.simulation import Standardiser, encode
 
 END_STATE = "end_state"
 """Name under which an exactly known last state stands among the observed sites."""
+
+
+class Beginning(NamedTuple):
+    """What is drawn, or known, before a path is drawn backwards.
+
+    Args:
+        parameters: unknown parameters; none, where all are known.
+        end: the state that the kernels start from.
+    """
+
+    parameters: Float[Array, " parameters"]
+    end: Float[Array, " dim"]
 
 
 class PathProposal(eqx.Module):
@@ -53,21 +65,57 @@ class PathProposal(eqx.Module):
         """Return where the kernels start."""
         return self.backward.process.flatten(y[self.site].astype(jnp.result_type(float)))
 
+    def begin(self, key: Key, context: Any) -> tuple[Beginning, Float[Array, ""]]:
+        """Return where the kernels start, and zero: nothing is drawn."""
+        return Beginning(context[:0], context), jnp.zeros((), context.dtype)
+
+    def log_begin(self, key: Key, context: Any, begun: Beginning) -> Float[Array, ""]:
+        """Return zero: nothing is drawn."""
+        return jnp.zeros((), context.dtype)
+
+    def kernels(self, context: Any, parameters: Float[Array, " parameters"]) -> AbstractBackward:
+        """Return the kernels, which nothing is to be told."""
+        return self.backward
+
+    def physics_of(self, parameters: Float[Array, " parameters"]) -> PhysicsProcess:
+        """Return the physics, in which everything is known."""
+        return self.backward.process
+
+    def parts(self, context: Any, z: Float[Array, " path"]) -> tuple[Beginning, Float[Array, "times dim"]]:
+        """Cut a latent vector into what stands at the beginning and the path from there."""
+        path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
+        if self.site != END_STATE:
+            path = jnp.concatenate([path, context[None]])
+        return Beginning(path[-1, :0], path[-1]), path
+
+    def join(self, parameters: Float[Array, " parameters"], path: Float[Array, "times dim"]) -> Float[Array, " path"]:
+        """Invert `parts`."""
+        return self.backward.process.unflatten(path).reshape(-1)[: self.problem.dim]
+
+    def meets(self, context: Any, begun: Beginning) -> Bool[Array, ""]:
+        """Say whether a path starts where this observation has it."""
+        return _close(begun.end, context)
+
     def propose(self, key: Key, context: Any) -> tuple[Float[Array, " path"], Float[Array, ""]]:
         """Draw one path and compute its ``log_q``."""
         path, log_q = draw_path(key, self.backward, context, self.num_steps)
-        return self.backward.process.unflatten(path).reshape(-1)[: self.problem.dim], log_q
+        return self.join(context[:0], path), log_q
 
     def log_q(self, key: Key, context: Any, z: Float[Array, " path"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given path; minus infinity where it does not end at a known end."""
-        path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
-        if self.site != END_STATE:
-            return log_path(self.backward, jnp.concatenate([path, context[None]]))
-        return jnp.where(_meets(path, context), log_path(self.backward, path), -jnp.inf)
+        begun, path = self.parts(context, z)
+        return jnp.where(self.meets(context, begun), log_path(self.backward, path), -jnp.inf)
 
 
 PARAMETERS = "unknown parameters"
 """Name under which they stand beside observed sites among the conditions of kernels; no site is called so."""
+
+
+def layout_conditions(standardiser: Standardiser, conditions: Sites) -> Context:
+    """Lay out encoded conditions as kernels see them: standardised, parameters first."""
+    seen = standardiser(conditions)
+    parameters = {name: seen.pop(name) for name in (PARAMETERS,) if name in seen}
+    return jnp.concatenate([flatten(parameters), flatten(seen)])
 
 
 class Given(NamedTuple):
@@ -130,39 +178,65 @@ class StartedPaths(eqx.Module):
         end = None if self.site is None else process.flatten(y[self.site].astype(jnp.result_type(float)))
         return Given(self.start.context(y), end, encode(self.problem, y) if self.sees_path else {})
 
-    def _given(self, parameters: Float[Array, " parameters"], context: Given) -> LearnedBackward:
+    def begin(self, key: Key, context: Given) -> tuple[Beginning, Float[Array, ""]]:
+        """Draw parameters, and the last state where it is not known; compute their log density."""
+        drawn, log_start = self.start.propose(key, context.start)
+        parameters, end = jnp.split(drawn, [self.problem.dim - self.unknowns.path])
+        return Beginning(parameters, end if context.end is None else context.end), log_start
+
+    def log_begin(self, key: Key, context: Given, begun: Beginning) -> Float[Array, ""]:
+        """Compute the log density of given parameters and last state."""
+        drawn = begun.parameters if context.end is not None else jnp.concatenate(begun)
+        return self.start.log_q(key, context.start, drawn)
+
+    def kernels(self, context: Given, parameters: Float[Array, " parameters"]) -> LearnedBackward:
         """Condition the kernels on parameters, and on the observation where it sees earlier states."""
-        return self.backward.given(flatten(self.standardiser({PARAMETERS: parameters} | context.conditions)))
+        conditions = {PARAMETERS: parameters} | context.conditions
+        return self.backward.given(layout_conditions(self.standardiser, conditions))
+
+    def physics_of(self, parameters: Float[Array, " parameters"]) -> PhysicsProcess:
+        """Make the physics of these parameters."""
+        process, found = self.backward.process, self.unknowns
+        if not parameters.size:
+            return process
+        assert process.given is not None
+        return process.given(self.problem.latent_sites(found.join(parameters, jnp.zeros(found.path, parameters.dtype))))
+
+    def parts(self, context: Given, z: Float[Array, " latent"]) -> tuple[Beginning, Float[Array, "times dim"]]:
+        """Cut a latent vector into what stands at the beginning and the path from there."""
+        process = self.backward.process
+        parameters, states = self.unknowns.parts(z)
+        path = process.flatten(states.reshape(-1, *process.shape))
+        if context.end is not None and self.site != END_STATE:
+            path = jnp.concatenate([path, context.end[None]])
+        return Beginning(parameters, path[-1]), path
+
+    def join(self, parameters: Float[Array, " parameters"], path: Float[Array, "times dim"]) -> Float[Array, " latent"]:
+        """Invert `parts`."""
+        found = self.unknowns
+        return found.join(parameters, self.backward.process.unflatten(path).reshape(-1)[: found.path])
+
+    def meets(self, context: Given, begun: Beginning) -> Bool[Array, ""]:
+        """Say whether a path starts where this observation has it."""
+        return jnp.array(True) if context.end is None else _close(begun.end, context.end)
 
     def propose(self, key: Key, context: Given) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw parameters, last state and a path that leads to it; compute ``log_q``."""
         for_start, for_path = jax.random.split(key)
-        process, found = self.backward.process, self.unknowns
-        drawn, log_start = self.start.propose(for_start, context.start)
-        num = self.problem.dim - found.path
-        end = drawn[num:] if context.end is None else context.end
-        path, log_q = draw_path(for_path, self._given(drawn[:num], context), end)
-        states = process.unflatten(path).reshape(-1)[: found.path]
-        return found.join(drawn[:num], states), log_start + log_q
+        begun, log_start = self.begin(for_start, context)
+        path, log_q = draw_path(for_path, self.kernels(context, begun.parameters), begun.end)
+        return self.join(begun.parameters, path), log_start + log_q
 
     def log_q(self, key: Key, context: Given, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of given parameters and path; minus infinity where it misses a known end."""
-        process = self.backward.process
-        parameters, states = self.unknowns.parts(z)
-        path = process.flatten(states.reshape(-1, *process.shape))
-        begun, hits = parameters, jnp.array(True)
-        if context.end is None:
-            begun = jnp.concatenate([parameters, path[-1]])
-        elif self.site == END_STATE:
-            hits = _meets(path, context.end)
-        else:
-            path = jnp.concatenate([path, context.end[None]])
-        log_q = self.start.log_q(key, context.start, begun) + log_path(self._given(parameters, context), path)
-        return jnp.where(hits, log_q, -jnp.inf)
+        begun, path = self.parts(context, z)
+        kernels = self.kernels(context, begun.parameters)
+        log_q = self.log_begin(key, context, begun) + log_path(kernels, path)
+        return jnp.where(self.meets(context, begun), log_q, -jnp.inf)
 
 
-def _meets(path: Float[Array, "times dim"], end: Float[Array, " dim"]) -> Bool[Array, ""]:
-    return jnp.allclose(path[-1], end, rtol=1e-4, atol=1e-5)
+def _close(end: Float[Array, " dim"], known: Float[Array, " dim"]) -> Bool[Array, ""]:
+    return jnp.allclose(end, known, rtol=1e-4, atol=1e-5)
 
 
 def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str | None) -> Problem:

@@ -145,15 +145,29 @@ class UnknownRate(NamedTuple):
         seen = x[-1] if self.times == (len(x) - 1,) else x[jnp.array(self.times)]
         numpyro.sample("y", dist.Normal(seen, self.modes.noise).to_event(seen.ndim), obs=y)
 
-    def truth(self, y):
-        """Mean and sd of the log rate, log evidence, means and covariances of paths: by a grid over the rate."""
+    def grid(self, y):
+        """Log rates, their log masses (of evidence in sum), and for each of them means and covariances of paths."""
         grid = np.linspace(-3.0, 3.0, 601)
         answers = []
         for log_rate in grid:
             modes = self.modes._replace(rates=np.full(len(self.modes.start_sd), np.exp(log_rate)))
             answers.append(modes.smoother_of(list(self.times), np.atleast_2d(y)))
         means, covariances, log_likelihood = (np.stack(part) for part in zip(*answers, strict=True))
-        log_mass = stats.norm(0.0, 0.5).logpdf(grid) + np.log(grid[1] - grid[0]) + log_likelihood
+        return grid, stats.norm(0.0, 0.5).logpdf(grid) + np.log(grid[1] - grid[0]) + log_likelihood, means, covariances
+
+    def draws(self, rng, y, num):
+        """Draws of log rate and path, in one row each (up to the width of the grid's cells)."""
+        grid, log_mass, means, covariances = self.grid(y)
+        rows = rng.choice(len(grid), num, p=np.exp(log_mass - logsumexp(log_mass)))
+        noise = rng.standard_normal((num, *means.shape[:0:-1]))
+        roots = np.linalg.cholesky(covariances[rows] + 1e-12 * np.eye(covariances.shape[-1]))
+        paths = means[rows] + np.einsum("nits,nis->nti", roots, noise)
+        rates = grid[rows] + (grid[1] - grid[0]) * (rng.random(num) - 0.5)
+        return np.concatenate([rates[:, None], paths.reshape(num, -1)], axis=1)
+
+    def truth(self, y):
+        """Mean and sd of the log rate, log evidence, means and covariances of paths: by a grid over the rate."""
+        grid, log_mass, means, covariances = self.grid(y)
         log_evidence = logsumexp(log_mass)
         mass = np.exp(log_mass - log_evidence)
         mean = np.einsum("r,rti->ti", mass, means)

@@ -1,6 +1,8 @@
 """What kernels are conditioned on: unknown parameters of the physics, and observations of earlier states."""
 
+import equinox as eqx
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -10,11 +12,15 @@ from numpyro.infer import MCMC
 
 import scoreinfer as si
 from modes import UnknownRate, moments_off, ornstein_uhlenbeck
+from scoreinfer.correct import effective_sample_size, log_evidence
+from scoreinfer.drawing import draw_rows, weigh_rows
+from scoreinfer.particles import ResampledPaths
 
 MODES = ornstein_uhlenbeck()
 TIMES = [0, 3, 6, 8]
 RATE = UnknownRate(ornstein_uhlenbeck(6)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 4, 6))
 SMALL = {"width": 16, "depth": 1, "progress_bar": False}
+NUM = 500
 SEEN = np.array([[1.2], [0.3], [0.6], [-0.2]], np.float32)
 
 
@@ -53,9 +59,63 @@ def test_drawn_paths_have_the_density_they_were_drawn_by(unknown_rate):
     np.testing.assert_allclose(given, drawn, atol=0.02)
 
 
+def broadened(posterior, factor):
+    """Kernels too broad, so that weights of single paths are poor."""
+    where = lambda tree: tree.paths.backward.frame.factor  # noqa: E731
+    return eqx.tree_at(where, posterior, factor * where(posterior))
+
+
+def randomised(posterior, key):
+    """Kernels off at random, and so the moments of states that bridging densities are made of."""
+
+    def where(tree):
+        kernels = tree.paths.backward
+        before, after = kernels.frame.before, kernels.frame.after
+        return kernels.network, before.centre, before.lean, after.centre, after.lean
+
+    arrays, rest = eqx.partition(where(posterior), eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(arrays)
+    moved = eqx.combine(unravel(flat + 0.1 * jax.random.normal(key, flat.shape)), rest)
+    return eqx.tree_at(where, posterior, moved)
+
+
+def test_resampled_paths_with_an_unknown_rate(unknown_rate):
+    """Every particle with a rate of its own; resampling repairs what broad kernels spoil."""
+    spoilt = broadened(unknown_rate, 2.0)
+    plain = draw_rows(jax.random.key(1), spoilt.paths, {"y": jnp.asarray(SEEN)}, jnp.arange(NUM))
+    draws = spoilt.resampled(8).sample(jax.random.key(1), NUM, y=SEEN)
+    assert effective_sample_size(plain.log_weight) < 0.1 * NUM
+    check(draws, RATE.truth(SEEN), 0.5)
+
+
+def test_resampled_weights_are_unbiased_whatever_was_learned(unknown_rate):
+    draws = randomised(unknown_rate, jax.random.key(5)).resampled(8).sample(jax.random.key(1), NUM, y=SEEN)
+    check(draws, RATE.truth(SEEN), 0.1)
+
+
+def test_conditional_runs_with_an_unknown_rate(unknown_rate):
+    """Around rates and paths of the posterior 1 / Z averages to one over the evidence, as it must for a Gibbs step."""
+    proposal = ResampledPaths(broadened(unknown_rate, 2.0).paths, 8)
+    values = jnp.asarray(RATE.draws(np.random.default_rng(0), SEEN, NUM), jnp.float32)
+    y = {"y": jnp.asarray(SEEN)}
+    weighed = weigh_rows(jax.random.key(2), proposal, y, jnp.arange(NUM), values)
+    inverse, error = log_evidence(-np.asarray(weighed.log_weight))
+    assert error < 0.1
+    assert abs(inverse + RATE.truth(SEEN)[2]) < 5 * error
+
+
 @pytest.mark.slow
-def test_kernel_moves_rate_and_path(unknown_rate):
-    kernel = si.ScoreSDE(posterior=unknown_rate, num_local_steps=1)
+def test_poor_weights_of_rates_and_paths_are_resampled(unknown_rate):
+    draws = broadened(unknown_rate, 2.6).sample(jax.random.key(1), 1000, y=SEEN)
+    assert draws.info["num_particles"] == 32
+    check(draws, RATE.truth(SEEN), 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_particles", [1, 8])
+def test_kernel_moves_rate_and_path(unknown_rate, num_particles):
+    """With particles by particle independent Metropolis, and conditional runs around what local moves have changed."""
+    kernel = si.ScoreSDE(posterior=unknown_rate.resampled(num_particles), num_local_steps=1)
     mcmc = MCMC(kernel, num_warmup=50, num_samples=1000, num_chains=4, chain_method="vectorized", progress_bar=False)
     mcmc.run(jax.random.key(2), y=SEEN, extra_fields=("accept_prob",))
     assert mcmc.get_extra_fields()["accept_prob"].mean() > 0.5
@@ -74,6 +134,7 @@ def test_unknown_rate_seen_at_a_noisy_end():
     y = np.array([0.8], np.float32)
     assert posterior.proposal.start.problem.dim == 1
     check(posterior.sample(jax.random.key(1), 4000, y=y), rate.truth(y), 0.3)
+    check(posterior.resampled(4).sample(jax.random.key(2), NUM, y=y), rate.truth(y), 0.3)
     with pytest.raises(ValueError, match="fit the model without its observed sites"):
         posterior.sample(jax.random.key(1), 10, end_state=y)
     with pytest.raises(ValueError, match="say nothing of the parameters"):
@@ -86,13 +147,11 @@ def test_unknown_rate_and_a_known_end():
     rate = RATE._replace(times=(6,), modes=RATE.modes._replace(noise=1e-4))
     posterior = si.fit(jax.random.key(0), rate.path_model, process=si.Physics("x"), num_steps=200, **SMALL)
     end = np.array([0.8], np.float32)
-    draws = posterior.sample(jax.random.key(1), 4000, end_state=end)
     centre, sd, log_evidence, mean, covariance = rate.truth(end)
-    check(
-        draws._replace(sites=draws.sites | {"x": draws.sites["x"][:, :-1]}),
-        (centre, sd, log_evidence, mean[:-1], covariance[:, :-1, :-1]),
-        0.3,
-    )
+    truth = centre, sd, log_evidence, mean[:-1], covariance[:, :-1, :-1]
+    for num_particles, num in ((1, 4000), (4, NUM)):
+        draws = posterior.resampled(num_particles).sample(jax.random.key(1), num, end_state=end)
+        check(draws._replace(sites=draws.sites | {"x": draws.sites["x"][:, :-1]}), truth, 0.3)
     with pytest.raises(ValueError, match="need the parameters' values"):
         posterior.reverse_sde(jax.random.key(0), end)
 
@@ -113,7 +172,11 @@ def test_states_seen_at_several_times_give_the_smoother():
     assert found.certified and found.ess > 0.8 * 4000, found
     assert abs(found.log_evidence - log_evidence) < 5 * found.log_evidence_se
     assert moments_off(draws.sites["x"], draws.log_weight, mean, covariance) < 5.5
-    with pytest.raises(ValueError, match="conditioned on nothing but the next state"):
-        posterior.resampled(8)
+    broad = broadened(posterior, 1.6)
+    assert effective_sample_size(broad.resampled(1).sample(jax.random.key(1), NUM, y=y).log_weight) < 0.1 * NUM
+    resampled = broad.resampled(16).sample(jax.random.key(1), NUM, y=y)
+    assert resampled.certificate.ess > 0.5 * NUM
+    assert abs(resampled.certificate.log_evidence - log_evidence) < 5 * resampled.certificate.log_evidence_se
+    assert moments_off(resampled.sites["x"], resampled.log_weight, mean, covariance) < 5.5
     with pytest.raises(ValueError, match="parameters or earlier states"):
         posterior.sample(jax.random.key(1), 10, end_state=y[-1])

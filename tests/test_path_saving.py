@@ -75,7 +75,7 @@ def test_parameters_and_learned_starts_come_back(tmp_path):
     """Kernels conditioned on a rate and on states seen on the way, with what draws their start."""
     rate = UnknownRate(ornstein_uhlenbeck(6)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 4, 6))
     for model, data in ((rate.model, {"y": SEEN}), (rate.path_model, {"end_state": np.array([0.3], np.float32)})):
-        saved = si.fit(jax.random.key(0), model, process=PHYSICS, **SMALL)
+        saved = si.fit(jax.random.key(0), model, process=PHYSICS, **SMALL).resampled(4)
         saved.save(tmp_path / "p")
         check(saved, si.load(tmp_path / "p", model, process=PHYSICS), **data)
 

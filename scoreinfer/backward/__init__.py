@@ -1,5 +1,6 @@
 """Physics in reverse: kernels from a score, learned kernels, and walks backwards in time."""
 
+from scoreinfer.backward.frame import Context, Frame, Moments, linear_frame
 from scoreinfer.backward.kernels import (
     AbstractBackward,
     Kernel,
@@ -10,23 +11,23 @@ from scoreinfer.backward.kernels import (
     probability_flow,
 )
 from scoreinfer.backward.learned import (
-    Frame,
     LearnedBackward,
     LearnedScore,
     OnWaves,
     corrected_path,
     elapsed,
     heads,
-    linear_frame,
     through_time,
 )
 
 __all__ = [
     "AbstractBackward",
+    "Context",
     "Frame",
     "Kernel",
     "LearnedBackward",
     "LearnedScore",
+    "Moments",
     "OnWaves",
     "ReverseEuler",
     "ThroughPhysics",

@@ -13,62 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.backward.kernels import LOG_2PI, AbstractBackward, Kernel, State
+from scoreinfer.backward.frame import Context, Frame
+from scoreinfer.backward.kernels import AbstractBackward, Kernel, State
 from scoreinfer.correct import colour
 from scoreinfer.nets import ResidualMLP
 from scoreinfer.process import PhysicsProcess
 from scoreinfer.process.physics import hartley
-
-Context = Float[Array, " context"]
-"""Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
-
-
-class Frame(eqx.Module):
-    """What linear regression says of every step, for a network to start from and to see its numbers scaled by.
-
-    Args:
-        centre: mean of the state at the end of the step.
-        spread: its standard deviation.
-        shift: mean of x_k minus the reverse physics.
-        slope: its regression on the standardised state; a vector per step where components are regressed on
-            themselves alone.
-        factor: square root of the covariance of what is left (a vector: of its variances).
-        tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
-        root: square root of the correlation of the state at the end of the step; None: components apart.
-    """
-
-    centre: Float[Array, "steps dim"]
-    spread: Float[Array, "steps dim"]
-    shift: Float[Array, "steps dim"]
-    slope: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
-    factor: Float[Array, "steps dim dim"] | Float[Array, "steps dim"]
-    tilt: Float[Array, "steps dim context"] | None = None
-    root: Float[Array, "steps dim dim"] | None = None
-
-    def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
-        """Compute the standardised state at the end of step k."""
-        return (x - self.centre[k]) / self.spread[k]
-
-    def log_marginal(self, k: Int[Array, ""] | int, x: State) -> Float[Array, ""]:
-        """Compute the log density of the Gaussian with the moments of the state at the end of step k.
-
-        Exactness: biased, as far as the state's distribution is not Gaussian.
-        """
-        v, log_det = self.standardise(k, x), jnp.log(self.spread[k]).sum()
-        if self.root is not None:
-            v = jax.scipy.linalg.solve_triangular(self.root[k], v, lower=True)
-            log_det += jnp.log(self.root[k].diagonal()).sum()
-        return -0.5 * (v**2 + LOG_2PI).sum() - log_det
-
-    def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
-        """Compute how far out a kernel's mean may lie."""
-        reach = FARTHEST * self.spread[k]
-        return self.centre[k] - reach, self.centre[k] + reach
-
-    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State, context: Context) -> State:
-        """Compute reverse physics plus regression."""
-        mean = process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
-        return mean if self.tilt is None else mean + self.tilt[k] @ context
 
 
 class LearnedBackward(AbstractBackward):
@@ -189,9 +139,6 @@ CORRECTION = 0.5
 MAX_LOG_SCALE = 4.0
 MOST_SEEN = 1e4
 """Largest number that a network is shown."""
-FARTHEST = 10.0
-"""Standard deviations of the simulated states at which kernels' means are stopped: paths
-that run away from them are lost anyway, and take physics with them to where it is not finite."""
 
 
 def heads(network: Callable, seen: Array, log_time: Array, context: Context) -> tuple[State, State]:
@@ -234,75 +181,6 @@ def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""
 def through_time(process: PhysicsProcess) -> tuple[Float[Array, " steps"], Float[Array, "steps 1"]]:
     """Compute `elapsed` for every step."""
     return jax.vmap(lambda k: elapsed(process, k))(jnp.arange(process.num_steps))
-
-
-MAX_DENSE = 64
-"""Largest dimension in which every component is regressed on all others."""
-ENOUGH_PATHS = 4000
-"""Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
-ENOUGH_WAVES = 100
-"""The same for Fourier coefficients, each regressed on itself alone."""
-SURE = 3.5
-"""Standard errors below which an entry of the regression counts as zero."""
-MAX_CONTEXT = 256
-"""Largest number of conditions that regression takes in; more are left to the network."""
-
-
-@eqx.filter_jit
-def linear_frame(
-    process: PhysicsProcess, paths: Float[Array, "num times dim"], contexts: Float[Array, "num context"] | None = None
-) -> Frame:
-    """Make the frame of simulated paths, and of what else is known of each.
-
-    Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
-    """
-    num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
-    enough = ENOUGH_WAVES if process.waves else ENOUGH_PATHS
-    conditions = jnp.zeros((num, 0)) if contexts is None or contexts.shape[1] > MAX_CONTEXT else contexts
-    usual = conditions.mean(0)
-
-    def one(k: Array) -> tuple[Array, ...]:
-        old, new = paths[:, k], paths[:, k + 1]
-        rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
-        centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
-        root = jnp.eye(process.dim if dense else 0)
-        if num < enough:
-            none = jnp.zeros(process.dim)
-            return centre, spread, none, none, process.scale[k], jnp.zeros((process.dim, usual.size)), root
-        v, shift = (new - centre) / spread, rest.mean(0)
-        if not dense:
-            slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
-            error = rest - shift - slope * v
-            tilt = _regress(conditions - usual, error) if usual.size else jnp.zeros((process.dim, 0))
-            left = (error - (conditions - usual) @ tilt.T).std(0)
-            return centre, spread, shift - tilt @ usual, slope, jnp.maximum(left, 1e-3 * process.scale[k]), tilt, root
-        regressors = jnp.concatenate([v, conditions - usual], axis=1)
-        slopes = _regress(regressors, rest - shift)
-        error = rest - shift - regressors @ slopes.T
-        slope, tilt = slopes[:, : process.dim], slopes[:, process.dim :]
-        covariance = error.T @ error / num
-        sd = jnp.sqrt(covariance.diagonal())
-        certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
-        floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
-        factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
-        # Without its uncertain entries a covariance may no longer be one.
-        whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
-        factor = jnp.where(jnp.isfinite(factor).all(), factor, whole)
-        root = jnp.linalg.cholesky(v.T @ v / num + 1e-4 * root)
-        return centre, spread, shift - tilt @ usual, slope, factor, tilt, root
-
-    *frame, tilt, root = jax.lax.map(one, jnp.arange(process.num_steps))
-    return Frame(*frame, tilt if usual.size else None, root if dense else None)  # type: ignore[call-arg]
-
-
-def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
-    """Regress on centred numbers; entries that could be noise are zero."""
-    num = v.shape[0]
-    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(v.shape[1]))
-    slope = rest.T @ v / num @ inverse
-    variance = (rest - v @ slope.T).var(0)
-    error = jnp.sqrt(variance[:, None] * inverse.diagonal() / num)
-    return jnp.where(jnp.abs(slope) > SURE * error, slope, 0.0)
 
 
 class LearnedScore(eqx.Module):
