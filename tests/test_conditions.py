@@ -51,12 +51,13 @@ def test_unknown_rate_seen_at_several_times(unknown_rate):
 
 
 def test_drawn_paths_have_the_density_they_were_drawn_by(unknown_rate):
-    """Of the start and of every kernel, for given paths as for drawn ones."""
+    """Of the start and of every kernel, for given paths as for drawn ones, and as the only particle of a run."""
     proposal = unknown_rate.proposal
     context = proposal.context({"y": jnp.asarray(SEEN)})
     z, drawn = jax.jit(jax.vmap(lambda key: proposal.propose(key, context)))(jax.random.split(jax.random.key(3), 16))
-    given = jax.jit(jax.vmap(lambda z: proposal.log_q(jax.random.key(4), context, z)))(z)
-    np.testing.assert_allclose(given, drawn, atol=0.02)
+    for by in (proposal, ResampledPaths(proposal, 1)):
+        weighed = weigh_rows(jax.random.key(4), by, {"y": jnp.asarray(SEEN)}, jnp.arange(16), z)
+        np.testing.assert_allclose(weighed.log_q, drawn, atol=0.02)
 
 
 def broadened(posterior, factor):
@@ -86,6 +87,7 @@ def test_resampled_paths_with_an_unknown_rate(unknown_rate):
     draws = spoilt.resampled(8).sample(jax.random.key(1), NUM, y=SEEN)
     assert effective_sample_size(plain.log_weight) < 0.1 * NUM
     check(draws, RATE.truth(SEEN), 0.5)
+    assert unknown_rate.resampled(8).sample(jax.random.key(1), NUM, y=SEEN).certificate.ess > 0.95 * NUM
 
 
 def test_resampled_weights_are_unbiased_whatever_was_learned(unknown_rate):
@@ -102,6 +104,35 @@ def test_conditional_runs_with_an_unknown_rate(unknown_rate):
     inverse, error = log_evidence(-np.asarray(weighed.log_weight))
     assert error < 0.1
     assert abs(inverse + RATE.truth(SEEN)[2]) < 5 * error
+
+
+@pytest.mark.slow
+def test_every_particle_has_the_physics_of_its_own_level():
+    """A level far less certain than the path around it, which one level's physics would lead astray."""
+    ts, times, decay = np.linspace(0.0, 2.0, 21), np.array([0, 5, 10, 15, 20]), np.exp(-0.1)
+
+    def model(y=None):
+        level = numpyro.sample("level", dist.Normal(0.0, 3.0))
+        start = dist.Normal(jnp.zeros(1), 1.0).to_event(1)
+        step = lambda t0, t1, x: level + decay * (x - level)  # noqa: E731
+        x = numpyro.sample("x", si.PhysicsPath(step, 0.2, ts, start))
+        numpyro.sample("y", dist.Normal(x[times], 0.15).to_event(2), obs=y)
+
+    share = 1 - decay ** np.arange(21)
+    covariance = MODES._joint(np.full(20, decay), np.full(20, 0.2), 1.0) + 9 * np.outer(share, share)
+    within = covariance[np.ix_(times, times)] + 0.15**2 * np.eye(5)
+    y = np.linspace(0.5, 2.0, 5)
+    log_evidence = -0.5 * (y @ np.linalg.solve(within, y) + np.linalg.slogdet(2 * np.pi * within)[1])
+    gain = np.linalg.solve(within, 9 * share[times])
+    mean, variance = y @ gain, 9 - 9 * share[times] @ gain
+
+    posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), num_steps=100, **SMALL)
+    draws = posterior.resampled(8).sample(jax.random.key(1), 1000, y=y[:, None].astype(np.float32))
+    found, weight = draws.certificate, np.exp(np.asarray(draws.log_weight) - np.max(draws.log_weight))
+    assert found.ess > 0.85 * 1000
+    assert abs(found.log_evidence - log_evidence) < 5 * found.log_evidence_se
+    z = (np.asarray(draws.sites["level"]) - mean) / variance**0.5
+    assert abs(np.average(z, weights=weight)) < 5 / found.ess**0.5
 
 
 @pytest.mark.slow
