@@ -14,7 +14,7 @@ from scoreinfer.checkpoint import CONFIG, WEIGHTS
 from scoreinfer.path_checkpoint import read_paths
 from scoreinfer.paths import PathPosterior
 from scoreinfer.reversal import read_reversal
-from test_saving import mutants, refuse_all
+from test_saving import mutants, refuse_all, same_arrays
 
 # Nothing is learned here, so that any end may seem far.
 pytestmark = pytest.mark.filterwarnings("ignore::scoreinfer.MisspecificationWarning")
@@ -39,10 +39,9 @@ def folder(posterior, tmp_path_factory):
 
 def same(a, b):
     """Say whether two posteriors of paths are the same to the last bit."""
-    parts = [jax.tree.leaves(eqx.filter((p.paths, p.known_end, p.bank, p.ends), eqx.is_array)) for p in (a, b)]
-    equal = (np.array_equal(x, y, equal_nan=True) and x.dtype == y.dtype for x, y in zip(*parts, strict=True))
+    equal = same_arrays(*((p.paths, p.known_end, p.bank, p.ends) for p in (a, b)))
     told = [[*map(str, p.history), p.num_particles, type(p.paths), type(p.known_end)] for p in (a, b)]
-    return all(equal) and told[0] == told[1]
+    return equal and told[0] == told[1]
 
 
 def check(saved, loaded, **data):

@@ -60,14 +60,19 @@ def folder(posterior, tmp_path_factory):
     return path
 
 
+def same_arrays(a, b):
+    """Say whether two trees hold the same arrays to the last bit."""
+    leaves = [jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (a, b)]
+    return all(np.array_equal(x, y, equal_nan=True) and x.dtype == y.dtype for x, y in zip(*leaves, strict=True))
+
+
 def same(a, b):
     """Say whether two posteriors are the same to the last bit."""
-    parts = [jax.tree.leaves(eqx.filter((p.proposal, p.bank), eqx.is_array)) for p in (a, b)]
+    equal = same_arrays(*((p.proposal, p.bank) for p in (a, b)))
     samplers = [getattr(p.proposal, "original", p.proposal).sampler for p in (a, b)]
-    equal = (np.array_equal(x, y, equal_nan=True) and x.dtype == y.dtype for x, y in zip(*parts, strict=True))
     told = [[[run._asdict() | {"loss": list(run.loss), "validation": list(run.validation)} for run in p.history[:2]],
              p.history.budget] if p.history else None for p in (a, b)]  # fmt: skip
-    return all(equal) and samplers[0] == samplers[1] and type(a.proposal) is type(b.proposal) and told[0] == told[1]
+    return equal and samplers[0] == samplers[1] and type(a.proposal) is type(b.proposal) and told[0] == told[1]
 
 
 def test_loaded_posterior_draws_the_same(posterior, folder):
