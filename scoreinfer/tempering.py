@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.change import pull, push
-from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
+from scoreinfer.correct import TARGET_ACCEPT_PROB, log_effective_share, metropolis_langevin_step, spread
 from scoreinfer.problem import Problem
 from scoreinfer.shape import fit_shape
 
@@ -180,11 +180,9 @@ def advance(
 
 def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"], kept_share: float) -> Float[Array, ""]:
     """Find the largest next power, at most 1, that keeps a share of the effective sample size (by bisection)."""
-    num = log_ratio.size
 
     def enough(new):
-        log_weight = (new - power) * log_ratio
-        return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) >= jnp.log(kept_share * num)
+        return log_effective_share((new - power) * log_ratio) >= jnp.log(kept_share)
 
     def halve(_, bounds):
         low, high = bounds

@@ -94,8 +94,6 @@ SURE = 3.5
 """Standard errors below which an entry of the regression counts as zero."""
 MAX_CONTEXT = 256
 """Largest number of conditions that regression takes in; more are left to the network."""
-
-
 FAINT = 0.1
 """Share of a kernel's spread below which what observations say of its mean is left out of the states' moments."""
 
