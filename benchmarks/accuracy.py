@@ -446,7 +446,7 @@ def run_smdp(args) -> Iterator[Row]:
                 continue
             jax.clear_caches()
             with Clock() as training:
-                learned = learn(key, num, args.num_steps or 6000, args.progress)
+                learned = learn(key, num, progress_bar=args.progress, **_options(args))
             yield name, measure(key, learned, truth) | {"train_s": training.times.wall}
     yield from _burgers(key, args)
     yield from paths_mcmc.rows(key, lambda name: _chosen(name, args.tasks), args.num_steps, args.progress)

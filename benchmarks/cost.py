@@ -52,7 +52,7 @@ def cost(function, *args):
 
 def training(backward, paths):
     """Compute the cost of a gradient of single transitions, eight of each path."""
-    batch = Transitions(paths[:, 1:], paths[:, :-1], jnp.zeros((len(paths), 0)))
+    batch = Transitions(paths[:, 1:], paths[:, :-1], jnp.zeros((len(paths), 0)), jnp.zeros_like(paths[:, 1:]))
     loss = partial(transition_loss, times=through_time(backward.process), num_pairs=8)
     return cost(jax.grad(lambda network: loss(network, batch, jax.random.key(0))), backward.network)
 

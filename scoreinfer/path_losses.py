@@ -65,11 +65,13 @@ class Transitions(NamedTuple):
         v: standardised state at the end of every step (and what else the network sees, see `LearnedBackward`).
         rest: what regression leaves of the state before, in units of its residual factor.
         context: what the kernels are conditioned on besides.
+        known: what is added to ``rest`` for less noise, of mean zero given v (see `path_controls`).
     """
 
     v: Float[Array, "num steps features"]
     rest: Float[Array, "num steps dim"]
     context: Float[Array, "num context"]
+    known: Float[Array, "num steps dim"]
 
 
 def transition_loss(
@@ -80,6 +82,7 @@ def transition_loss(
     times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
     num_pairs: int,
     penalty: float = 0.0,
+    far_out: float = 0.0,
 ) -> Float[Array, ""]:
     """Compute minus the mean log density of single backward transitions, per component, without its constant.
 
@@ -93,12 +96,26 @@ def transition_loss(
     num, steps, _ = batch.v.shape
     k = jax.random.randint(key, (num, num_pairs), 0, steps)
 
-    def one(v, rest, context, k):
+    def one(v, rest, context, known, k):
         move, log_scale = heads(network, v[k], times[0][k], jnp.concatenate([times[1][k], context]))
-        fit = 0.5 * (rest[k] - move) ** 2 * jnp.exp(-2 * log_scale) + log_scale
-        return (fit + penalty * log_scale**2).mean()
+        square = (rest[k] - move) ** 2 - 2 * known[k] * move
+        fit = 0.5 * square * jnp.exp(-2 * log_scale) + log_scale
+        return spread_weight(v[k, : rest.shape[1]], far_out) * (fit + penalty * log_scale**2).mean()
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, None, None, 0)))(*batch, k).mean()
+    return jax.vmap(jax.vmap(one, in_axes=(None, None, None, None, 0)))(*batch, k).mean()
+
+
+def spread_weight(v: Float[Array, " dim"], far_out: float) -> Float[Array, ""]:
+    """Weigh a standardised state by its distance from the mean, in root mean square over components.
+
+    As if the variance of a single normal component were 1 / (1 - ``far_out``), up to `FARTHEST`: its tails are learned
+    as if they were less rare. Of many components it makes no difference: their distances are all alike.
+    """
+    return jnp.exp(0.5 * far_out * (jnp.minimum((v**2).mean(), FARTHEST**2) - 1))
+
+
+FARTHEST = 4.0
+"""Standard deviations beyond which states count for no more."""
 
 
 def rollout_loss(
@@ -196,13 +213,16 @@ def multistep_loss(
     times: tuple[Float[Array, " steps"], Float[Array, "steps 1"]],
     num_pairs: int,
     penalty: float,
+    far_out: float = 0.0,
     backward: LearnedBackward,
     window: int,
     how: Windows,
 ) -> Float[Array, ""]:
     """Compute the likelihood of single transitions plus the multi-step loss, as its regulariser."""
     for_pairs, for_windows = jax.random.split(key)
-    single = transition_loss(network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty)
+    single = transition_loss(
+        network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty, far_out=far_out
+    )
     num_windows = max(num_pairs // window, 1)
     unrolled = rollout_loss(
         network, batch.paths, for_windows, backward=backward, window=window, num_windows=num_windows, how=how,

@@ -23,6 +23,8 @@ from scoreinfer.backward import (
     corrected_path,
     draw_path,
     linear_frame,
+    noise_misfit,
+    path_controls,
     probability_flow,
     through_time,
 )
@@ -38,7 +40,7 @@ from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_window
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.proposal import Proposal, Weighted
-from scoreinfer.reversal import features_of, read_reversal, samplers, untrained
+from scoreinfer.reversal import Reversal, features_of, read_reversal, samplers, untrained
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
 from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, layout_conditions
 from scoreinfer.train import Budget, History, train
@@ -47,6 +49,8 @@ NUM_PILOT, PER_STEP = 8192, 64
 """Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
 PENALTY = 200.0
 """Penalty of learned variances on a fixed budget of paths, times their number."""
+FAR_OUT = 0.7
+"""How much more rare states count where controls take the noise away (see `spread_weight`)."""
 POOL = 8192
 """Paths in a pool of fresh simulations: every one has many transitions."""
 MAX_NUMBERS = 1 << 26
@@ -57,6 +61,8 @@ NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
 NUM_PARTICLES = 32
 """Particles of each draw where the weights of single paths are poor."""
+MAX_MISFIT = 6.0
+"""Standard errors by which recorded paths' noise may be off the model's."""
 NUM_ENDS = 2048
 """Simulated ends that a given end's distance is compared with."""
 
@@ -69,10 +75,11 @@ class Simulated(NamedTuple):
 
 
 class Conditioned(NamedTuple):
-    """Paths in components, and what the kernels of each are conditioned on, as they see it."""
+    """Paths in components, what the kernels of each are conditioned on, as they see it, and what its noise tells."""
 
     states: Float[Array, "num times dim"]
     context: Float[Array, "num context"]
+    known: Float[Array, "num steps dim"]
 
 
 class PathPosterior(eqx.Module):
@@ -357,6 +364,7 @@ def fit_paths(
     recorded = None if trajectories is None else check_trajectories(trajectories, reversal.free)
     windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
+    informed = _has_controls(reversal, None if resimulate else recorded)
     room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
     def paths(key: Key, num: int) -> Simulated:
@@ -375,25 +383,30 @@ def fit_paths(
     else:
         pilot = _recorded(for_pilot, recorded, problem, physics, end, conditioned)
     scale = standardiser(pilot.conditions)
-    standardised = _condition(scale, pilot)
+    standardised = _condition(scale, physics if informed else None, pilot)
     held_out = max(len(pilot.states) // 10, 1)
     training, validation = (
         jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
     )
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
-    frame = linear_frame(physics, training.states, training.context, reversal.num_parameters)
+    frame = linear_frame(physics, training.states, training.context, reversal.num_parameters, training.known)
     start_from = untrained(for_net, physics, frame, usual, net, width, depth)
     per_stage = max(num_steps // (1 + len(windows.lengths)), 1)
     patience = None if online else 30
     budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
-    fresh = (lambda key: _condition(scale, paths(key, min(POOL, room)))) if online else None
+
+    def pool(key: Key) -> Conditioned:
+        return _condition(scale, physics if informed else None, paths(key, min(POOL, room)))
+
+    fresh = pool if online else None
     if num_steps == 0:
         backward, history = start_from, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
     else:
         num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
         backward, history = _learn(
-            for_training, start_from, training, validation, fresh, windows, num_pairs, budget, progress_bar
-        )
+            for_training, start_from, training, validation, fresh, windows, num_pairs, budget,
+            FAR_OUT if informed else 0.0, progress_bar,
+        )  # fmt: skip
 
     beginnings = reversal.start_problem
     start = None if beginnings is None else learn_start(for_start, beginnings)
@@ -412,6 +425,7 @@ def _learn(
     windows: Windows,
     num_pairs: int,
     budget: Budget,
+    far_out: float,
     progress_bar: bool,
 ) -> tuple[LearnedBackward, History]:
     """Train the network, one stage for each length of windows (1: single transitions alone)."""
@@ -419,6 +433,7 @@ def _learn(
         "times": through_time(backward.process),
         "num_pairs": num_pairs,
         "penalty": PENALTY / len(training.states) if fresh is None else 0.0,
+        "far_out": far_out,
     }
     network, histories, stages = backward.network, [], (1, *windows.lengths)
     for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
@@ -466,10 +481,42 @@ def load_paths(
 
 
 @eqx.filter_jit
-def _condition(scale: Standardiser, drawn: Simulated) -> Conditioned:
-    if not drawn.conditions:
-        return Conditioned(drawn.states, jnp.zeros((len(drawn.states), 0), jnp.float32))
-    return Conditioned(drawn.states, jax.vmap(partial(layout_conditions, scale))(drawn.conditions))
+def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simulated) -> Conditioned:
+    """Standardise conditions; ``physics``: whose noise is known from the paths, None: nobody's."""
+    context = jnp.zeros((len(drawn.states), 0), jnp.float32)
+    if drawn.conditions:
+        context = jax.vmap(partial(layout_conditions, scale))(drawn.conditions)
+    known = jnp.zeros_like(drawn.states[:, 1:]) if physics is None else path_controls(physics, drawn.states)
+    return Conditioned(drawn.states, context, known)
+
+
+def _has_controls(reversal: Reversal, recorded: Float[Array, "num times *state"] | None) -> bool:
+    """Tell whether kernels may be learned with `path_controls`: given the next state alone, by differentiable physics.
+
+    Recorded paths must have the noise that the model says: learned from others, kernels would be biased by it.
+    """
+    physics = reversal.free
+    if reversal.num_parameters or reversal.conditioned:
+        return False
+    state = jnp.zeros(physics.dim)
+    try:
+        jax.eval_shape(jax.vjp(lambda x: physics.forward(0, x), state)[1], state)
+    except (TypeError, ValueError, NotImplementedError):  # a callback, a loop of unknown length
+        return False
+    if recorded is None:
+        return True
+    sizes = [float(size) for size in noise_misfit(physics, physics.flatten(recorded))]
+    numbers = physics.num_steps * physics.dim
+    off = [abs(size - 1) / (2 / n) ** 0.5 for size, n in zip(sizes, (len(recorded) * numbers, numbers), strict=True)]
+    if max(off) < MAX_MISFIT:
+        return True
+    warnings.warn(
+        f"`trajectories` are no paths of the model's process: the variance of their noise is {sizes[0]:.2f} times the "
+        f"model's ({off[0]:.0f} standard errors off), that of its mean at every step {sizes[1]:.2f} times what chance "
+        "makes it. Kernels are learned from the states alone; weights are for the model.",
+        MisspecificationWarning, stacklevel=4,
+    )  # fmt: skip
+    return False
 
 
 def _simulated(key, problem, site, physics, end, conditioned, num):
@@ -531,7 +578,7 @@ def _observed_of(keys: Array, problem: Problem, z: Float[Array, "num dim"]) -> S
 
 def _transitions(backward: LearnedBackward, paths: Conditioned) -> Transitions:
     num = len(paths.states)
-    return in_batches(lambda i: _transition_rows(backward, paths.states[i], paths.context[i]), num, min(num, 4096))
+    return in_batches(lambda i: _transition_rows(backward, jax.tree.map(lambda x: x[i], paths)), num, min(num, 4096))
 
 
 def _path_batch(backward: LearnedBackward, paths: Conditioned) -> PathBatch:
@@ -539,22 +586,24 @@ def _path_batch(backward: LearnedBackward, paths: Conditioned) -> PathBatch:
 
 
 @eqx.filter_jit
-def _transition_rows(
-    backward: LearnedBackward, paths: Float[Array, "num times dim"], context: Float[Array, "num context"]
-) -> Transitions:
+def _transition_rows(backward: LearnedBackward, paths: Conditioned) -> Transitions:
     """Whiten transitions by the frame, so that training need not run the physics."""
     frame = backward.frame
 
-    def one(k, old, new):
-        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, context)
-        v = jax.vmap(lambda x: backward.features(k, x))(new)
-        factor = frame.factor[k]
-        rest = rest / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
-        return v, rest.astype(jnp.float32)
+    def whiten(factor: Array, x: Array) -> Array:
+        x = x / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T
+        return x.astype(jnp.float32)
 
-    steps = jnp.arange(backward.process.num_steps)
-    v, rest = jax.lax.map(lambda row: one(*row), (steps, paths[:, :-1].swapaxes(0, 1), paths[:, 1:].swapaxes(0, 1)))
-    return Transitions(v.swapaxes(0, 1), rest.swapaxes(0, 1), context)
+    def one(k: Array, old: Array, new: Array, known: Array) -> tuple[Array, Array, Array]:
+        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, paths.context)
+        v = jax.vmap(lambda x: backward.features(k, x))(new)
+        return v, whiten(frame.factor[k], rest), whiten(frame.factor[k], known)
+
+    by_step = (x.swapaxes(0, 1) for x in (paths.states[:, :-1], paths.states[:, 1:], paths.known))
+    v, rest, known = (
+        x.swapaxes(0, 1) for x in jax.lax.map(lambda row: one(*row), (jnp.arange(backward.process.num_steps), *by_step))
+    )
+    return Transitions(v, rest, paths.context, known)
 
 
 @eqx.filter_jit

@@ -75,7 +75,7 @@ def test_noise_on_the_way_is_the_kernels_own_and_has_no_gradient(setting):
 
 def test_multistep_loss_is_both_parts_with_their_share(setting):
     backward, paths = setting
-    batch = PathBatch(Transitions(paths[:, 1:], paths[:, :-1], jnp.zeros((16, 0))), paths)
+    batch = PathBatch(Transitions(paths[:, 1:], paths[:, :-1], jnp.zeros((16, 0)), jnp.zeros_like(paths[:, 1:])), paths)
     single = {"times": through_time(backward.process), "num_pairs": 8, "penalty": 0.1}
     how, key = Windows((4,), share=0.3), jax.random.key(5)
     for_pairs, for_windows = jax.random.split(key)

@@ -104,9 +104,11 @@ def linear_frame(
     paths: Float[Array, "num times dim"],
     contexts: Float[Array, "num context"] | None = None,
     num_parameters: int = 0,
+    known: Float[Array, "num steps dim"] | None = None,
 ) -> Frame:
     """Make the frame of simulated paths, and of what else is known of each, parameters before observations.
 
+    ``known`` are control variates, with which what regression learns the means from has less noise (`path_controls`).
     Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
 
     The moments `Frame.before` and `Frame.after` are made for p(x_k | x_{k+1}, c) = p(x_k | c_k) f(x_{k+1} | x_k) /
@@ -124,18 +126,19 @@ def linear_frame(
         old, new = paths[:, k], paths[:, k + 1]
         rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
         centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
-        v, shift = (new - centre) / spread, rest.mean(0)
+        quiet = rest if known is None else rest + known[:, k]
+        v, shift = (new - centre) / spread, quiet.mean(0)
         tilt = jnp.zeros((process.dim, usual.size))
         if few:
             shift = slope = jnp.zeros(process.dim)
             factor = process.scale[k]
         elif dense:
             regressors = jnp.concatenate([v, conditions - usual], axis=1)
-            slopes = _regress(regressors, rest - shift)
+            slopes = _regress(regressors, quiet - shift)
             slope, tilt = slopes[:, : process.dim], slopes[:, process.dim :]
             factor = _root(process, k, rest - shift - regressors @ slopes.T)
         else:
-            slope = (v * (rest - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
+            slope = (v * (quiet - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
             error = rest - shift - slope * v
             tilt = _regress(conditions - usual, error)
             left = (error - (conditions - usual) @ tilt.T).std(0)
