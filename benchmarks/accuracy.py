@@ -421,9 +421,12 @@ def run_smdp(args) -> Iterator[Row]:
         centre, sd, log_evidence, mean, covariance = rate.truth(y)
         found = np.log(np.asarray(draws.sites["rate"], np.float64)), np.exp(np.asarray(draws.log_weight, np.float64))
         middle = np.average(found[0], weights=found[1])
+        particles = posterior.resampled(32).sample(key, NUM_DRAWS // 5, y=y).certificate
         figures = {
             "disagreement": moments_off(draws.sites["x"], draws.log_weight, mean, covariance),
             "log_evidence_error": abs(float(draws.certificate.log_evidence) - log_evidence),
+            "resampled_ess_share": particles.ess / (NUM_DRAWS // 5),
+            "resampled_log_evidence_error": abs(float(particles.log_evidence) - log_evidence),
             "rate_mean_error": abs(middle - centre) / sd,
             "rate_sd_error": abs(np.average((found[0] - middle) ** 2, weights=found[1]) ** 0.5 / sd - 1),
         }

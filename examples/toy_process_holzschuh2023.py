@@ -127,14 +127,14 @@ def q_of_draws(key, ends, reverse, rounds):
     return q_metric(np.concatenate(starts))
 
 
-def learn(key, num, num_steps=4000, progress_bar=False, resimulate=False):
+def learn(key, num, num_steps=None, progress_bar=False, resimulate=False):
     """Learn the reverse SDE from ``num`` trajectories, or from their first states and the model's own physics."""
     for_paths, for_training = jax.random.split(key)
     size = (32, 2, 3e-3) if num > 100 or resimulate else (16, 1, 1e-3)
     return si.fit(
         for_training, model, process=si.Physics("x", grow), trajectories=simulate(for_paths, num),
-        resimulate=resimulate, num_steps=num_steps, progress_bar=progress_bar, width=size[0], depth=size[1],
-        learning_rate=size[2],
+        resimulate=resimulate, num_steps=num_steps or (4000 if resimulate else 6000), progress_bar=progress_bar,
+        width=size[0], depth=size[1], learning_rate=size[2],
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from scoreinfer.backward import (
     corrected_path,
     draw_path,
     linear_frame,
-    noise_misfit,
     path_controls,
     probability_flow,
     through_time,
@@ -61,8 +60,6 @@ NUM_BANK, NUM_PROPOSALS = 128, 24
 """Simulated truths of the forward check, and proposals that each is held against."""
 NUM_PARTICLES = 32
 """Particles of each draw where the weights of single paths are poor."""
-MAX_MISFIT = 6.0
-"""Standard errors by which recorded paths' noise may be off the model's."""
 NUM_ENDS = 2048
 """Simulated ends that a given end's distance is compared with."""
 
@@ -364,7 +361,7 @@ def fit_paths(
     recorded = None if trajectories is None else check_trajectories(trajectories, reversal.free)
     windows = check_windows(windows, physics.num_steps)
     for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
-    informed = _has_controls(reversal, None if resimulate else recorded)
+    controlled = physics if (recorded is None or resimulate) and _has_controls(reversal) else None
     room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if net is None else 3)) + 1
 
     def paths(key: Key, num: int) -> Simulated:
@@ -383,7 +380,7 @@ def fit_paths(
     else:
         pilot = _recorded(for_pilot, recorded, problem, physics, end, conditioned)
     scale = standardiser(pilot.conditions)
-    standardised = _condition(scale, physics if informed else None, pilot)
+    standardised = _condition(scale, controlled, pilot)
     held_out = max(len(pilot.states) // 10, 1)
     training, validation = (
         jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
@@ -396,7 +393,7 @@ def fit_paths(
     budget = Budget(per_stage, min(batch_size, len(training.states)), min(250, per_stage), learning_rate, patience)
 
     def pool(key: Key) -> Conditioned:
-        return _condition(scale, physics if informed else None, paths(key, min(POOL, room)))
+        return _condition(scale, controlled, paths(key, min(POOL, room)))
 
     fresh = pool if online else None
     if num_steps == 0:
@@ -405,7 +402,7 @@ def fit_paths(
         num_pairs = 1 if net is not None else max(TRANSITIONS // budget.batch_size, 1)
         backward, history = _learn(
             for_training, start_from, training, validation, fresh, windows, num_pairs, budget,
-            FAR_OUT if informed else 0.0, progress_bar,
+            0.0 if controlled is None else FAR_OUT, progress_bar,
         )  # fmt: skip
 
     beginnings = reversal.start_problem
@@ -482,7 +479,7 @@ def load_paths(
 
 @eqx.filter_jit
 def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simulated) -> Conditioned:
-    """Standardise conditions; ``physics``: whose noise is known from the paths, None: nobody's."""
+    """Standardise conditions, and compute controls from the noise of ``physics`` (None: none)."""
     context = jnp.zeros((len(drawn.states), 0), jnp.float32)
     if drawn.conditions:
         context = jax.vmap(partial(layout_conditions, scale))(drawn.conditions)
@@ -490,33 +487,16 @@ def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simul
     return Conditioned(drawn.states, context, known)
 
 
-def _has_controls(reversal: Reversal, recorded: Float[Array, "num times *state"] | None) -> bool:
-    """Tell whether kernels may be learned with `path_controls`: given the next state alone, by differentiable physics.
-
-    Recorded paths must have the noise that the model says: learned from others, kernels would be biased by it.
-    """
-    physics = reversal.free
+def _has_controls(reversal: Reversal) -> bool:
+    """Tell whether `path_controls` hold: for kernels given the next state alone, of physics with derivatives."""
     if reversal.num_parameters or reversal.conditioned:
         return False
-    state = jnp.zeros(physics.dim)
+    physics = reversal.free
     try:
-        jax.eval_shape(jax.vjp(lambda x: physics.forward(0, x), state)[1], state)
+        jax.eval_shape(lambda x: jax.vjp(partial(physics.forward, 0), x)[1](x), jnp.zeros(physics.dim))
     except (TypeError, ValueError, NotImplementedError):  # a callback, a loop of unknown length
         return False
-    if recorded is None:
-        return True
-    sizes = [float(size) for size in noise_misfit(physics, physics.flatten(recorded))]
-    numbers = physics.num_steps * physics.dim
-    off = [abs(size - 1) / (2 / n) ** 0.5 for size, n in zip(sizes, (len(recorded) * numbers, numbers), strict=True)]
-    if max(off) < MAX_MISFIT:
-        return True
-    warnings.warn(
-        f"`trajectories` are no paths of the model's process: the variance of their noise is {sizes[0]:.2f} times the "
-        f"model's ({off[0]:.0f} standard errors off), that of its mean at every step {sizes[1]:.2f} times what chance "
-        "makes it. Kernels are learned from the states alone; weights are for the model.",
-        MisspecificationWarning, stacklevel=4,
-    )  # fmt: skip
-    return False
+    return True
 
 
 def _simulated(key, problem, site, physics, end, conditioned, num):

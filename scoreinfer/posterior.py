@@ -485,8 +485,7 @@ def fit(
         net: with ``process``: the network, such as a `ConvNet` for fields, instead of a perceptron of ``width`` and
             ``depth``. Every step then takes one transition of each of its ``batch_size`` simulations, not 2048.
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
-            simulations. Noise that is not the model's is warned of, and then nothing is made of it
-            (`scoreinfer.backward.path_controls`).
+            simulations.
         resimulate: with ``trajectories``: take their first states alone, and run the model's physics and noise anew
             from these for every epoch. Nothing but the beginnings is learned by heart then; right where the physics
             of the model is that of the record.

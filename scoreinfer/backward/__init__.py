@@ -1,6 +1,6 @@
 """Physics in reverse: kernels from a score, learned kernels, and walks backwards in time."""
 
-from scoreinfer.backward.controls import noise_misfit, path_controls
+from scoreinfer.backward.controls import path_controls
 from scoreinfer.backward.frame import Context, Frame, Moments, linear_frame
 from scoreinfer.backward.kernels import (
     AbstractBackward,
@@ -38,7 +38,6 @@ __all__ = [
     "heads",
     "linear_frame",
     "log_path",
-    "noise_misfit",
     "path_controls",
     "probability_flow",
     "through_time",
