@@ -487,8 +487,9 @@ def fit(
         trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
             simulations.
         resimulate: with ``trajectories``: take their first states alone, and run the model's physics and noise anew
-            from these for every epoch. Nothing but the beginnings is learned by heart then; right where the physics
-            of the model is that of the record.
+            from these for every epoch. Nothing but the beginnings is learned by heart then, and what is learned from
+            has less noise (`scoreinfer.backward.path_controls`); right where the physics of the model is that of the
+            record.
         windows: with ``process``: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of
             training each after that on single transitions; for reverse solvers that are not stable alone. `Windows`
             says more: noise, truncated gradients, memory.
