@@ -30,7 +30,7 @@ def linear():
     return process, paths, np.asarray(path_controls(process, paths)), slope, left
 
 
-def bent(x, t=None):
+def bent(x):
     """Two components, each pulled towards where the other's sine is: Jacobians that mix and change."""
     return -x - x**3 + 2 * jnp.sin(2 * x[..., ::-1])
 

@@ -129,7 +129,7 @@ def test_fields_keep_their_shape():
         numpyro.sample("y", dist.Normal(x[-1], 0.2).to_event(2), obs=y)
 
     posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), **SMALL | {"num_steps": 20})
-    draws = posterior.sample(jax.random.key(1), 600, y=jnp.ones((2, 3)))
+    draws = posterior.sample(jax.random.key(1), 600, y=0.5 * jnp.ones((2, 3)))
     assert draws.sites["x"].shape == (600, 5, 2, 3) and draws.sites["mean"].shape == (600, 5)
     assert draws.certificate.ess > 0.8 * 600
     assert posterior.probability_flow(jnp.ones((4, 2, 3))).shape == (4, 5, 2, 3)
