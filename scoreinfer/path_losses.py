@@ -108,13 +108,13 @@ def transition_loss(
 def spread_weight(v: Float[Array, " dim"], far_out: float) -> Float[Array, ""]:
     """Weigh a standardised state by its distance from the mean, in root mean square over components.
 
-    As if the variance of a single normal component were 1 / (1 - ``far_out``), up to `FARTHEST`: its tails are learned
+    As if the variance of a single normal component were 1 / (1 - ``far_out``), up to `RAREST`: its tails are learned
     as if they were less rare. Of many components it makes no difference: their distances are all alike.
     """
-    return jnp.exp(0.5 * far_out * (jnp.minimum((v**2).mean(), FARTHEST**2) - 1))
+    return jnp.exp(0.5 * far_out * (jnp.minimum((v**2).mean(), RAREST**2) - 1))
 
 
-FARTHEST = 4.0
+RAREST = 4.0
 """Standard deviations beyond which states count for no more."""
 
 
