@@ -7,6 +7,7 @@
     python benchmarks/accuracy.py --suite unimodal
     python benchmarks/accuracy.py --suite deceived
     python benchmarks/accuracy.py --suite honesty
+    python benchmarks/accuracy.py --suite corners
     python benchmarks/accuracy.py --suite k2_24
     python benchmarks/accuracy.py --suite lynx_hare
     python benchmarks/accuracy.py --suite smdp
@@ -269,6 +270,34 @@ def run_deceived(args) -> Iterator[Row]:
         )
 
 
+def run_corners(args) -> Iterator[Row]:
+    """Count false certificates among posteriors with a mode in a rare corner of the prior."""
+    import corners
+
+    found: list[corners.Outcome] = []
+    for i, (kind, corner) in enumerate(corners.problems()):
+        if not _chosen(kind, args.tasks):
+            continue
+        for outcome in corners.outcomes(jax.random.fold_in(jax.random.key(args.seed), i), kind, corner):
+            found.append(outcome)
+            print(f"  {outcome}", flush=True)
+        jax.clear_caches()
+    for kind in dict.fromkeys(outcome.problem.kind for outcome in found):
+        yield kind, _corner_figures([outcome for outcome in found if outcome.problem.kind == kind])
+    yield "all", _corner_figures(found)
+
+
+def _corner_figures(outcomes: list) -> dict[str, float]:
+    false = [outcome for outcome in outcomes if outcome.certified and outcome.wrong]
+    return {
+        "num": len(outcomes),
+        "certified": sum(outcome.certified for outcome in outcomes),
+        "right_and_certified": sum(outcome.certified and not outcome.wrong for outcome in outcomes),
+        "false_certificates": len(false),
+        "false_and_covered": sum(outcome.covered for outcome in false),
+    }
+
+
 def run_unimodal(args) -> Iterator[Row]:
     """Learn posteriors with one mode in warm-up, beside NUTS and held against long NUTS."""
     from numpyro.infer import MCMC, NUTS
@@ -493,7 +522,7 @@ def run_cost(args) -> Iterator[Row]:
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
-    "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
+    "corners": run_corners, "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
 }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import scoreinfer as si
-from scoreinfer.forward import forward_bank
 from scoreinfer.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -78,10 +77,10 @@ def read(oracle: oracles.Oracle) -> Problem:
     return si.from_numpyro(oracle.model, **oracle.data)
 
 
-def answer_for(key, posterior: si.Posterior, problem: Problem) -> si.Posterior:
-    """Let a trained proposal answer for another problem: its density, and its simulations for the forward check."""
+def answer_for(posterior: si.Posterior, problem: Problem) -> si.Posterior:
+    """Let a trained proposal answer for another problem: its density, and its prior for the witnesses."""
     proposal = dataclasses.replace(posterior.proposal, problem=problem)
-    return dataclasses.replace(posterior, proposal=proposal, bank=forward_bank(key, proposal))
+    return dataclasses.replace(posterior, proposal=proposal)
 
 
 def look_elsewhere(posterior: si.Posterior, data: dict) -> si.Posterior:
@@ -129,7 +128,7 @@ def dropped_mode(key) -> Iterator[Case]:
             return (first > 0.0) == drop_right
 
         posterior = si.fit(own, filtered(problem, dropped), num_steps=SABOTAGED_STEPS, progress_bar=False)
-        posterior = answer_for(own, posterior, problem)
+        posterior = answer_for(posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("dropped mode", oracle, data, posterior)
 
@@ -151,7 +150,7 @@ def wrong_noise(key) -> Iterator[Case]:
     for i, (name, noise) in enumerate([(n, 0.15) for n in names] + [("gaussian_mixture", 2.0)]):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
         posterior = si.fit(own, read(FACTORIES[name](noise=noise)), num_steps=SABOTAGED_STEPS, progress_bar=False)
-        posterior = answer_for(own, posterior, read(oracle))
+        posterior = answer_for(posterior, read(oracle))
         for data in observations(oracle, own, 2):
             yield Case("wrong noise", oracle, data, posterior)
 
@@ -168,7 +167,7 @@ def shuffled(key) -> Iterator[Case]:
 
         broken = dataclasses.replace(problem, simulate=mismatched)
         posterior = si.fit(own, broken, num_steps=SABOTAGED_STEPS, target_score=False, progress_bar=False)
-        posterior = answer_for(own, posterior, problem)
+        posterior = answer_for(posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("shuffled", oracle, data, posterior)
 

@@ -22,9 +22,8 @@ from jaxtyping import PyTree
 from scoreinfer._errors import UnreadableFile
 from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Sites
-from scoreinfer.exploration import ExploredBank
 from scoreinfer.focus import FocusedProposal
-from scoreinfer.forward import TRUSTED_SHARE, ForwardBank
+from scoreinfer.forward import Outliers
 from scoreinfer.losses import score_module
 from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Series
 from scoreinfer.nets.embedding import flatten
@@ -49,11 +48,13 @@ from scoreinfer.train import Budget, History, TrainingHistory
 from scoreinfer.validity import Validity, validity_network
 from scoreinfer.whitening import Whitening, identity, whitening_network
 
-FORMAT, SCHEMA = "scoreinfer posterior", 1
+FORMAT, SCHEMA = "scoreinfer posterior", 2
 PATHS_FORMAT = "scoreinfer posterior of paths"
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
 """Largest width, number of blocks and number of sampler steps that are written and read."""
+DROPPED = ("1.log_excess", "1.log_share", "1.truth")
+"""Arrays of saved posteriors of schema 1 that are no longer needed."""
 PROCESSES = (VE, VP, SubVP)
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
 
@@ -62,7 +63,7 @@ class Parts(NamedTuple):
     """What a posterior is made of, besides its problem."""
 
     proposal: AmortisedProposal
-    bank: ForwardBank | ExploredBank | None
+    outliers: Outliers | None
     history: TrainingHistory | None
     validity: Validity | None = None
 
@@ -73,7 +74,7 @@ def write_posterior(path: Path, parts: Parts) -> None:
     Raises:
         ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
     """
-    problem, tree = parts.proposal.problem, (parts.proposal, parts.bank, parts.validity)
+    problem, tree = parts.proposal.problem, (parts.proposal, parts.outliers, parts.validity)
     network = describe(parts)
     check_described(tree, outline(problem, network, _first(parts.proposal).embedding))
     write_folder(path, FORMAT, problem, tree, network, _training(parts))
@@ -96,8 +97,8 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
         _check_embedding(path, network["embedding"], embedding)
         return outline(problem, network, embedding)
 
-    (proposal, bank, validity), history = read_folder(path, FORMAT, problem, rebuild, _history)
-    return Parts(proposal, bank, history, validity)
+    (proposal, outliers, validity), history = read_folder(path, FORMAT, problem, rebuild, _history)
+    return Parts(proposal, outliers, history, validity)
 
 
 def write_folder(
@@ -166,6 +167,8 @@ def read_folder(
         expected = arrays_by_name(tree) | _prefixed("probe", jax.eval_shape(lambda: _probe(problem)))
         size = sum(math.prod(leaf.shape) * 8 for leaf in expected.values())
         arrays, _ = read_arrays(path / WEIGHTS, size)
+        if record["schema"] == 1:  # which kept more of each simulation
+            arrays = {name: array for name, array in arrays.items() if name not in DROPPED}
         _check_arrays(path / WEIGHTS, arrays, expected)
         training = recount(record["training"])
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -306,17 +309,12 @@ def _first(proposal: AmortisedProposal) -> Proposal:
     return proposal if isinstance(proposal, Proposal) else proposal.original
 
 
-def _forward(bank: ForwardBank | ExploredBank | None) -> ForwardBank | None:
-    return bank.original if isinstance(bank, ExploredBank) else bank
-
-
 def describe(parts: Parts) -> dict[str, Any]:
     """Describe everything that is not an array."""
     proposal = _first(parts.proposal)
     network = proposal.score.network
     if not isinstance(network, ConditionalMLP):
         raise ValueError(f"A score with a {type(network).__name__} cannot be saved, only one with a ConditionalMLP.")
-    bank = _forward(parts.bank)
     return {
         "proposal": type(parts.proposal).__name__,
         "bend": proposal.standardiser.bend,
@@ -327,8 +325,7 @@ def describe(parts: Parts) -> dict[str, Any]:
         },
         "score": {"width": network.width, "depth": len(network.blocks), "octaves": list(network.octaves)},
         "sampler": _describe_sampler(proposal.sampler),
-        "bank": None if bank is None else bank.distance.size,
-        "explored": parts.bank.log_excess.size if isinstance(parts.bank, ExploredBank) else None,
+        "bank": None if parts.outliers is None else parts.outliers.distance.size,
         "validity": parts.validity is not None,
     }
 
@@ -423,7 +420,7 @@ def perceptron_sizes(described: dict[str, Any]) -> dict[str, int]:
 
 
 def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> tuple[PyTree, PyTree, PyTree]:
-    """Rebuild proposal and bank with the shapes of their arrays in place of the arrays."""
+    """Rebuild everything with the shapes of their arrays in place of the arrays."""
     sampler, bend = _make_sampler(network["sampler"]), network["bend"]
     if not isinstance(bend, float) or not bend > 0:
         raise TypeError(f"expected a positive number for 'bend', got {bend!r}")
@@ -437,9 +434,7 @@ def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | No
     has_validity = network["validity"]
     if not isinstance(has_validity, bool):
         raise TypeError(f"expected true or false for 'validity', got {has_validity!r}")
-    num, num_explored = network["bank"], network["explored"]
-    num = None if num is None else size_of(num, "bank", MAX_SIZE)
-    num_explored = None if num_explored is None else size_of(num_explored, "explored", MAX_SIZE)
+    num = None if network["bank"] is None else size_of(network["bank"], "bank", MAX_SIZE)
 
     def build() -> tuple[PyTree, PyTree, PyTree]:
         dim, key = problem.dim, jax.random.key(0)
@@ -459,14 +454,9 @@ def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | No
             proposal = FocusedProposal(first, first)
         elif kind == "RefinedProposal":
             proposal = RefinedProposal(first, first, features)
-        bank: Any = None
-        if num is not None:
-            row = jnp.zeros(num)
-            bank = ForwardBank(jnp.zeros((num, features.size)), row, row, row, jnp.zeros((num, dim)))
-            if num_explored is not None:
-                bank = ExploredBank(bank, features, jnp.zeros(num_explored))
+        outliers = None if num is None else Outliers(jnp.zeros((num, features.size)), jnp.zeros(num))
         validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
-        return proposal, bank, validity
+        return proposal, outliers, validity
 
     return eqx.filter_eval_shape(build)
 
@@ -507,18 +497,11 @@ def _check_arrays(path: Path, arrays: Arrays, expected: dict[str, Any]) -> None:
 
 
 def _training(parts: Parts) -> dict[str, Any]:
-    history, bank = parts.history, _forward(parts.bank)
-    told: dict[str, Any] = {"history": None, "budget": None, "certificate": None}
+    history = parts.history
+    told: dict[str, Any] = {"history": None, "budget": None}
     if history is not None:
         told["history"] = {"whitening": run_record(history.whitening), "score": run_record(history.score)}
         told["budget"] = None if history.budget is None else history.budget._asdict()
-    if bank is not None and parts.proposal.problem.has_density:
-        share = np.exp(np.asarray(bank.log_share, np.float64))
-        told["certificate"] = {
-            "num_simulations": int(share.size),
-            "median_effective_share": float(np.median(share)),
-            "trusted": float(np.mean(share > TRUSTED_SHARE)),
-        }
     return told
 
 

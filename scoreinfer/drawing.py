@@ -1,7 +1,7 @@
 """Drawing: weighted draws of one observation in batches of bounded memory, each row tied to its own key."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, Weighted, draw, weigh
+from scoreinfer.tempering import AbstractReference
 
 SMALLEST_BATCH = 512
 """Smaller requests are rounded up to this many rows: few shapes are ever compiled."""
@@ -39,15 +40,24 @@ def weigh_rows(
     return jax.vmap(lambda row, z: weigh(jax.random.fold_in(key, row), proposal, context, y, z))(rows, values)
 
 
-@eqx.filter_jit
-def _prior_rows(key, problem, rows):
-    return jax.vmap(lambda row: problem.simulate(jax.random.fold_in(key, row))[0])(rows)
+class Defence(NamedTuple):
+    """A second source of draws beside a proposal: a density, and the share of the draws that come from it."""
+
+    density: AbstractReference
+    share: float
 
 
 @eqx.filter_jit
-def _mix_prior(problem, drawn, share):
-    log_prior = jax.vmap(problem.log_prior)(drawn.values)
-    return drawn._replace(log_q=jnp.logaddexp(jnp.log1p(-share) + drawn.log_q, jnp.log(share) + log_prior))
+def _other_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
+    return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)
+
+
+@eqx.filter_jit
+def mixed(defence: Defence, drawn: Weighted) -> Weighted:
+    """Weigh draws under the mixture of a proposal, which has weighed them, and its defence."""
+    density, share = defence
+    log_other = jax.vmap(density.log_density)(drawn.values)
+    return drawn._replace(log_q=jnp.logaddexp(jnp.log1p(-share) + drawn.log_q, jnp.log(share) + log_other))
 
 
 def weighted_draws(
@@ -55,34 +65,39 @@ def weighted_draws(
     proposal: Proposer,
     y: Sites,
     batch_size: int,
-    prior_fraction: float,
+    defence: Defence | None,
     first: int,
     count: int,
     done: Callable[[int], Any] = lambda count: None,
 ) -> Weighted:
-    """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``."""
+    """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``.
+
+    Exactness: with a ``defence`` the weights are those of the mixture, exact in the same sense as the proposal's.
+
+    References: Hesterberg 1995, Technometrics 37(2) (defensive mixtures).
+    """
 
     def batches(function, num):
         return in_batches(function, num, batch_shape(num, batch_size), done)
 
-    if prior_fraction == 0.0:
+    if defence is None:
         return batches(lambda i: draw_rows(key, proposal, y, first + i), count)
-    for_draws, for_paths, for_prior = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
-    from_prior = _is_prior(prior_fraction, first, count)
-    ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_prior, from_prior))
+    for_draws, for_paths, for_others = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
+    from_others = _is_other(defence.share, first, count)
+    ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_others, from_others))
 
-    def prior_rows(i):
-        values = _prior_rows(for_prior, proposal.problem, theirs[i])
+    def other_rows(i: Int[Array, " num"]) -> Weighted:
+        values = _other_rows(for_others, defence.density, theirs[i])
         return weigh_rows(for_paths, proposal, y, theirs[i], values)
 
-    sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, prior_rows))
+    sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, other_rows))
     parts = [batches(function, rows.size) for rows, function in sources if rows.size]
     drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(jnp.concatenate([ours, theirs]))], *parts)
-    return _mix_prior(proposal.problem, drawn, prior_fraction)
+    return mixed(defence, drawn)
 
 
-def _is_prior(share: float, first: int, count: int) -> np.ndarray:
-    """Flag the rows taken from the prior: evenly spread, the exact share of any long run."""
+def _is_other(share: float, first: int, count: int) -> np.ndarray:
+    """Flag the rows taken from the second source: evenly spread, the exact share of any long run."""
     edges = np.floor(share * np.arange(first, first + count + 1))
     return np.diff(edges) > 0
 

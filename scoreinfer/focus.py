@@ -71,10 +71,6 @@ class FocusedProposal(AbstractAdapted):
         """Embed one observation for both components."""
         return FocusedContext(self.original.context(y), self.adapted.context(y))
 
-    def carry(self, context: FocusedContext) -> tuple[Affine, Float[Array, "dim dim"]]:
-        """Return the map that carries whitened truths to this observation, and the scale of moves there."""
-        return context.original.affine, context.adapted.affine.factor
-
     def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z from either component and compute the mixture's ``log_q``."""
         for_choice, for_draw, for_other = jax.random.split(key, 3)

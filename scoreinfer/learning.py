@@ -32,6 +32,7 @@ from scoreinfer.tempering import (
 )
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
+from scoreinfer.witnesses import draw_first, first_power, num_ancestors, resample_first
 
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 1000
@@ -83,12 +84,14 @@ class Evidence(NamedTuple):
         places: where its particles ended, before any was replaced.
         log_evidence: its estimate of the log evidence.
         num_gradients: evaluations of the density's gradient, those for training included.
+        num_informative: effective number of first draws that its particles descend from.
     """
 
     y: Sites
     places: Float[Array, "num dim"]
     log_evidence: float
     num_gradients: int
+    num_informative: float
 
 
 def learn(
@@ -142,7 +145,8 @@ def learn(
 
     best, _, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
     num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
-    return best, Evidence(y, places, float(particles.log_evidence), num_gradients)
+    informative = num_ancestors(particles.ancestors)
+    return best, Evidence(y, places, float(particles.log_evidence), num_gradients, informative)
 
 
 class Pools(eqx.Module):
@@ -216,7 +220,7 @@ def teach(
             for_training, module, loss, pools, validation, budget, progress_bar=progress_bar, title=title
         )
         proposal = make(module)
-        drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, num)
+        drawn = weighted_draws(for_draws, proposal, y, 1024, None, 0, num)
         rounds.append(Round(proposal, effective_sample_size(drawn.log_weight), *log_evidence(drawn.log_weight)))
         pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn, REPLACED_EACH))
         num_passes += len(history.loss) + 1
@@ -246,24 +250,29 @@ def explore(
 ) -> tuple[Particles, int]:
     """Walk particles from the reference to the target; return them and the number of temperatures.
 
+    They begin as the most promising of 65,536 draws of the reference, so that rare corners of it are not overlooked.
+
     Raises:
         FloatingPointError: where the target is finite at no particle, or not reached.
 
     Exactness: consistent as the particles grow (`scoreinfer.tempering.advance`).
     """
-    key, for_start = jax.random.split(key)
-    particles = begin(for_start, reference, effort.num_particles)
+    key, for_begin, for_first, for_rows = jax.random.split(key, 4)
+    particles = begin(for_begin, reference, effort.num_particles)
+    first = draw_first(for_first, reference, target, particles.values.shape[1])
+    if not bool(jnp.isfinite(first.log_ratio).any()):
+        where = "the prior" if isinstance(reference, Prior) else "a t distribution of `start_scale` around zero"
+        raise FloatingPointError(
+            f"The density is finite at none of the explorer's {first.num} first draws, which come from {where}."
+        )
+    power = first_power(first, effort.num_particles)
+    particles = particles._replace(**resample_first(for_rows, reference, first, power, effort.num_particles)._asdict())
     with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
         for passes in range(1, MAX_TEMPERATURES + 1):
             key, for_pass = jax.random.split(key)
             before = particles.power
             particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
             bar.update(float(particles.power - before))
-            if not jnp.isfinite(particles.log_evidence):
-                where = "the prior" if isinstance(reference, Prior) else "a t distribution of `start_scale` around zero"
-                raise FloatingPointError(
-                    f"The density is finite at none of the explorer's particles, which start from {where}."
-                )
             if particles.power == 1.0:
                 return particles, passes
     raise FloatingPointError(

@@ -32,7 +32,7 @@ from scoreinfer.checkpoint import (
     size_of,
     write_folder,
 )
-from scoreinfer.forward import Ends, ForwardBank
+from scoreinfer.forward import ForwardBank, Outliers
 from scoreinfer.nets import ConditionalMLP, ConvNet
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.nets.fields import PADDING_MODES
@@ -54,14 +54,14 @@ class PathParts(NamedTuple):
     Args:
         paths: its sampler.
         bank: simulations held against it.
-        ends: simulated ends.
+        outliers: simulated ends, to tell a far one by.
         history: how it was trained.
         num_particles: particles of each draw.
     """
 
     paths: Sampler
     bank: ForwardBank
-    ends: Ends
+    outliers: Outliers
     history: History
     num_particles: int | None
 
@@ -74,7 +74,7 @@ class Saved(NamedTuple):
         start: what draws their start.
         standardiser: the scale of their conditions.
         bank: see `PathParts`.
-        ends: see `PathParts`.
+        outliers: see `PathParts`.
         physics: what tells the physics from another (see `_fingerprint`).
     """
 
@@ -82,7 +82,7 @@ class Saved(NamedTuple):
     start: Proposal | None
     standardiser: Standardiser
     bank: ForwardBank
-    ends: Ends
+    outliers: Outliers
     physics: dict[str, Any]
 
 
@@ -109,12 +109,12 @@ def write_paths(path: Path, parts: PathParts) -> None:
         "kernels": _describe_network(backward.network),
         "start": None if start is None else describe(Parts(start, None, None)),
         "bend": scale.bend,
-        "bank": parts.bank.distance.size,
-        "ends": parts.ends.distance.size,
+        "bank": parts.bank.log_share.size,
+        "ends": parts.outliers.distance.size,
         "num_particles": parts.num_particles,
     }  # fmt: skip
     physics = _fingerprint(backward.process, frame)
-    tree = Saved(_without_physics(backward), start, scale, parts.bank, parts.ends, physics)
+    tree = Saved(_without_physics(backward), start, scale, parts.bank, parts.outliers, physics)
     sees_path = isinstance(paths, StartedPaths) and paths.sees_path
     setting = Setting(
         backward.process, paths.problem, _site_of(paths), None if start is None else start.problem, sees_path
@@ -166,7 +166,7 @@ def read_paths(path: Path, reversal: Reversal, net: Callable | None) -> tuple[Sa
     _check_physics(saved, setting.process)
     backward = dataclasses.replace(saved.backward, process=setting.process)
     built = samplers(reversal, backward, saved.standardiser, saved.start)
-    return built, PathParts(built.paths, saved.bank, saved.ends, history, particles[0])
+    return built, PathParts(built.paths, saved.bank, saved.outliers, history, particles[0])
 
 
 class Setting(NamedTuple):
@@ -220,8 +220,8 @@ def _outline(setting: Setting, network: dict[str, Any], net: Callable | None) ->
         if start is not None:
             features = eqx.filter_eval_shape(_start_features, start).size
         one = jnp.zeros(num_bank)
-        bank = ForwardBank(jnp.zeros((num_bank, features)), one, one, one, jnp.zeros((num_bank, 0)))
-        ends = Ends(jnp.zeros((num_ends, features)), jnp.zeros(num_ends))
+        bank = ForwardBank(jnp.zeros((num_bank, features)), one, one)
+        ends = Outliers(jnp.zeros((num_ends, features)), jnp.zeros(num_ends))
         return Saved(_without_physics(backward), None, scale, bank, ends, _fingerprint(setting.process, frame))
 
     return eqx.filter_eval_shape(build)._replace(start=start)

@@ -27,22 +27,24 @@ from scoreinfer.backward import (
     probability_flow,
     through_time,
 )
-from scoreinfer.certificate import MAX_OUTLYING, ForwardCheck, certify
+from scoreinfer.certificate import MAX_OUTLYING, MAX_UNSEEN, ForwardCheck, certify, seen
 from scoreinfer.correct import effective_sample_size, log_effective_share
-from scoreinfer.drawing import constrain, draw_rows, weigh_rows, weighted_draws
+from scoreinfer.drawing import Defence, constrain, draw_rows, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.forward import Ends, ForwardBank, loneliness
+from scoreinfer.forward import ForwardBank, Outliers, outliers
 from scoreinfer.model import unknowns
 from scoreinfer.particles import ResampledPaths
 from scoreinfer.path_checkpoint import PathParts, read_paths, write_paths
 from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.proposal import Proposal, Weighted
+from scoreinfer.proposal import Proposal, Proposer, Weighted
 from scoreinfer.reversal import Reversal, features_of, read_reversal, samplers, untrained
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
-from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, layout_conditions
+from scoreinfer.smoothing import END_STATE, PARAMETERS, KnownEnd, PathProposal, StartedPaths, layout_conditions
+from scoreinfer.tempering import Prior
 from scoreinfer.train import Budget, History, train
+from scoreinfer.witnesses import Judged, gather, judge
 
 NUM_PILOT, PER_STEP = 8192, 64
 """Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
@@ -86,9 +88,9 @@ class PathPosterior(eqx.Module):
         paths: the learned sampler for what the model observes (for a model without observations: for known ends).
         known_end: the learned sampler for ends known exactly; None where the model observes something and has unknown
             parameters, or observes earlier states: known ends then are another model's business.
-        bank: simulations held against the proposal; what it says of observed ends it says of known ones, which the
-            same kernels lead away from.
-        ends: simulated ends, to tell a far one by.
+        bank: simulations held against the proposal, for where witnesses at the observation cannot be had; what it says
+            of observed ends it says of known ones, which the same kernels lead away from.
+        outliers: simulated ends, to tell a far one by.
         history: how it was trained.
         num_particles: particles of each draw (see `resampled`); None: one, and more where their weights are poor.
     """
@@ -96,7 +98,7 @@ class PathPosterior(eqx.Module):
     paths: PathProposal | StartedPaths
     known_end: PathProposal | StartedPaths | None
     bank: ForwardBank
-    ends: Ends
+    outliers: Outliers
     history: History
     num_particles: int | None = eqx.field(static=True, default=None)
 
@@ -155,7 +157,7 @@ class PathPosterior(eqx.Module):
         Raises:
             ValueError: where the folder holds anything else, or a part was replaced by one of another size.
         """
-        parts = PathParts(self.paths, self.bank, self.ends, self.history, self.num_particles)
+        parts = PathParts(self.paths, self.bank, self.outliers, self.history, self.num_particles)
         write_paths(Path(path), parts)
 
     def sample(
@@ -165,6 +167,7 @@ class PathPosterior(eqx.Module):
         *args: Any,
         end_state: Float[Array | np.ndarray, "..."] | None = None,
         batch_size: int = 1024,
+        thorough: bool = False,
         **kwargs: Any,
     ) -> Draws:
         """Draw paths (and parameters) that lead to an end, weigh every draw, and certify the batch.
@@ -177,6 +180,7 @@ class PathPosterior(eqx.Module):
             end_state: the last state, where it is known exactly: then the posterior is that of the earlier states,
                 and the log evidence the log density of the process at this end.
             batch_size: paths per compiled call: bounds the memory.
+            thorough: look for modes that the proposal misses in 16 times as many simulated paths.
             **kwargs: the model's own keyword arguments.
 
         Returns:
@@ -195,25 +199,34 @@ class PathPosterior(eqx.Module):
         y = {END_STATE: self._checked(end_state)} if known else self.problem.read(args, kwargs)
         if not known and not self.problem.observed:
             raise ValueError("This model observes nothing: give the last state as `end_state=`.")
-        for_again = jax.random.fold_in(key, 2**32 - 1)  # rows of the stream count from zero
+        # Rows of the stream count from zero.
+        for_again, for_checks, for_mended = (jax.random.fold_in(key, 2**32 - i) for i in (1, 2, 3))
 
-        def draw(key: Key, num_particles: int) -> Weighted:
+        def draw(key: Key, num_particles: int, defence: Defence | None = None) -> Weighted:
             by = _with_particles(proposal, num_particles)
-            return weighted_draws(key, by, y, max(batch_size // num_particles, 1), 0.0, 0, num)
+            return weighted_draws(key, by, y, max(batch_size // num_particles, 1), defence, 0, num)
 
         num_particles = self.num_particles or 1
         drawn = draw(key, num_particles)
         share = effective_sample_size(drawn.log_weight) / num
         if self.num_particles is None and 0.0 < share < 1 / NUM_PARTICLES:
-            again = draw(for_again, NUM_PARTICLES)
-            if effective_sample_size(again.log_weight) / num > share:
-                drawn, num_particles = again, NUM_PARTICLES
-        certificate = certify(drawn.log_weight, self._check(y, known))
+            resampled = draw(for_again, NUM_PARTICLES)
+            if effective_sample_size(resampled.log_weight) / num > share:
+                drawn, num_particles = resampled, NUM_PARTICLES
+        by = _with_particles(proposal, num_particles)
+        again = partial(draw, for_mended, num_particles)
+        drawn, certificate, _, witnessed = self._judge(for_checks, proposal, by, y, drawn, again, thorough)
+        if certificate.distance_rank <= MAX_OUTLYING:
+            warnings.warn(
+                f"The end lies further from the simulations than {1 - certificate.distance_rank:.1%} of them from each "
+                "other: what was learned there is extrapolation.", MisspecificationWarning, stacklevel=3,
+            )  # fmt: skip
         sites = constrain(proposal.problem, drawn.values, batch_size)
         info = {
             "seconds": time.perf_counter() - start,
             "num_simulations": self.history.num_simulations,
             "num_particles": num_particles,
+            "witnessed": witnessed,
         }
         return Draws(sites, drawn.values, drawn.log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
 
@@ -265,20 +278,40 @@ class PathPosterior(eqx.Module):
         paths = self.process.unflatten(paths)
         return paths.reshape(*np.shape(ends)[: np.ndim(ends) - len(state)], -1, *state)
 
-    def _check(self, y: Sites, known: bool) -> ForwardCheck | None:
-        """Look up the forward evidence near an observation or a known end; warn where that is far from all."""
+    def _judge(
+        self,
+        key: Key,
+        proposal: PathProposal | StartedPaths,
+        by: Proposer,
+        y: Sites,
+        drawn: Weighted,
+        again: Callable[[Defence], Weighted],
+        thorough: bool,
+    ) -> Judged:
+        """Judge a batch by witnesses at the observation; where these are too few, as in fields, by simulations near it.
+
+        ``by`` is the ``proposal``, resampled along the path or not.
+        """
+        known, problem = END_STATE in y, proposal.problem
+        for_witnesses, for_weights = jax.random.split(key)
+        reference = KnownEnd(proposal, proposal.context(y)) if known else Prior(problem)
+        target = jax.tree_util.Partial(problem.log_joint, y=y)
+        witnesses = gather(for_witnesses, reference, target, problem.dim, thorough=thorough)
+        near = self._near(y)
+        if seen(witnesses.num_informative) > MAX_UNSEEN:
+            return Judged(drawn, certify(drawn.log_weight, near), drawn.num)
+        outlying = near._replace(log_excess=jnp.zeros(0))
+        return judge(for_weights, by, y, drawn, witnesses, None, again, outlying)
+
+    def _near(self, y: Sites) -> ForwardCheck:
+        """Look up the evidence near an observation or a known end."""
+        known = END_STATE in y
         if known and self.problem.observed and isinstance(self.paths, StartedPaths):
-            return None  # its simulations lie in the space of observations
+            return ForwardCheck(jnp.zeros(0))  # its simulations lie in the space of observations
         if known and isinstance(self.paths, PathProposal):
             y = {self.paths.site: y[END_STATE]}  # the observation it would be without noise
         x = features_of(self.paths, y)
-        check = self.bank.check(x)._replace(distance_rank=self.ends.rank(x))
-        if check.distance_rank <= MAX_OUTLYING:
-            warnings.warn(
-                f"The end lies {self.ends.ratio(x):.1f} times as far from the simulations as these from each other: "
-                "what was learned there is extrapolation.", MisspecificationWarning, stacklevel=3,
-            )  # fmt: skip
-        return check
+        return self.bank.check(x)._replace(distance_rank=float(self.outliers.rank(x)))
 
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
         end = jnp.asarray(end_state, jnp.result_type(float))
@@ -474,7 +507,7 @@ def load_paths(
     """Load a saved posterior of paths; see `scoreinfer.load`, whose ``process=`` leads here."""
     reversal = read_reversal(process, model, *args, observed=observed, **kwargs)
     built, parts = read_paths(path, reversal, net)
-    return PathPosterior(*built, parts.bank, parts.ends, parts.history, parts.num_particles)
+    return PathPosterior(*built, parts.bank, parts.outliers, parts.history, parts.num_particles)
 
 
 @eqx.filter_jit
@@ -617,11 +650,9 @@ def _bank(key: Key, proposal: PathProposal | StartedPaths, z: Float[Array, "num 
         return features_of(proposal, y), truth - total + jnp.log(NUM_PROPOSALS), log_effective_share(log_ws)
 
     features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
-    none = jnp.full(features.shape[0], jnp.nan)  # distances are told from more simulations than these
-    return ForwardBank(features, none, excess, share, jnp.zeros((len(features), 0)))
+    return ForwardBank(features, excess, share)
 
 
 @eqx.filter_jit
-def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Ends:
-    features = jax.vmap(lambda y: features_of(proposal, y))(y)
-    return Ends(features, loneliness(features))
+def _ends(proposal: PathProposal | StartedPaths, y: Sites) -> Outliers:
+    return outliers(jax.vmap(lambda y: features_of(proposal, y))(y))

@@ -19,14 +19,13 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
 from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.certificate import MAX_K_HAT, MAX_MISSED, MAX_OUTLYING, Certificate, ForwardCheck, certify
+from scoreinfer.certificate import MAX_K_HAT, MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.checkpoint import Parts, foreign_outputs, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, log_evidence, pareto_smooth, rejuvenate, resample_indices
-from scoreinfer.drawing import constrain, weigh_rows, weighted_draws
+from scoreinfer.drawing import Defence, constrain, weigh_rows, weighted_draws
 from scoreinfer.draws import Draws
-from scoreinfer.exploration import ExploredBank, explore
 from scoreinfer.focus import focus
-from scoreinfer.forward import NUM_NEIGHBOURS, ForwardBank, forward_bank, outlier_bank
+from scoreinfer.forward import Outliers, outliers
 from scoreinfer.losses import ScoreBatch, denoising_loss, score_module, target_precision, whitening_loss
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, Embedding
@@ -43,16 +42,18 @@ from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
 from scoreinfer.stored import StoredSimulations, explained, stored_simulations, with_outputs
+from scoreinfer.tempering import Prior
 from scoreinfer.train import Budget, TrainingHistory, train
 from scoreinfer.validity import Validity, failure_weights, learn_validity
 from scoreinfer.whitening import Whitening, identity, linear_whitening
+from scoreinfer.witnesses import Judged, gather, judge
 
 NUM_PILOT = 8192
-NUM_BANK = 512
-"""Stored simulations kept to tell outliers by."""
+NUM_OUTLIERS = 512
+"""Simulations kept to tell outliers by."""
+NUM_EXPLAINING = 64
+"""Stored simulations that explain the data, held against the proposal."""
 POOL = 32_768
-MIN_EXPLAINED = 5.0
-"""Effective number of stored simulations that explain the data from which on they are asked about the proposal."""
 UNWEIGHED = "uncertified: not weighed yet. Run the simulator on the draws (`simulate`), then `weigh` them."
 ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
@@ -63,14 +64,14 @@ class Posterior(eqx.Module):
 
     Args:
         proposal: the learned sampler.
-        bank: simulations held against it; None: certificates do without.
+        outliers: simulations by which an outlier is told; None: none is.
         history: how it was trained.
         validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
             its failures are not to be undone.
     """
 
     proposal: AmortisedProposal
-    bank: ForwardBank | ExploredBank | None
+    outliers: Outliers | None
     history: TrainingHistory | None = None
     validity: Validity | None = None
 
@@ -123,10 +124,7 @@ class Posterior(eqx.Module):
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
                 warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
-        bank = self.bank
-        if bank is not None and self.problem.has_density:
-            bank = explore(streams.exploration, proposal, bank, y)
-        return dataclasses.replace(self, proposal=proposal, bank=bank)
+        return dataclasses.replace(self, proposal=proposal)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
@@ -142,7 +140,7 @@ class Posterior(eqx.Module):
             ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
                 be described by plain data.
         """
-        write_posterior(Path(path), Parts(self.proposal, self.bank, self.history, self.validity))
+        write_posterior(Path(path), Parts(self.proposal, self.outliers, self.history, self.validity))
 
     def sample(
         self,
@@ -153,10 +151,16 @@ class Posterior(eqx.Module):
         prior_fraction: float = 0.0,
         max_proposals: int | None = None,
         num_moves: int = 20,
+        thorough: bool = False,
         progress_bar: bool = False,
         **kwargs: Any,
     ) -> Draws:
         """Draw from the posterior of one observation, weigh every draw, and certify the batch.
+
+        The certificate rests on witnesses, draws near the posterior that owe nothing to the proposal (see
+        `scoreinfer.witnesses`). Where some of them lie where the proposal hardly draws, or the batch is refused, a
+        density fitted to half of them joins the proposal, the batch is drawn again, and the other half judges it.
+        ``info["witnessed"]`` is the share of the draws that come from that density.
 
         Args:
             key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
@@ -169,6 +173,7 @@ class Posterior(eqx.Module):
                 0.7, or this many proposals are spent, then resample to ``num`` equally weighted draws and move each by
                 ``num_moves`` Metropolis-adjusted Langevin steps, so that certainty can be bought with time.
             num_moves: see ``max_proposals``.
+            thorough: look for modes that the proposal misses in 16 times as many draws of the prior.
             progress_bar: show a progress bar over batches.
             **kwargs: the model's own keyword arguments.
 
@@ -194,19 +199,27 @@ class Posterior(eqx.Module):
         if prior_fraction > 0 and problem.simulate is None:
             raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
         streams = _streams(key)
-        batches = partial(weighted_draws, streams.draws, self.proposal, y, batch_size, prior_fraction)
+        defence = Defence(Prior(problem), prior_fraction) if prior_fraction > 0 else None
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
-        with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
-            drawn = batches(0, num, bar.update)
-            while drawn.num < limit and not _enough(drawn.log_weight, num):
-                more = batches(drawn.num, min(num, limit - drawn.num), bar.update)
-                drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), drawn, more)
+
+        def propose(key: Key, defence: Defence | None) -> Weighted:
+            batches = partial(weighted_draws, key, self.proposal, y, batch_size, defence)
+            with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
+                drawn = batches(0, num, bar.update)
+                while drawn.num < limit and not _enough(drawn.log_weight, num):
+                    more = batches(drawn.num, min(num, limit - drawn.num), bar.update)
+                    drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), drawn, more)
+            return drawn
+
+        drawn = propose(streams.draws, defence)
+        again = partial(propose, streams.mended) if defence is None else None
+        drawn, certificate, num_proposals, witnessed = self._judge(streams, y, drawn, defence, again, thorough)
         info: dict[str, Any] = {
-            "num_proposals": drawn.num,
-            "num_score_evaluations": drawn.num * self.proposal.sampler.num_evaluations,
+            "num_proposals": num_proposals,
+            "num_score_evaluations": num_proposals * self.proposal.sampler.num_evaluations,
             "num_simulations": None if self.history is None else self.history.num_simulations,
+            "witnessed": witnessed,
         }
-        certificate = self._certify(streams.exploration, drawn, y)
         _warn_of_outlier(certificate.distance_rank)
         moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
         if moved:
@@ -276,38 +289,48 @@ class Posterior(eqx.Module):
 
     def _stored_check(
         self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array, y: Sites
-    ) -> ForwardCheck | None:
+    ) -> ForwardCheck:
         """Hold the stored simulations that explain the data, as the likelihood picks them, against the proposal."""
-        rank = np.nan if self.bank is None else self.bank.check(_features(self.proposal, y)).distance_rank
-        nothing = ForwardCheck(jnp.zeros(0), jnp.asarray(rank), "")
+        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank(y))
         if simulations is None:
-            return nothing
+            return outlying
         stored = simulations if isinstance(simulations, Store) else Store(simulations)
         for_rows, for_paths = jax.random.split(key)
         z, log_likelihood = explained(self.problem, stored, y)
-        if effective_sample_size(log_likelihood) < MIN_EXPLAINED:
-            return nothing
-        rows = resample_indices(for_rows, log_likelihood, NUM_NEIGHBOURS)
-        told = weigh_rows(for_paths, self.proposal, y, jnp.arange(NUM_NEIGHBOURS), z[rows])
+        informative = effective_sample_size(log_likelihood)
+        source = "the stored simulations that explain the data"
+        if informative == 0.0:
+            return outlying._replace(source=source, num_informative=0.0, num_first=len(z))
+        rows = resample_indices(for_rows, log_likelihood, NUM_EXPLAINING)
+        told = weigh_rows(for_paths, self.proposal, y, jnp.arange(NUM_EXPLAINING), z[rows])
         log_joint = _log_priors(self.problem, z[rows]) + log_likelihood[rows]
         excess = log_joint - told.log_q - log_evidence(log_weight)[0]
-        return ForwardCheck(excess, jnp.asarray(rank), "the stored simulations that explain the data")
+        return ForwardCheck(excess, outlying.distance_rank, source, informative, len(z))
 
-    def _certify(self, key: Key, drawn: Weighted, y: Sites) -> Certificate:
-        """Judge a batch; explore the observation itself before refusing for what its neighbours say."""
-        log_weight = drawn.log_weight if self.problem.has_density else None
-        if self.bank is None:
-            return certify(log_weight)
-        certificate = certify(log_weight, self.bank.check(_features(self.proposal, y)))
-        if self.problem.observation is not None:
-            return certificate._replace(reason=UNWEIGHED)
-        if log_weight is None:
-            return certificate
-        alarmed = certificate.missed > MAX_MISSED and certify(drawn.log_weight).certified
-        if not alarmed or isinstance(self.bank, ExploredBank):
-            return certificate
-        explored = explore(key, self.proposal, self.bank, y)
-        return certify(drawn.log_weight, explored.check(_features(self.proposal, y)))
+    def _distance_rank(self, y: Sites) -> float:
+        return np.nan if self.outliers is None else float(self.outliers.rank(_features(self.proposal, y)))
+
+    def _judge(
+        self,
+        streams: "_Streams",
+        y: Sites,
+        drawn: Weighted,
+        defence: Defence | None,
+        again: Callable[[Defence], Weighted] | None,
+        thorough: bool,
+    ) -> Judged:
+        """Judge a batch, by witnesses where there are a density and a prior to gather them from."""
+        problem = self.problem
+        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank(y))
+        if not problem.has_density:
+            certificate = certify(None, outlying)
+            unweighed = problem.observation is not None
+            return Judged(drawn, certificate._replace(reason=UNWEIGHED) if unweighed else certificate, drawn.num)
+        if problem.simulate is None:
+            return Judged(drawn, certify(drawn.log_weight, outlying), drawn.num)
+        target = jax.tree_util.Partial(problem.log_joint, y=y)
+        witnesses = gather(streams.witnesses, Prior(problem), target, problem.dim, thorough=thorough)
+        return judge(streams.judging, self.proposal, y, drawn, witnesses, defence, again, outlying)
 
 
 @overload
@@ -379,7 +402,7 @@ def _warn_of_outlier(distance_rank: float) -> None:
             f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
             "data). The model may be misspecified: compare the data with simulations before trusting any posterior."
         )
-        warnings.warn(message, MisspecificationWarning, stacklevel=3)
+        warnings.warn(message, MisspecificationWarning, stacklevel=4)
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
@@ -392,7 +415,9 @@ class _Streams(NamedTuple):
     draws: Key
     moves: Key
     focus: Key
-    exploration: Key
+    witnesses: Key
+    judging: Key
+    mended: Key
 
 
 def _streams(key: Key) -> _Streams:
@@ -617,13 +642,13 @@ def fit(
     proposal = Proposal(scale, whitening, adjustment, module.embedding, module.score, sampler, problem)
     history = TrainingHistory(white_history, score_history, budget)
     if stored is None:
-        return Posterior(proposal, forward_bank(keys["bank"], proposal), history)
-    bank = outlier_bank(proposal, validation.z[:NUM_BANK], _rows(validation.x, slice(None, NUM_BANK)))
+        usual = _standardise(scale, simulate(keys["bank"], problem, NUM_OUTLIERS))
+        return Posterior(proposal, _outliers(usual.x), history)
     validity = None
     if invalid == "learn" and not stored.valid.all():
         success = jnp.asarray(stored.valid, jnp.float32)
         validity = learn_validity(keys["validity"], stored.all_z, success, progress_bar=progress_bar)
-    return Posterior(proposal, bank, history, validity)
+    return Posterior(proposal, _outliers(_rows(validation.x, slice(None, NUM_OUTLIERS))), history, validity)
 
 
 def _stored(
@@ -663,6 +688,10 @@ def _fingerprint(problem: Problem, start: tuple) -> dict[str, Any]:
     arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
     sites = [f"{site.name} {site.shape} {site.support}" for site in (*problem.latents, *problem.observed)]
     return {"sites": sites, "embedding": type(start[-1]).__qualname__, "simulations": digest(arrays)}
+
+
+def _outliers(x: Sites) -> Outliers:
+    return outliers(jax.vmap(flatten)(x))
 
 
 def _rows(tree, where):

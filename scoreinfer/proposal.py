@@ -54,10 +54,6 @@ class Proposal(eqx.Module):
         x = self.features(y)
         return Context(self.adjustment.after(self.whitening(x)), self.embedding(x))
 
-    def carry(self, context: Context) -> tuple[Affine, Float[Array, "dim dim"]]:
-        """Return the map that carries whitened truths to this observation, and the scale of moves there."""
-        return context.affine, context.affine.factor
-
     def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
         return _propose(key, self, *context)

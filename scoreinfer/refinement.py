@@ -25,11 +25,10 @@ WARM_UP = 5
 
 
 class RefinedContext(NamedTuple):
-    """One observation, whether it is the one the score was trained on, and the map that whitens simulated truths."""
+    """One observation, and whether it is the one the score was trained on."""
 
     here: Bool[Array, ""]
     context: Context
-    affine: Affine
 
 
 class RefinedProposal(AbstractAdapted):
@@ -51,11 +50,7 @@ class RefinedProposal(AbstractAdapted):
         """Embed one observation."""
         # Not to the last bit: the same features may be rounded differently in another compiled program.
         here = jnp.allclose(flatten(self.features(y)), self.x, rtol=1e-5, atol=1e-5)
-        return RefinedContext(here, self._at(here).context(y), self.original.context(y).affine)
-
-    def carry(self, context: RefinedContext) -> tuple[Affine, Float[Array, "dim dim"]]:
-        """Return the map that carries whitened truths to this observation, and the scale of moves there."""
-        return context.affine, context.context.affine.factor
+        return RefinedContext(here, self._at(here).context(y))
 
     def propose(self, key: Key, context: RefinedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
@@ -91,11 +86,11 @@ def refine(
         FloatingPointError: where training fails from the start.
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
-        What the focused proposal never draws the refined one will not learn: see `scoreinfer.exploration`.
+        What the focused proposal never draws the refined one will not learn: see `scoreinfer.witnesses`.
     """
     for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
     adapted, problem = proposal.adapted, proposal.problem
-    drawn = weighted_draws(for_draws, proposal, y, 1024, 0.0, 0, NUM_PARTICLES)
+    drawn = weighted_draws(for_draws, proposal, y, 1024, None, 0, NUM_PARTICLES)
     reference, target = start(problem, 1.0), jax.tree_util.Partial(problem.log_joint, y=y)
     particles = begin(for_particles, reference, NUM_PARTICLES)
     particles = replace(for_rows, particles._replace(power=jnp.ones_like(particles.power)), drawn)

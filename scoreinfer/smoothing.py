@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites
-from scoreinfer.backward import AbstractBackward, Context, LearnedBackward, draw_path, log_path
+from scoreinfer.backward import AbstractBackward, Context, Kernel, LearnedBackward, draw_path, log_path
 from scoreinfer.model import Unknowns, unknowns
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem, Site
 from scoreinfer.process import PhysicsProcess
 from scoreinfer.proposal import Proposal
 from scoreinfer.simulation import Standardiser, encode
+from scoreinfer.tempering import AbstractReference
 
 END_STATE = "end_state"
 """Name under which an exactly known last state stands among the observed sites."""
@@ -233,6 +234,37 @@ class StartedPaths(eqx.Module):
         kernels = self.kernels(context, begun.parameters)
         log_q = self.log_begin(key, context, begun) + log_path(kernels, path)
         return jnp.where(self.meets(context, begun), log_q, -jnp.inf)
+
+
+class KnownEnd(AbstractReference):
+    """Simulated paths whose last state is put where it is known to be.
+
+    Args:
+        paths: the sampler of such paths.
+        context: the known end, as ``paths`` embeds it.
+
+    Exactness: normalised: the density is that of the earlier states alone.
+    """
+
+    paths: PathProposal | StartedPaths
+    context: Any
+
+    def sample(self, key):
+        """Simulate a path, and put its last state in its place."""
+        assert self.paths.problem.simulate is not None
+        begun, path = self.paths.parts(self.context, self.paths.problem.simulate(key)[0])
+        return self.paths.join(begun.parameters, path.at[-1].set(self._end))
+
+    def log_density(self, z):
+        """Compute the log density of the earlier states."""
+        begun, path = self.paths.parts(self.context, z)
+        physics, last = self.paths.physics_of(begun.parameters), path.shape[0] - 2
+        step = Kernel(physics.forward(last, path[-2]), physics.scale[last])
+        return self.paths.problem.log_prior(z) - step.log_density(path[-1])
+
+    @property
+    def _end(self) -> Any:
+        return self.context.end if isinstance(self.context, Given) else self.context
 
 
 def _close(end: Float[Array, " dim"], known: Float[Array, " dim"]) -> Bool[Array, ""]:

@@ -90,6 +90,7 @@ class Particles(NamedTuple):
         log_step: logarithm of the step size of the moves.
         log_evidence: log of the ratio of normalising constants so far.
         accept_prob: mean acceptance probability of the last moves.
+        ancestors: numbers of the first draws that the particles descend from.
     """
 
     values: Float[Array, "num dim"]
@@ -98,6 +99,7 @@ class Particles(NamedTuple):
     log_step: Float[Array, ""]
     log_evidence: Float[Array, ""]
     accept_prob: Float[Array, ""]
+    ancestors: Int[Array, " num"]
 
 
 @eqx.filter_jit
@@ -106,7 +108,7 @@ def begin(key: Key, reference: AbstractReference, num: int) -> Particles:
     values = jax.vmap(reference.sample)(jax.random.split(key, num))
     zero = jnp.zeros((), values.dtype)
     first = -jnp.log(jnp.asarray(values.shape[1], values.dtype)) / 6
-    return Particles(values, jnp.zeros_like(values), zero, first, zero, zero)
+    return Particles(values, jnp.zeros_like(values), zero, first, zero, zero, jnp.arange(num))
 
 
 @eqx.filter_jit
@@ -175,7 +177,8 @@ def advance(
     ((w, _, gradient), log_step), accept = jax.lax.scan(move, (states, particles.log_step), keys)
     gradient = push(shape, w, gradient)
     increment = jax.nn.logsumexp(log_weight) - jnp.log(num)
-    return Particles(shape.forward(w), gradient, power, log_step, particles.log_evidence + increment, accept.mean())
+    log_evidence, ancestors = particles.log_evidence + increment, particles.ancestors[rows]
+    return Particles(shape.forward(w), gradient, power, log_step, log_evidence, accept.mean(), ancestors)
 
 
 def next_power(power: Float[Array, ""], log_ratio: Float[Array, " num"], kept_share: float) -> Float[Array, ""]:

@@ -58,7 +58,7 @@ class GaussianProposal(eqx.Module):
         return self
 
     @property
-    def bank(self):
+    def outliers(self):
         return None
 
     def context(self, y):

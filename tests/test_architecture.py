@@ -24,9 +24,10 @@ tempering
 losses sampling foreign stored path_losses
 train certificate proposal
 drawing forward validity smoothing
-particles focus learning recorded reversal
+kernel_estimate particles focus recorded reversal
+witnesses
+learning
 refinement
-exploration
 checkpoint
 path_checkpoint
 paths

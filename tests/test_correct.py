@@ -119,8 +119,23 @@ def test_certificate_believes_forward_evidence_over_perfect_weights():
     assert missed.missed == 0.125
     assert not certify(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, jnp.inf, 0.0))).certified
     silent = certify(log_weight, fine._replace(log_excess=jnp.full(64, jnp.nan)))
-    assert not silent.certified and "none tells" in silent.reason
+    assert not silent.certified and "none of simulated truths" in silent.reason
     few = fine._replace(log_excess=jnp.where(jnp.arange(64) < 60, jnp.nan, jnp.where(jnp.arange(64) < 61, 60.0, 0.0)))
     assert certify(log_weight, few).missed == 0.25
-    far = certify(log_weight, fine._replace(distance_rank=jnp.array(0.0)))
-    assert "further from the simulations" in far.reason
+    far = fine._replace(distance_rank=0.0)
+    assert "further from the simulations" in certify(log_weight, far).reason
+    assert certify(log_weight, far, fine._replace(num_informative=100.0, num_first=60_000)).certified
+
+
+def test_certificate_states_what_it_can_see():
+    """Thirty independent witnesses hit a tenth of the posterior with 95 %, 28 do not."""
+    log_weight = np.zeros(4000)
+    fine = ForwardCheck(jnp.zeros(64), source="the witnesses", num_first=60_000)
+    good = certify(log_weight, fine._replace(num_informative=30.0))
+    assert good.certified and abs(good.seen_mass - (1 - 0.05 ** (1 / 30))) < 1e-9
+    assert abs(good.seen_prior_mass - 5e-5) < 1e-6
+    assert "at least 0.095 of the posterior in corners of at least 5e-05 of the prior" in str(good)
+    few = certify(log_weight, fine._replace(num_informative=28.0))
+    assert not few.certified and "only 28 independent witnesses" in few.reason
+    assert certify(log_weight, fine._replace(num_informative=28.0), fine._replace(num_informative=30.0)).certified
+    assert "nothing was looked for" in str(certify(log_weight))

@@ -476,7 +476,7 @@ class Nested(eqx.Module):
 
     original: doubles.GaussianProposal
     proposal = property(lambda self: self)
-    bank = property(lambda self: None)
+    outliers = property(lambda self: None)
     problem = property(lambda self: self.original.problem)
 
     def context(self, y):

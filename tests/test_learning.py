@@ -110,7 +110,7 @@ def test_learned_weights_are_exact(both_modes):
     """Evidence and moments by importance sampling, and the explorer's word for the modes' weights."""
     fit = both_modes.sampler.fit_of(both_modes.last_state)
     proposal, evidence = fit.proposer, fit.evidence
-    drawn = weighted_draws(random.key(1), proposal, {}, 1024, 0.0, 0, 4096)
+    drawn = weighted_draws(random.key(1), proposal, {}, 1024, None, 0, 4096)
     weight = np.exp(np.asarray(drawn.log_weight, np.float64) - 2.0)
     assert weight.sum() ** 2 / (weight**2).sum() > 0.4 * weight.size
     right = np.asarray(drawn.values)[:, 0] > 0

@@ -39,7 +39,7 @@ def folder(posterior, tmp_path_factory):
 
 def same(a, b):
     """Say whether two posteriors of paths are the same to the last bit."""
-    equal = same_arrays(*((p.paths, p.known_end, p.bank, p.ends) for p in (a, b)))
+    equal = same_arrays(*((p.paths, p.known_end, p.bank, p.outliers) for p in (a, b)))
     told = [[*map(str, p.history), p.num_particles, type(p.paths), type(p.known_end)] for p in (a, b)]
     return equal and told[0] == told[1]
 
@@ -66,7 +66,7 @@ def test_particles_and_replacement(posterior, folder, tmp_path):
     with pytest.raises(ValueError, match=r"thesis\.tex"):
         posterior.save(tmp_path / "p")
     with pytest.raises(ValueError, match=r"expected|differ"):
-        eqx.tree_at(lambda p: p.bank.truth, posterior, jnp.zeros((3, 3))).save(tmp_path / "q")
+        eqx.tree_at(lambda p: p.bank.log_share, posterior, jnp.zeros((3, 3))).save(tmp_path / "q")
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_hostile_files_are_refused(posterior, folder, tmp_path, every):
 
     def load(path):
         built, parts = read_paths(path, reversal, None)
-        return PathPosterior(*built, parts.bank, parts.ends, parts.history, parts.num_particles)
+        return PathPosterior(*built, parts.bank, parts.outliers, parts.history, parts.num_particles)
 
     few = (spoil for number, spoil in enumerate(spoilt) if number % every == 0)
     assert refuse_all(few, folder, tmp_path, load, posterior, same) >= 200 // every

@@ -19,7 +19,7 @@ from scoreinfer import train as training
 from scoreinfer.resuming import IDENTITY
 
 SMALL = {"num_steps": 40, "width": 8, "depth": 1, "batch_size": 64, "num_simulations": 256, "progress_bar": False}
-SAMPLER = si.ReverseSDE(num_steps=4)  # compiles fast; nothing is drawn here but the forward bank
+SAMPLER = si.ReverseSDE(num_steps=4)  # compiles fast; nothing is drawn here
 
 
 def bits(tree):
@@ -56,7 +56,7 @@ def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp
         except KeyboardInterrupt:
             continue
     assert calls.count("interrupt") >= 4
-    assert bits((posterior.proposal, posterior.bank)) == bits((uninterrupted.proposal, uninterrupted.bank))
+    assert bits((posterior.proposal, posterior.outliers)) == bits((uninterrupted.proposal, uninterrupted.outliers))
     for stage in ("whitening", "score"):
         ours, theirs = (getattr(p.history, stage) for p in (posterior, uninterrupted))
         assert np.array_equal(ours.loss, theirs.loss) and np.array_equal(ours.validation, theirs.validation)

@@ -24,7 +24,7 @@ def an_end(modes, seed=0):
 
 
 def draw(proposal, y, num, seed=1):
-    drawn = weighted_draws(jax.random.key(seed), proposal, y, 1024, 0.0, 0, num)
+    drawn = weighted_draws(jax.random.key(seed), proposal, y, 1024, None, 0, num)
     return np.asarray(drawn.values).reshape(num, -1, proposal.backward.process.dim), drawn
 
 

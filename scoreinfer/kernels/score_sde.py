@@ -25,8 +25,7 @@ from numpyro.util import is_prng_key
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
-from scoreinfer.exploration import ExploredBank
-from scoreinfer.forward import ForwardBank
+from scoreinfer.forward import Outliers
 from scoreinfer.kernels.contract import layout, observe
 from scoreinfer.kernels.transition import ScoreSDEState, Weights, refresh, start, transition
 from scoreinfer.learning import Effort, Evidence, learn
@@ -45,14 +44,14 @@ class Fit(NamedTuple):
         proposer: the sampler.
         arguments: model arguments; of a bare density, an example of what it takes.
         evidence: what the explorer found, where the sampler answers for one observation only.
-        bank: simulations held against the sampler, where it answers for any.
+        outliers: simulations by which an outlying observation is told, where it answers for any.
         stripped: whether the problem was left out in pickling; it is read again when the kernel is next run.
     """
 
     proposer: Proposer
     arguments: tuple[tuple, dict[str, Any]] | None
     evidence: Evidence | None = None
-    bank: ForwardBank | ExploredBank | None = None
+    outliers: Outliers | None = None
     stripped: bool = False
 
 
@@ -151,7 +150,7 @@ class ScoreSDE(MCMCKernel):
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
         self.key, self.progress_bar = key, progress_bar
-        self._fits = [] if posterior is None else [Fit(posterior.proposal, None, bank=posterior.bank)]
+        self._fits = [] if posterior is None else [Fit(posterior.proposal, None, outliers=posterior.outliers)]
         self._latest = 0
         self._is_block = False
         self._sample_fn: Callable[..., ScoreSDEState] | None = None
@@ -162,7 +161,7 @@ class ScoreSDE(MCMCKernel):
             raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
         with jax.ensure_compile_time_eval():
             posterior = fit(key, self.model, *args, progress_bar=self.progress_bar, **kwargs)
-        self._keep(Fit(posterior.proposal, (args, kwargs), bank=posterior.bank))
+        self._keep(Fit(posterior.proposal, (args, kwargs), outliers=posterior.outliers))
         return posterior
 
     def learn(self, key: Key, num_warmup: int, *args: Any, init_params: PyTree = None, **kwargs: Any) -> None:

@@ -16,14 +16,14 @@ from numpyro.util import is_prng_key
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
 from scoreinfer.drawing import weigh_rows, weighted_draws
-from scoreinfer.exploration import hold_against
 from scoreinfer.kernels.contract import observe
 from scoreinfer.kernels.score_sde import Fit, ScoreSDE
 from scoreinfer.learning import Effort, explore, start
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Weighted
 from scoreinfer.refinement import AmortisedProposal
-from scoreinfer.tempering import Overdispersed, Particles, begin
+from scoreinfer.tempering import Overdispersed, Particles, Prior, begin
+from scoreinfer.witnesses import gather, hold_against, num_ancestors
 
 MAX_R_HAT = 1.05
 MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
@@ -107,12 +107,19 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     if state is None:
         raise ValueError("Expected an MCMC object after `run`, this one has not been run.")
     key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
-    for_draws, for_explorer, for_places = random.split(random.fold_in(key, 0), 3)
+    for_draws, for_explorer, for_places, for_witnesses = random.split(random.fold_in(key, 0), 4)
     fit = kernel.fit_of(state)
     y = observe(fit.proposer.problem, mcmc._args, mcmc._kwargs)
-    drawn = weighted_draws(for_draws, fit.proposer, y, 1024, 0.0, 0, num)
-    check, evidences = _independent(for_explorer, for_places, kernel, fit, y, drawn)
-    weights = certify_weights(drawn.log_weight, check)
+    drawn = weighted_draws(for_draws, fit.proposer, y, 1024, None, 0, num)
+    checks = [_witnessed(for_witnesses, for_places, kernel, fit, y, drawn)]
+    evidences: tuple[float, ...] = ()
+    if fit.evidence is not None:
+        explored, evidences = _explored(for_explorer, for_places, kernel, fit, y, drawn)
+        checks.append(explored)
+    if fit.outliers is not None and isinstance(fit.proposer, AmortisedProposal):
+        rank = float(fit.outliers.rank(flatten(fit.proposer.features(y))))
+        checks.append(ForwardCheck(jnp.zeros(0), rank))
+    weights = certify_weights(drawn.log_weight, *checks)
     samples = mcmc.get_samples(group_by_chain=True)
     latent = {site.name for site in fit.proposer.problem.latents}
     if latent:
@@ -132,14 +139,22 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences)
 
 
-def _independent(
+def _witnessed(
+    for_witnesses: Key, for_weights: Key, kernel: ScoreSDE, fit: Fit, y: Sites, drawn: Weighted
+) -> ForwardCheck:
+    """Hold witnesses from the prior against the proposals; from the explorer's start where there is no prior."""
+    problem = fit.proposer.problem
+    reference, target = start(problem, kernel.start_scale), jax.tree_util.Partial(problem.log_joint, y=y)
+    check = hold_against(for_weights, fit.proposer, y, drawn, gather(for_witnesses, reference, target, problem.dim))
+    return check if isinstance(reference, Prior) else check._replace(num_first=0)
+
+
+def _explored(
     for_explorer: Key, for_places: Key, kernel: ScoreSDE, fit: Fit, y: Sites, drawn: Weighted
-) -> tuple[ForwardCheck | None, tuple[float, ...]]:
-    """Collect evidence that does not come from the proposals, and the explorers' log evidences."""
-    if fit.evidence is None:
-        if fit.bank is None or not isinstance(fit.proposer, AmortisedProposal):
-            return None, ()
-        return fit.bank.check(flatten(fit.proposer.features(y))), ()
+) -> tuple[ForwardCheck, tuple[float, ...]]:
+    """Hold the explorers' particles against the proposals; return their log evidences, too."""
+    assert fit.evidence is not None
+    informative = fit.evidence.num_informative
     first = fit.evidence.places
     for_start, for_second, for_third = random.split(for_explorer, 3)
     began = begin(for_start, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
@@ -155,6 +170,7 @@ def _independent(
         second = explore_from(for_second, WIDER)
         parts.append(second.values[:NUM_PLACES])
         evidences.append(float(second.log_evidence))
+        informative = max(informative, num_ancestors(second.ancestors))
     except FloatingPointError:  # no witness
         evidences.append(-np.inf)
     num_trusted = sum(len(part) for part in parts)
@@ -162,11 +178,20 @@ def _independent(
         parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
     places = jnp.concatenate(parts)
     weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
-    log_excess, high = hold_against(drawn, weighed)
+    log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
+    log_excess = weighed.log_weight - (jax.nn.logsumexp(log_weight) - jnp.log(drawn.num))
     # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
-    counts = high | (jnp.arange(places.shape[0]) < num_trusted)
-    check = ForwardCheck(jnp.where(counts, log_excess, jnp.nan), jnp.asarray(jnp.nan), "the explorers' particles")
-    return check, tuple(evidences)
+    counts = (weighed.log_joint >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
+    log_excess = jnp.where(counts, log_excess, jnp.nan)
+    return ForwardCheck(log_excess, np.nan, "the explorers' particles", informative), tuple(evidences)
+
+
+def _floor(drawn: Weighted) -> float:
+    """Compute the log density above which 99 % of the draws' weight lies."""
+    log_weight = np.nan_to_num(np.asarray(drawn.log_weight, np.float64), nan=-np.inf)
+    order = np.argsort(drawn.log_joint)
+    below = np.cumsum(np.exp(log_weight[order] - log_weight.max()))
+    return float(drawn.log_joint[order[np.searchsorted(below, 0.01 * below[-1])]])
 
 
 def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:
