@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
 from scoreinfer.model import from_numpyro
+from scoreinfer.outputs import named_outputs, say_masked
 from scoreinfer.problem import Problem
 from scoreinfer.resuming import key_bits
 from scoreinfer.storage import digest
-from scoreinfer.store import FAILED, TIMEOUT, Row, Store, only_writer, open_store, status_of, write_shard
+from scoreinfer.store import FAILED, INVALID, TIMEOUT, Row, Store, only_writer, open_store, status_of, write_shard
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
@@ -36,6 +38,7 @@ FLUSH_SECONDS, FLUSH_ROWS, FLUSH_BYTES = 5.0, 1000, 32 * 2**20
 PATIENCE = 10.0
 """Time-outs that are waited for a worker where all are busy with rows that were given up."""
 BATCH = 4096
+NOT_FINITE = "numbers that are not finite"
 
 
 class Outcome(NamedTuple):
@@ -73,6 +76,8 @@ def simulate(
             Or `Draws`, to run the simulator on the first ``num`` of them (see `Posterior.weigh`).
         simulator: ``simulator(parameters, seed)``: constrained parameters by site as NumPy values, and a whole number
             to seed what is random in it. Returns an array (then called ``y``) or a dictionary of arrays by name.
+            A row fails where one of them holds anything but real or whole numbers or truth values. Masked entries are
+            missing values: NaN.
         num: number of rows.
         *args: the prior's own arguments.
         store: folder of the rows; made where there is none.
@@ -93,6 +98,9 @@ def simulate(
         UnsupportedModel: where the prior cannot be drawn from.
         ValueError: for wrong arguments, or a store of other simulations or of a simulator with another name.
         RuntimeError: where another process writes to the store, or every worker hangs.
+
+    Warns:
+        UserWarning: where nothing has come of any row: all have failed, or are not finite.
 
     Exactness: exact draws from the joint distribution of prior and simulator, failures included.
     """
@@ -126,7 +134,18 @@ def simulate(
             disable=None if progress_bar else True,
             leave=False,
         ) as bar:
-            _run(path, plan, executor, _tasks(rows, missing), shapes, bar.update)
+            faults: list[str] = []
+
+            def settled(row: Row) -> None:
+                faults.append(row.error or NOT_FINITE if row.status in (FAILED, INVALID) else "")
+                bar.update()
+
+            _run(path, plan, executor, _tasks(rows, missing), shapes, settled)
+    if faults and all(faults) and not done.valid.any():
+        warnings.warn(
+            f"None of the {len(faults)} simulations of this run can be learned from. The first: {faults[0]}",
+            stacklevel=2,
+        )
     return opened
 
 
@@ -214,14 +233,14 @@ def attempt(simulator: Simulator, parameters: dict[str, Any], seed: int, catch: 
     """Call a simulator once and time it; runs in the workers."""
     start = time.perf_counter()
     try:
-        returned = simulator(parameters, seed)
-        outputs = returned if isinstance(returned, dict) else {"y": returned}
-        arrays = {str(name): np.asarray(value, np.float64) for name, value in outputs.items()}
+        outputs = named_outputs(simulator(parameters, seed))
     except Exception as error:
         if not catch:
             raise
         return Outcome(None, f"{type(error).__name__}: {error}", time.perf_counter() - start)
-    return Outcome(arrays, "", time.perf_counter() - start)
+    arrays = {name: output.values for name, output in outputs.items()}
+    masked = say_masked({name: output.masked for name, output in outputs.items()})
+    return Outcome(arrays, masked, time.perf_counter() - start)
 
 
 def _run(
@@ -230,7 +249,7 @@ def _run(
     executor: concurrent.futures.Executor | None,
     tasks: list[_Task],
     shapes: dict[str, tuple[int, ...]],
-    done: Callable[[int], Any],
+    done: Callable[[Row], Any],
 ) -> None:
     """Run the rows, and write what is finished every few seconds and whatever ends the run."""
     waiting, finished, flushed = tasks[::-1], [], time.monotonic()
@@ -246,7 +265,7 @@ def _run(
             return
         shapes = shapes or {name: value.shape for name, value in (row.outputs or {}).items()}
         finished.append(row)
-        done(1)
+        done(row)
 
     try:
         while waiting or running:

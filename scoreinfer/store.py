@@ -38,7 +38,7 @@ class Row(NamedTuple):
         number: its number in the stream that belongs to the key.
         z: unconstrained parameters.
         status: ``ok``, ``invalid`` (numbers that are not finite), ``failed`` (it raised) or ``timeout``.
-        error: what it raised, in words.
+        error: what it raised, in words; or which of its outputs were masked.
         seed: the seed it was given.
         seconds: wall time; NaN where nobody measured it.
         outputs: its outputs by name; None where it has none.

@@ -17,6 +17,7 @@ from scoreinfer._errors import UnreadableFile, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model import read_likelihood
+from scoreinfer.outputs import real_numbers
 from scoreinfer.problem import Problem, Site
 from scoreinfer.store import Rows, Store, select
 
@@ -38,10 +39,15 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
                 f"Expected data for {', '.join(shapes)} by name, as the simulator returns them; got "
                 f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}."
             )
-        values = {name: np.asarray(kwargs[name], np.float64) for name in shapes}
+        values = {name: real_numbers(f"Data {name!r}", kwargs[name]).values for name in shapes}
         for name, value in values.items():
-            if value.shape != shapes[name] or not np.isfinite(value).all():
-                raise ValueError(f"{name!r} must have shape {shapes[name]} and finite numbers, got {value.shape}.")
+            if value.shape != shapes[name]:
+                raise ValueError(f"Data {name!r} must have shape {shapes[name]}, got {value.shape}.")
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
+                    "not (masked entries are none). Fit the posterior of the entries that there are."
+                )
         return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
 
     sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
