@@ -22,12 +22,25 @@ from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
+from scoreinfer.fingerprint import Version, fingerprint, moved
 from scoreinfer.model import from_numpyro
 from scoreinfer.outputs import named_outputs, say_masked
 from scoreinfer.problem import Problem
 from scoreinfer.resuming import key_bits
 from scoreinfer.storage import digest
-from scoreinfer.store import FAILED, INVALID, TIMEOUT, Row, Store, only_writer, open_store, status_of, write_shard
+from scoreinfer.store import (
+    FAILED,
+    FINGERPRINT,
+    INVALID,
+    TIMEOUT,
+    Row,
+    Store,
+    leave_out,
+    only_writer,
+    open_store,
+    status_of,
+    write_shard,
+)
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
@@ -61,6 +74,7 @@ def simulate(
     timeout: float | None = None,
     retries: int = 0,
     num_workers: int | None = None,
+    simulator_version: Version = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Store:
@@ -88,6 +102,10 @@ def simulate(
             killed from here, and keeps its worker busy until it ends.
         retries: how often a row that failed or timed out is tried again.
         num_workers: rows in flight. None: what the executor says, else the number of processors.
+        simulator_version: what tells this simulator from an edited one, whose rows do not belong with its own. None:
+            its code, constants, defaults, closure and global values, and those of your own functions and classes that
+            it calls (libraries, and objects without a plain value, count by name). Paths: files whose bytes count as
+            well, such as a program that it runs. A text: your own version, which stands in place of all that.
         progress_bar: show a progress bar on a terminal.
         **kwargs: the prior's own keyword arguments.
 
@@ -96,7 +114,8 @@ def simulate(
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for wrong arguments, or a store of other simulations or of a simulator with another name.
+        ValueError: for wrong arguments, or a store of other simulations or of another simulator: one of another name,
+            or edited since; the message says where.
         RuntimeError: where another process writes to the store, or every worker hangs.
 
     Warns:
@@ -118,10 +137,9 @@ def simulate(
     else:
         problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
         rows, told = partial(_prior_rows, key, problem), told_of_prior(problem)
-    path = Path(store)
-    opened = open_store(
-        path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | first_rows(rows, 4)
-    )
+    path, version = Path(store), fingerprint(simulator, simulator_version)
+    described = {"num": num, "key": key_bits(key), "simulator": _name(simulator), FINGERPRINT: version}
+    opened = open_store(path, described | told | first_rows(rows, 4))
     with only_writer(path):
         done = opened.index()
         missing = np.setdiff1d(np.arange(num), done.number)
@@ -140,7 +158,11 @@ def simulate(
                 faults.append(row.error or NOT_FINITE if row.status in (FAILED, INVALID) else "")
                 bar.update()
 
-            _run(path, plan, executor, _tasks(rows, missing), shapes, settled)
+            try:
+                _run(path, plan, executor, _tasks(rows, missing), shapes, settled)
+            finally:
+                if counting := moved(version, simulator):
+                    leave_out(path, counting)
     if faults and all(faults) and not done.valid.any():
         warnings.warn(
             f"None of the {len(faults)} simulations of this run can be learned from. The first: {faults[0]}",
@@ -192,7 +214,7 @@ def first_rows(rows: _SomeRows, num: int) -> dict[str, Any]:
 
 
 def _name(simulator: Simulator) -> str:
-    """Name a simulator for the manifest: a lambda and a callable object are told from others by their kind alone."""
+    """Name a simulator for the manifest."""
     while isinstance(simulator, partial):
         simulator = simulator.func
     return getattr(simulator, "__qualname__", type(simulator).__qualname__)
