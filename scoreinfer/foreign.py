@@ -19,7 +19,7 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import UnsupportedModel
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
 from scoreinfer.fingerprint import Version, fingerprint, moved
@@ -202,7 +202,7 @@ def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
     """Describe draws in a store's manifest."""
     if num > draws.num:
         raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
-    latents = [f"{name} {value.shape[1:]} drawn" for name, value in draws.sites.items()]
+    latents = [f"{name} {value.shape[1:]} drawn" for name, value in named_leaves(draws.sites).items()]
     return {"dim": draws.values.shape[1], "latents": latents, "draws": digest({"values": np.asarray(draws.values)})}
 
 
@@ -236,7 +236,7 @@ def _prior_rows(key: Key, problem: Problem, rows: Array) -> tuple[Array, Sites, 
 
 def _rows_of_draws(key: Key, draws: Draws, rows: Array) -> tuple[Array, Sites, Array]:
     seeds = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), dtype=jnp.uint32))(rows)
-    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, draws.sites))
+    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, named_leaves(draws.sites)))
     return z, sites, seeds
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 
 
 class Site(NamedTuple):
@@ -50,7 +50,7 @@ class Problem:
         observed: table of the observed sites (empty: the posterior is the prior).
         log_prior: log prior density of ``z``, with the bijectors' Jacobians.
         log_likelihood: log density of ``y`` given ``z``.
-        constrain: latent sites (constrained) and deterministic sites as a dictionary.
+        constrain: latent sites (constrained) and deterministic sites, which may be trees of arrays, as a dictionary.
         latent_sites: the latent sites alone (constrained), without replaying the model.
         unconstrain: dictionary of constrained latent sites to ``z``.
         simulate: one joint draw ``(z, y)`` from prior and simulator; None where the model cannot be simulated.
@@ -73,7 +73,7 @@ class Problem:
     observed: tuple[Site, ...]
     log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
     log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
-    constrain: Callable[[Float[Array, " dim"]], Sites]
+    constrain: Callable[[Float[Array, " dim"]], Values]
     latent_sites: Callable[[Float[Array, " dim"]], Sites]
     unconstrain: Callable[[Sites], Float[Array, " dim"]]
     simulate: Callable[[Key], tuple[Float[Array, " dim"], Sites]] | None

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.stats import ks_2samp
 
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer.draws import Draws
 from scoreinfer.foreign import first_rows, most_rows, told_of_draws, told_of_prior
 from scoreinfer.model import from_numpyro
@@ -72,7 +72,7 @@ def record(
     columns, masks = _columns(outputs)
     num = len(next(iter(columns.values())))
     if isinstance(prior, Draws):
-        sites, z, told = prior.sites, np.asarray(prior.values[:num]), told_of_draws(prior, num)
+        sites, z, told = named_leaves(prior.sites), np.asarray(prior.values[:num]), told_of_draws(prior, num)
         values = _check_rows({name: leaf.shape[1:] for name, leaf in sites.items()}, parameters, num)
         if any(not np.allclose(values[name], sites[name][:num], rtol=1e-3, atol=1e-6) for name in values):
             raise ValueError("The parameters must be those of the draws, in their order; got others.")

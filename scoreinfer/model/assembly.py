@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
 from scoreinfer._tree import Layout
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.model.arguments import abstract_trace, fix_parameters, infer_observed
 from scoreinfer.model.encoding import encoder, fill
 from scoreinfer.model.reading import Design, Reader, look, wrong_shape
@@ -100,7 +100,7 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
         terms = script.terms(frozen_key, layout.unflatten(z), y)
         return {name: terms[name] for name in names}
 
-    def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Sites:
+    def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Values:
         played = script.play(frozen_key, layout.unflatten(z), example)
         return {name: played[name]["value"] for name in wanted}
 
@@ -109,7 +109,7 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
             return replayed(z, list(survey.latents))
         return {name: bijectors[name](point) for name, point in layout.unflatten(z).items()}
 
-    def constrain(z: Float[Array, " dim"]) -> Sites:
+    def constrain(z: Float[Array, " dim"]) -> Values:
         return replayed(z, [*survey.latents, *reported]) if reported else latent_sites(z)
 
     def unconstrain(sites: Sites) -> Float[Array, " dim"]:
