@@ -51,7 +51,8 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
         return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
 
     sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
-    return _foreign(problem, observed=sites, encode=lambda y: y, read=read)
+    recipe = partial(with_outputs, problem, shapes)
+    return _foreign(problem, observed=sites, encode=lambda y: y, read=read, recipe=recipe)
 
 
 def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, outputs: Sites) -> Problem:
@@ -64,13 +65,13 @@ def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, 
         outputs: what it returned there.
     """
     few = slice(None, NUM_EXAMPLES)
-    parameters = jax.jit(jax.vmap(problem.latent_sites))(z[few])
-    observation = read_likelihood(likelihood, parameters, {name: value[few] for name, value in outputs.items()})
+    z, outputs = z[few], {name: value[few] for name, value in outputs.items()}
+    observation = read_likelihood(likelihood, jax.jit(jax.vmap(problem.latent_sites))(z), outputs)
     if observation.simulate_observation is None:
         raise UnsupportedModel(f"Learning draws data from the likelihood: {observation.not_simulable}")
     return _foreign(
         problem, observed=observation.observed, encode=observation.encode, read=observation.read,
-        observation=observation,
+        observation=observation, recipe=partial(with_likelihood, problem, likelihood, z, outputs),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """From a model and its arguments to a `Problem`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,11 @@ class Facts(NamedTuple):
     overlooked: frozenset[str]
 
 
+def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> Problem:
+    """Read a model with bound arguments."""
+    return read_model(model, args, kwargs, observed)[0]
+
+
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
     """Read a model with bound arguments: the problem, and what else `check` has to say."""
     closed, fixed = fix_parameters(model, args, kwargs)
@@ -43,7 +49,9 @@ def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = 
     refuse_seeded(survey)
     inferred = frozenset() if given else fed
     facts = Facts(survey, script, inferred, fixed, pseudo, fed - names)
-    return _problem(model, Design(closed, args, kwargs, script, survey), facts), facts
+    problem = _problem(model, Design(closed, args, kwargs, script, survey), facts)
+    recipe = functools.partial(read_problem, model, args, kwargs, observed)
+    return dataclasses.replace(problem, recipe=recipe), facts
 
 
 def _given(run: Callable[[], Any], base: Trace) -> tuple[dict[str, tuple[int, ...] | None], frozenset[str]]:
