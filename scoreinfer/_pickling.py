@@ -27,8 +27,8 @@ def by_recipe(recipe: Callable[[], Any]) -> tuple[Callable[..., Any], tuple[Any]
         except Exception as error:  # whatever a user's objects make a pickler raise
             raise NotImportable(
                 f"The model or its arguments cannot be pickled: {error}. Pickle finds functions by name: move the "
-                "model to a module that can be imported (no lambda, no function within a function), or use cloudpickle. "
-                "Or keep the posterior with `posterior.save(path)`, and read it with `scoreinfer.load(path, model)`."
+                "model to a module that can be imported (no lambda, no function in a function), or use cloudpickle. Or "
+                "keep the posterior with `posterior.save(path)`, and read it with `scoreinfer.load(path, model)`."
             ) from error
     return _follow, (recipe,)
 

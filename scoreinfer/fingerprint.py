@@ -2,10 +2,10 @@
 
 A callable is taken apart into named parts: bytecode and constants (nested functions included), defaults, closure and
 global values, arguments of partials, attributes of objects, and the same of the user's own functions and classes that
-it refers to. Libraries (whatever lies in ``site-packages`` or the standard library) count by name alone, and so do
-objects that have no plain value. Nothing depends on addresses, files, line numbers, docstrings or names of local
-variables, so the parts are the same in every process of one Python version. Text counts by its digest: it may be
-secret.
+it refers to. Libraries (whatever lies in ``site-packages`` or the standard library) count by name, and their objects by
+the arrays and the fields that they hold, such as a network's weights. Nothing depends on addresses, files, line
+numbers, docstrings or names of local variables, so the parts are the same in every process of one Python version. Text
+counts by its digest: it may be secret.
 """
 
 import dataclasses
@@ -247,6 +247,8 @@ class _Parts:
             self._attributes(value)
         elif first and hasattr(value, "__wrapped__"):
             self.told(value.__wrapped__)
+        elif first:
+            self._attributes(value, arrays_alone=not dataclasses.is_dataclass(value))
         return f"a {type(value).__qualname__}"
 
     def _partial(self, value: partial) -> str:
@@ -288,10 +290,12 @@ class _Parts:
             elif not name.startswith("__"):
                 self.add(f"attribute `{name}` of `{kind.__qualname__}`", self.told(member))
 
-    def _attributes(self, value: Any) -> None:
+    def _attributes(self, value: Any, arrays_alone: bool = False) -> None:
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         found = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if hasattr(value, name)}
         for name, attribute in list(found.items()):
+            if arrays_alone and not is_array(attribute):
+                continue
             self.add(f"attribute `{name}` of a `{type(value).__qualname__}`", self.told(attribute))
 
 

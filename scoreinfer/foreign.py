@@ -104,8 +104,8 @@ def simulate(
         num_workers: rows in flight. None: what the executor says, else the number of processors.
         simulator_version: what tells this simulator from an edited one, whose rows do not belong with its own. None:
             its code, constants, defaults, closure and global values, and those of your own functions and classes that
-            it calls (libraries, and objects without a plain value, count by name). Paths: files whose bytes count as
-            well, such as a program that it runs. A text: your own version, which stands in place of all that.
+            it calls (libraries count by name, and their objects by the arrays they hold). Paths: files whose bytes
+            count as well, such as a program that it runs. A text: your own version, which stands in place of all that.
         progress_bar: show a progress bar on a terminal.
         **kwargs: the prior's own keyword arguments.
 

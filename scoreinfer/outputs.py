@@ -46,7 +46,7 @@ def real_numbers(what: str, value: Any) -> Numbers:
         raise ValueError(f"{what} must be an array of real numbers: {error}.") from error
     if not np.can_cast(array.dtype, np.float64, "same_kind"):
         got = type(array.flat[0]).__name__ if array.dtype == object and array.size else array.dtype
-        way_out = WAYS_OUT.get(array.dtype.kind, "Turn it into numbers, or leave it out")
+        way_out = WAYS_OUT.get(array.dtype.kind, "Turn it into an array of floats, or leave it out")
         raise ValueError(f"{what} must be real or whole numbers, got {got}. {way_out}.")
     values = array.astype(np.float64)
     if not is_masked:

@@ -1,18 +1,22 @@
 """Fingerprints of simulators: whatever changes what is computed is named, and nothing else is noticed."""
 
+import copy
 import functools
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import types
 
+import equinox as eqx
 import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import gaussian_kde
 
 import scoreinfer as si
 from scoreinfer.fingerprint import differences, fingerprint
@@ -172,6 +176,24 @@ def test_objects_of_libraries_count_by_name():
     assert before["parts"]["closure value `rng` of `test_objects_of_libraries_count_by_name.<locals>.simulator`"] == (
         "a Generator"
     )
+
+
+def test_weights_of_networks_and_tables_of_libraries_count():
+    """A surrogate trained anew, a density estimated from other values."""
+    nets = [eqx.nn.MLP(1, 1, 4, 1, key=jax.random.key(i)) for i in (0, 1)]
+    densities = [gaussian_kde(np.arange(4.0) ** i) for i in (2, 3)]
+    for one, other in (nets, densities):
+        told, was = (fingerprint(functools.partial(load(BASE).simulator, surrogate=s)) for s in (one, other))
+        assert any("attribute `" in text and text.endswith("differs") for text in differences(told, was))
+        assert told == fingerprint(functools.partial(load(BASE).simulator, surrogate=copy.deepcopy(one)))
+
+
+def test_a_function_sent_to_another_process_is_the_same():
+    cloudpickle = pytest.importorskip("cloudpickle")
+    function = offset_by(2.0)
+    for _ in range(2):
+        function = pickle.loads(cloudpickle.dumps(function))
+        assert fingerprint(function) == fingerprint(offset_by(2.0))
 
 
 def test_another_python_has_other_bytecode():
