@@ -80,6 +80,15 @@ def arrays_by_name(tree: PyTree) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in paths if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)}
 
 
+def named_leaves(values: Mapping[str, PyTree]) -> dict[str, Any]:
+    """Name the arrays of every site: by the site, and within a tree of arrays by where they are.
+
+    >>> list(named_leaves({"b": np.zeros(2), "a": {"w": np.ones(3)}}))
+    ['b', 'a.w']
+    """
+    return {label: leaf for name, value in values.items() for label, leaf in arrays_by_name({name: value}).items()}
+
+
 def put_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     """Put named arrays in the places of a pytree's arrays (or of their shapes)."""
 

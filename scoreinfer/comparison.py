@@ -1,9 +1,11 @@
 """The same model under several kernels: what each costs, and what its draws are worth."""
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +13,11 @@ import numpy as np
 from jaxtyping import PyTree
 from numpyro.infer import HMC, MCMC
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.primitives import Messenger
 
+from scoreinfer._tree import named_leaves
 from scoreinfer._typing import Key
+from scoreinfer.export import file_name, in_file_names
 from scoreinfer.kernels import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 
 Arrays = Mapping[str, Any]
@@ -89,10 +94,10 @@ class Comparison:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def to_arviz(self) -> dict[str, Any]:
-        """Make ArviZ data of every kernel's draws."""
+        """Make ArviZ data of every kernel's draws, under names that files can hold (see `to_arviz`)."""
         import arviz as az
 
-        return {name: az.from_numpyro(mcmc, log_likelihood=False) for name, mcmc in self.mcmc.items()}
+        return {name: az.from_numpyro(_in_file_names(mcmc), log_likelihood=False) for name, mcmc in self.mcmc.items()}
 
     def plot(self, **options: Any) -> Any:
         """Plot the posteriors of all kernels side by side: ArviZ's forest plot, with its own ``options``."""
@@ -243,10 +248,31 @@ class _Clock:
         self.compile += duration_secs if event == _COMPILE_EVENT else 0.0
 
 
+class _InFileNames(Messenger):
+    """Give sites and plates the names that they have in files."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        msg["name"] = file_name(msg["name"])
+        frames = msg.get("cond_indep_stack", [])
+        msg["cond_indep_stack"] = [frame._replace(name=file_name(frame.name)) for frame in frames]
+
+
+def _in_file_names(mcmc: MCMC) -> MCMC:
+    """Copy chains for ArviZ, which asks them for draws and model."""
+    shown, sampler = copy.copy(mcmc), mcmc.sampler
+    if sampler.model is None:
+        return shown
+    shown.sampler = SimpleNamespace(
+        model=_InFileNames(sampler.model), _max_tree_depth=getattr(sampler, "_max_tree_depth", None)
+    )
+    shown.get_samples = lambda **options: in_file_names(_named(mcmc.get_samples(**options)))
+    return shown
+
+
 def _named(samples: PyTree) -> Arrays:
     """Name the parts of draws: sites bear names, and what a bare density takes is ``z``."""
     if isinstance(samples, Mapping):
-        return samples
+        return named_leaves(samples)
     return {f"z{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(samples)}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, Weighted, draw, weigh
 from scoreinfer.tempering import AbstractReference
@@ -107,7 +107,7 @@ def _constrain(problem, values):
     return jax.vmap(problem.constrain)(values)
 
 
-def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Sites:
+def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Values:
     """Compute latent and deterministic sites of every row, in batches of bounded memory."""
     num = values.shape[0]
     return in_batches(lambda i: _constrain(problem, values[i]), num, batch_shape(num, batch_size))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.correct import pareto_smooth, resample_indices
 
 
@@ -14,7 +14,8 @@ class Draws(NamedTuple):
     """Weighted draws from a posterior; the draw axis comes first everywhere.
 
     Args:
-        sites: constrained values of latent and deterministic sites, each ``(num, *site shape)``.
+        sites: constrained values of latent and deterministic sites, each ``(num, *site shape)``; a deterministic site
+            that is a tree of arrays stays one, as in NumPyro.
         values: flat unconstrained vectors.
         log_weight: log p(z, y) - log q(z); None where the model has no density.
         log_q: log density of the proposal (for path weights: of the draw's own extended path).
@@ -24,7 +25,7 @@ class Draws(NamedTuple):
         info: what the sampler says of itself (counts, times, flags).
     """
 
-    sites: Sites
+    sites: Values
     values: Float[Array, "num dim"]
     log_weight: Float[Array, " num"] | None
     log_q: Float[Array, " num"]
@@ -38,7 +39,7 @@ class Draws(NamedTuple):
         """Number of draws."""
         return self.values.shape[0]
 
-    def resample(self, key: Key, num: int) -> Sites:
+    def resample(self, key: Key, num: int) -> Values:
         """Draw ``num`` equally weighted values of every site, by Pareto-smoothed importance resampling.
 
         Raises:

@@ -3,6 +3,9 @@
 ArviZ 0.22 and 0.23 know an `InferenceData`, ArviZ 1.x an xarray `DataTree`. This module owns the difference; the
 result can be read the same way in both: ``"posterior" in data``, ``data["posterior"]["a"]``, ``data.to_netcdf(path)``.
 
+netCDF files have no names with slashes, which NumPyro's scopes give to sites: there ``left/a`` is called ``left.a``. Of
+deterministic sites that are trees of arrays every array is a variable, ``net.w``.
+
 ArviZ has no place for weights. Either the draws are resampled, and every function of ArviZ is right; or they stay
 as the proposal gave them, with ``log_weight``, ``log_q`` and ``lp`` beside them in ``sample_stats``, for functions
 that take weights (`arviz.loo_approximate_posterior` of ArviZ 1.x).
@@ -22,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 from numpy.typing import ArrayLike
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._tree import named_leaves
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.draws import Draws
 from scoreinfer.problem import Problem
 
@@ -63,7 +67,7 @@ def to_arviz(
     Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``, and
     whatever the sampler reports of each draw), ``observed_data``, and on request ``log_likelihood``,
     ``posterior_predictive``, ``prior`` and ``prior_predictive``. The attributes of ``posterior`` carry the versions,
-    what the sampler reports of the batch, and the certificate as ``certificate_*``.
+    what the sampler reports of the batch, the certificate as ``certificate_*``, and which sites are ``renamed``.
 
     Args:
         draws: what a sampler returned.
@@ -119,7 +123,7 @@ def to_arviz(
     per_draw, per_batch = _split_info(draws)
     densities = {"log_weight": draws.log_weight, "log_q": draws.log_q, "lp": draws.log_joint}
     groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": chains(draws.sites),
+        "posterior": chains(named_leaves(draws.sites)),
         "sample_stats": chains({**per_draw, **{name: value for name, value in densities.items() if value is not None}}),
         "observed_data": {name: np.asarray(value) for name, value in draws.observed.items()},
     }
@@ -142,15 +146,19 @@ def to_arviz(
     if prior:
         problem = _simulable(_problem(posterior, f"prior={prior}"), f"prior={prior}")
         sites, simulated = _prior(problem, jax.random.split(key_prior, prior))
-        groups["prior"] = chains(sites, np.arange(prior), 1)
+        groups["prior"] = chains(named_leaves(sites), np.arange(prior), 1)
         groups["prior_predictive"] = chains(simulated, np.arange(prior), 1)
 
-    data = _from_groups({name: group for name, group in groups.items() if group}, coords, dims)
+    named = {group: in_file_names(values) for group, values in groups.items() if values}
+    pairs = [pair for group, values in named.items() for pair in zip(groups[group], values, strict=True)]
+    renamed = {old: new for old, new in pairs if old != new}
+    data = _from_groups(named, coords, dims and {renamed.get(site, site): names for site, names in dims.items()})
     data["posterior"].attrs.update(
         _versions()
         | {"num_draws": draws.num, "resampled": int(resample), "weighted": int(weighted and not resample)}
         | _flatten(per_batch)
         | _flatten(_fields(draws.certificate), "certificate_")
+        | ({"renamed": "; ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {})
         | {"note": _NOTE}
     )
     return data
@@ -160,10 +168,26 @@ def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
     """Present ranks of simulation-based calibration, simulations first, as the group ``prior_sbc`` of either ArviZ."""
     import arviz as az
 
-    group = {name: np.asarray(values)[None] for name, values in ranks.items()}
+    group = {name: np.asarray(values)[None] for name, values in in_file_names(ranks).items()}
     if int(az.__version__.split(".")[0]) >= 1:
         return az.from_dict({"prior_sbc": group})
     return az.InferenceData(prior_sbc=az.dict_to_dataset(group), warn_on_custom_groups=False)
+
+
+def file_name(name: str) -> str:
+    """Name a site as files can: netCDF keeps slashes for groups."""
+    return name.replace("/", ".")
+
+
+def in_file_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Name values as files can, each differently."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        own = file_name(name)
+        while own in named or (own != name and own in values):
+            own += "_"
+        named[own] = value
+    return named
 
 
 def _why_key(resample: bool, predictive: bool, prior: int) -> str:
@@ -219,10 +243,10 @@ def _predict(problem: Problem, keys: Array, values: Float[Array, "num dim"]) -> 
 
 
 @partial(jax.jit, static_argnums=0)
-def _prior(problem: Problem, keys: Array) -> tuple[Sites, Sites]:
+def _prior(problem: Problem, keys: Array) -> tuple[Values, Sites]:
     """Draw latent and deterministic sites from the prior, with one observation each."""
 
-    def one(key: Key) -> tuple[Sites, Sites]:
+    def one(key: Key) -> tuple[Values, Sites]:
         assert problem.simulate is not None
         z, y = problem.simulate(key)
         return problem.constrain(z), y

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,28 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import UnsupportedModel
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
+from scoreinfer.fingerprint import Version, fingerprint, moved
 from scoreinfer.model import from_numpyro
+from scoreinfer.outputs import named_outputs, say_masked
 from scoreinfer.problem import Problem
 from scoreinfer.resuming import key_bits
 from scoreinfer.storage import digest
-from scoreinfer.store import FAILED, TIMEOUT, Row, Store, only_writer, open_store, status_of, write_shard
+from scoreinfer.store import (
+    FAILED,
+    FINGERPRINT,
+    INVALID,
+    TIMEOUT,
+    Row,
+    Store,
+    leave_out,
+    only_writer,
+    open_store,
+    status_of,
+    write_shard,
+)
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
@@ -36,6 +51,7 @@ FLUSH_SECONDS, FLUSH_ROWS, FLUSH_BYTES = 5.0, 1000, 32 * 2**20
 PATIENCE = 10.0
 """Time-outs that are waited for a worker where all are busy with rows that were given up."""
 BATCH = 4096
+NOT_FINITE = "numbers that are not finite"
 
 
 class Outcome(NamedTuple):
@@ -58,6 +74,7 @@ def simulate(
     timeout: float | None = None,
     retries: int = 0,
     num_workers: int | None = None,
+    simulator_version: Version = None,
     progress_bar: bool = True,
     **kwargs: Any,
 ) -> Store:
@@ -73,6 +90,8 @@ def simulate(
             Or `Draws`, to run the simulator on the first ``num`` of them (see `Posterior.weigh`).
         simulator: ``simulator(parameters, seed)``: constrained parameters by site as NumPy values, and a whole number
             to seed what is random in it. Returns an array (then called ``y``) or a dictionary of arrays by name.
+            A row fails where one of them holds anything but real or whole numbers or truth values. Masked entries are
+            missing values: NaN.
         num: number of rows.
         *args: the prior's own arguments.
         store: folder of the rows; made where there is none.
@@ -83,6 +102,10 @@ def simulate(
             killed from here, and keeps its worker busy until it ends.
         retries: how often a row that failed or timed out is tried again.
         num_workers: rows in flight. None: what the executor says, else the number of processors.
+        simulator_version: what tells this simulator from an edited one, whose rows do not belong with its own. None:
+            its code, constants, defaults, closure and global values, and those of your own functions and classes that
+            it calls (libraries count by name, and their objects by the arrays they hold). Paths: files whose bytes
+            count as well, such as a program that it runs. A text: your own version, which stands in place of all that.
         progress_bar: show a progress bar on a terminal.
         **kwargs: the prior's own keyword arguments.
 
@@ -91,8 +114,12 @@ def simulate(
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for wrong arguments, or a store of other simulations or of a simulator with another name.
+        ValueError: for wrong arguments, or a store of other simulations or of another simulator: one of another name,
+            or edited since; the message says where.
         RuntimeError: where another process writes to the store, or every worker hangs.
+
+    Warns:
+        UserWarning: where nothing has come of any row: all have failed, or are not finite.
 
     Exactness: exact draws from the joint distribution of prior and simulator, failures included.
     """
@@ -110,10 +137,9 @@ def simulate(
     else:
         problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
         rows, told = partial(_prior_rows, key, problem), told_of_prior(problem)
-    path = Path(store)
-    opened = open_store(
-        path, {"num": num, "key": key_bits(key), "simulator": _name(simulator)} | told | first_rows(rows, 4)
-    )
+    path, version = Path(store), fingerprint(simulator, simulator_version)
+    described = {"num": num, "key": key_bits(key), "simulator": _name(simulator), FINGERPRINT: version}
+    opened = open_store(path, described | told | first_rows(rows, 4))
     with only_writer(path):
         done = opened.index()
         missing = np.setdiff1d(np.arange(num), done.number)
@@ -126,7 +152,22 @@ def simulate(
             disable=None if progress_bar else True,
             leave=False,
         ) as bar:
-            _run(path, plan, executor, _tasks(rows, missing), shapes, bar.update)
+            faults: list[str] = []
+
+            def settled(row: Row) -> None:
+                faults.append(row.error or NOT_FINITE if row.status in (FAILED, INVALID) else "")
+                bar.update()
+
+            try:
+                _run(path, plan, executor, _tasks(rows, missing), shapes, settled)
+            finally:
+                if counting := moved(version, simulator):
+                    leave_out(path, counting)
+    if faults and all(faults) and not done.valid.any():
+        warnings.warn(
+            f"None of the {len(faults)} simulations of this run can be learned from. The first: {faults[0]}",
+            stacklevel=2,
+        )
     return opened
 
 
@@ -161,7 +202,7 @@ def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
     """Describe draws in a store's manifest."""
     if num > draws.num:
         raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
-    latents = [f"{name} {value.shape[1:]} drawn" for name, value in draws.sites.items()]
+    latents = [f"{name} {value.shape[1:]} drawn" for name, value in named_leaves(draws.sites).items()]
     return {"dim": draws.values.shape[1], "latents": latents, "draws": digest({"values": np.asarray(draws.values)})}
 
 
@@ -173,7 +214,7 @@ def first_rows(rows: _SomeRows, num: int) -> dict[str, Any]:
 
 
 def _name(simulator: Simulator) -> str:
-    """Name a simulator for the manifest: a lambda and a callable object are told from others by their kind alone."""
+    """Name a simulator for the manifest."""
     while isinstance(simulator, partial):
         simulator = simulator.func
     return getattr(simulator, "__qualname__", type(simulator).__qualname__)
@@ -195,7 +236,7 @@ def _prior_rows(key: Key, problem: Problem, rows: Array) -> tuple[Array, Sites, 
 
 def _rows_of_draws(key: Key, draws: Draws, rows: Array) -> tuple[Array, Sites, Array]:
     seeds = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), dtype=jnp.uint32))(rows)
-    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, draws.sites))
+    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, named_leaves(draws.sites)))
     return z, sites, seeds
 
 
@@ -214,14 +255,14 @@ def attempt(simulator: Simulator, parameters: dict[str, Any], seed: int, catch: 
     """Call a simulator once and time it; runs in the workers."""
     start = time.perf_counter()
     try:
-        returned = simulator(parameters, seed)
-        outputs = returned if isinstance(returned, dict) else {"y": returned}
-        arrays = {str(name): np.asarray(value, np.float64) for name, value in outputs.items()}
+        outputs = named_outputs(simulator(parameters, seed))
     except Exception as error:
         if not catch:
             raise
         return Outcome(None, f"{type(error).__name__}: {error}", time.perf_counter() - start)
-    return Outcome(arrays, "", time.perf_counter() - start)
+    arrays = {name: output.values for name, output in outputs.items()}
+    masked = say_masked({name: output.masked for name, output in outputs.items()})
+    return Outcome(arrays, masked, time.perf_counter() - start)
 
 
 def _run(
@@ -230,7 +271,7 @@ def _run(
     executor: concurrent.futures.Executor | None,
     tasks: list[_Task],
     shapes: dict[str, tuple[int, ...]],
-    done: Callable[[int], Any],
+    done: Callable[[Row], Any],
 ) -> None:
     """Run the rows, and write what is finished every few seconds and whatever ends the run."""
     waiting, finished, flushed = tasks[::-1], [], time.monotonic()
@@ -246,7 +287,7 @@ def _run(
             return
         shapes = shapes or {name: value.shape for name, value in (row.outputs or {}).items()}
         finished.append(row)
-        done(1)
+        done(row)
 
     try:
         while waiting or running:

@@ -33,6 +33,7 @@ from scoreinfer.drawing import Defence, constrain, draw_rows, weigh_rows, weight
 from scoreinfer.draws import Draws
 from scoreinfer.forward import ForwardBank, Outliers, outliers
 from scoreinfer.model import unknowns
+from scoreinfer.outputs import real_numbers
 from scoreinfer.particles import ResampledPaths
 from scoreinfer.path_checkpoint import PathParts, read_paths, write_paths
 from scoreinfer.path_losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
@@ -314,7 +315,7 @@ class PathPosterior(eqx.Module):
         return self.bank.check(x)._replace(distance_rank=float(self.outliers.rank(x)))
 
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
-        end = jnp.asarray(end_state, jnp.result_type(float))
+        end = jnp.asarray(real_numbers("`end_state`", end_state).values, jnp.result_type(float))
         if end.shape != self.process.shape:
             raise ValueError(f"`end_state` must have the state's shape {self.process.shape}, got {end.shape}.")
         if not bool(jnp.isfinite(end).all()):
@@ -551,15 +552,19 @@ def _with_ends(physics, z, ends):
 
 def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Array, "num times *state"]:
     """Check recorded paths against the process (without the noise of an observation)."""
-    paths = jnp.asarray(trajectories, jnp.result_type(float))
+    paths = jnp.asarray(real_numbers("`trajectories`", trajectories).values, jnp.result_type(float))
     expected = (physics.num_steps + 1, *physics.shape)
     if paths.shape[1:] != expected or paths.shape[0] < 2:
         raise ValueError(
             "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
             f"{', '.join(map(str, expected))}), got {paths.shape}."
         )
-    if not bool(jnp.isfinite(paths).all()):
-        raise ValueError("`trajectories` must be finite: drop those in which the simulator or the record failed.")
+    finite = np.isfinite(paths).reshape(len(paths), -1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"`trajectories` must be finite, but {np.sum(~finite)} of the {len(paths)} hold numbers that are not, "
+            f"first number {int(np.argmin(finite))}. Drop those in which the simulator or the record failed."
+        )
     return paths
 
 

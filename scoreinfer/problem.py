@@ -8,13 +8,15 @@ Notation: ``z`` is the flat unconstrained vector of all latent sites, ``y`` the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._pickling import by_recipe
+from scoreinfer._typing import Key, Sites, Values
 
 
 class Site(NamedTuple):
@@ -50,7 +52,7 @@ class Problem:
         observed: table of the observed sites (empty: the posterior is the prior).
         log_prior: log prior density of ``z``, with the bijectors' Jacobians.
         log_likelihood: log density of ``y`` given ``z``.
-        constrain: latent sites (constrained) and deterministic sites as a dictionary.
+        constrain: latent sites (constrained) and deterministic sites, which may be trees of arrays, as a dictionary.
         latent_sites: the latent sites alone (constrained), without replaying the model.
         unconstrain: dictionary of constrained latent sites to ``z``.
         simulate: one joint draw ``(z, y)`` from prior and simulator; None where the model cannot be simulated.
@@ -66,6 +68,8 @@ class Problem:
             none.
         observation: where the data come from a foreign simulator's outputs by a known likelihood: that likelihood, as
             a problem whose flat vector is parameters and outputs side by side.
+        recipe: makes the problem again, from the model and the arguments it was read with: what is pickled in its
+            place. None for one that was made by hand.
     """
 
     dim: int
@@ -73,7 +77,7 @@ class Problem:
     observed: tuple[Site, ...]
     log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
     log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
-    constrain: Callable[[Float[Array, " dim"]], Sites]
+    constrain: Callable[[Float[Array, " dim"]], Values]
     latent_sites: Callable[[Float[Array, " dim"]], Sites]
     unconstrain: Callable[[Sites], Float[Array, " dim"]]
     simulate: Callable[[Key], tuple[Float[Array, " dim"], Sites]] | None
@@ -85,6 +89,16 @@ class Problem:
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
     model: Callable | None = None
     observation: "Problem | None" = None
+    recipe: "Callable[[], Problem] | None" = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.recipe is None else by_recipe(self.recipe)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Problem":
+        return self
+
+    def __copy__(self) -> "Problem":
+        return self
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""
@@ -108,4 +122,5 @@ def from_potential(potential_fn: Callable[[PyTree], Float[Array, ""]], example: 
         encode=lambda y: y,
         read=lambda args, kwargs: {},
         not_simulable="a bare density cannot be simulated.",
+        recipe=partial(from_potential, potential_fn, example),
     )

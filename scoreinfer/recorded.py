@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.stats import ks_2samp
 
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer.draws import Draws
 from scoreinfer.foreign import first_rows, most_rows, told_of_draws, told_of_prior
 from scoreinfer.model import from_numpyro
+from scoreinfer.outputs import named_outputs, real_numbers, say_masked
 from scoreinfer.problem import Problem
 from scoreinfer.storage import digest
 from scoreinfer.store import Row, Store, only_writer, open_store, status_of, write_shard
@@ -44,7 +45,7 @@ def record(
             the simulator was run (see `Posterior.weigh`).
         parameters: constrained parameters by site, rows first.
         outputs: what the simulator returned, rows first: an array (then called ``y``) or a dictionary of arrays by
-            name. Rows with numbers that are not finite count as failed.
+            name. Rows with numbers that are not finite, or with masked entries, count as failed.
         *args: the prior's own arguments.
         store: folder of the rows; made where there is none.
         **kwargs: the prior's own keyword arguments.
@@ -54,8 +55,8 @@ def record(
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for sites or rows that do not match, parameters outside the prior's support or not spread as the
-            prior's draws are, or a store of other simulations.
+        ValueError: for outputs or parameters that are no real numbers, sites or rows that do not match, parameters
+            outside the prior's support or not spread as the prior's draws are, or a store of other simulations.
 
     Exactness: what is learned from the store is right as far as the parameters are independent draws of the prior
         (a space-filling design will do). They are refused where a Kolmogorov-Smirnov test against the prior gives some
@@ -68,10 +69,10 @@ def record(
     >>> print(si.record(prior, {"a": a}, a**2, store=tempfile.mkdtemp()))
     100 of 100 simulations (100 ok, 0 invalid, 0 failed, 0 timeout)
     """
-    columns = _columns(outputs)
+    columns, masks = _columns(outputs)
     num = len(next(iter(columns.values())))
     if isinstance(prior, Draws):
-        sites, z, told = prior.sites, np.asarray(prior.values[:num]), told_of_draws(prior, num)
+        sites, z, told = named_leaves(prior.sites), np.asarray(prior.values[:num]), told_of_draws(prior, num)
         values = _check_rows({name: leaf.shape[1:] for name, leaf in sites.items()}, parameters, num)
         if any(not np.allclose(values[name], sites[name][:num], rtol=1e-3, atol=1e-6) for name in values):
             raise ValueError("The parameters must be those of the draws, in their order; got others.")
@@ -89,30 +90,30 @@ def record(
         missing = np.setdiff1d(np.arange(num), opened.index().number)
         size = most_rows({name: value.shape[1:] for name, value in columns.items()})
         for some in np.split(missing, range(size, len(missing), size)):
-            write_shard(
-                path,
-                [_row(int(i), z[i], {name: np.asarray(value[i]) for name, value in columns.items()}) for i in some],
-            )
+            write_shard(path, [_row(int(i), z[i], columns, masks) for i in some])
     return opened
 
 
-def _columns(outputs: Any) -> dict[str, np.ndarray]:
-    named = outputs if isinstance(outputs, Mapping) else {"y": outputs}
-    columns = {str(name): np.asarray(value, np.float64) for name, value in named.items()}
+def _columns(outputs: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Take outputs by name, rows first, and which of their entries were masked, where any was."""
+    named = named_outputs(outputs)
+    columns = {name: output.values for name, output in named.items()}
     lengths = {len(value) if value.ndim else 0 for value in columns.values()}
     if len(lengths) != 1 or 0 in lengths:
         got = {name: value.shape for name, value in columns.items()}
         raise ValueError(f"Expected outputs of as many rows each, and one at least; got shapes {got}.")
-    return columns
+    return columns, {name: output.masked for name, output in named.items() if output.masked is not None}
 
 
-def _row(number: int, z: np.ndarray, outputs: dict[str, np.ndarray]) -> Row:
-    return Row(number, z, status_of(outputs), "", 0, np.nan, outputs)
+def _row(number: int, z: np.ndarray, columns: dict[str, np.ndarray], masks: dict[str, np.ndarray]) -> Row:
+    outputs = {name: np.asarray(column[number]) for name, column in columns.items()}
+    masked = say_masked({name: np.asarray(mask[number]) for name, mask in masks.items()})
+    return Row(number, z, status_of(outputs), masked, 0, np.nan, outputs)
 
 
 def _check_rows(shapes: dict[str, tuple[int, ...]], parameters: Mapping[str, Any], num: int) -> dict[str, np.ndarray]:
     """Check names, shapes and the number of rows; return the parameters by site."""
-    values = {name: np.asarray(value, np.float64) for name, value in parameters.items()}
+    values = {name: real_numbers(f"Parameter {name!r}", value).values for name, value in parameters.items()}
     got = {name: value.shape for name, value in values.items()}
     expected = {name: (num, *shape) for name, shape in shapes.items()}
     if got != expected:

@@ -6,6 +6,7 @@ kernels' and the start's.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -311,6 +312,7 @@ def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str
         encode=(lambda y: {END_STATE: y[END_STATE]}) if site == END_STATE else problem.encode,
         read=problem.read,
         has_density=False,
+        recipe=partial(beginning, problem, process, physics, site),
     )
 
 
@@ -320,4 +322,6 @@ def pinned(problem: Problem) -> Problem:
     Its "likelihood" is one: the density of the path at its known end is all there is, and the evidence is the density
     of the process at that end.
     """
-    return dataclasses.replace(problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype))
+    return dataclasses.replace(
+        problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype), recipe=partial(pinned, problem)
+    )

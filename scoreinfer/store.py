@@ -11,7 +11,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from scoreinfer._errors import UnreadableFile
+from scoreinfer.fingerprint import continued, differences, is_fingerprint, without
 from scoreinfer.storage import read_record, remove_leftovers, write_file, write_record
 
 FORMAT, SCHEMA = "scoreinfer simulations", 1
 MANIFEST, LOCK = "manifest.json", "lock"
+FINGERPRINT = "fingerprint"
 OK, INVALID, FAILED, TIMEOUT = "ok", "invalid", "failed", "timeout"
 STATUSES = (OK, INVALID, FAILED, TIMEOUT)
 MAX_ERROR = 200
@@ -38,7 +40,7 @@ class Row(NamedTuple):
         number: its number in the stream that belongs to the key.
         z: unconstrained parameters.
         status: ``ok``, ``invalid`` (numbers that are not finite), ``failed`` (it raised) or ``timeout``.
-        error: what it raised, in words.
+        error: what it raised, in words; or which of its outputs were masked.
         seed: the seed it was given.
         seconds: wall time; NaN where nobody measured it.
         outputs: its outputs by name; None where it has none.
@@ -205,7 +207,8 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
     """Begin a store, or open the one that is there for more rows of the same stream.
 
     Raises:
-        ValueError: where the store that is there is of another key or prior, or of a simulator with another name.
+        ValueError: where the store that is there is of another key or prior, or of another simulator.
+        UnreadableFile: where the manifest that is there is damaged.
     """
     record = {"format": FORMAT, "schema": SCHEMA} | record
     path.mkdir(parents=True, exist_ok=True)
@@ -216,16 +219,40 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
         changed = [
             f"`{name}` is {record.get(name)}, was {stored.get(name)}"
             for name in sorted(record.keys() | stored.keys())
-            if name != "num" and record.get(name) != stored.get(name)
+            if name not in ("num", FINGERPRINT) and record.get(name) != stored.get(name)
         ]
         if changed:
             raise ValueError(
                 f"`{path}` holds other simulations: {'; '.join(changed)}. Go on with the arguments they were started "
                 "with, or choose another `store`."
             )
+        record = _same_simulator(path, record, stored)
         record["num"] = max(record["num"], stored["num"])
     write_record(path / MANIFEST, record)
     return Store(path)
+
+
+def _same_simulator(path: Path, record: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Check that the simulator is the one that the store was begun with, as far as both manifests tell."""
+    if FINGERPRINT not in record:
+        return record
+    told, was = record[FINGERPRINT], stored.get(FINGERPRINT)
+    if was is not None and not is_fingerprint(was):
+        raise UnreadableFile(path / MANIFEST, "it does not say which simulator was run")
+    changed = differences(told, was)
+    if changed:
+        raise ValueError(
+            f"`{path}` holds rows of another `{record['simulator']}`: {'; '.join(changed)}. Choose another `store`; "
+            "go on with the simulator as it was; or, where it computes the same, say so by a `simulator_version=` of "
+            "your own."
+        )
+    return record | {FINGERPRINT: continued(told, was)}
+
+
+def leave_out(path: Path, labels: Iterable[str]) -> None:
+    """Leave parts of a simulator that running it changes out of what is compared when the store is continued."""
+    record = read_record(path / MANIFEST)
+    write_record(path / MANIFEST, record | {FINGERPRINT: without(record[FINGERPRINT], labels)})
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from scoreinfer._errors import UnreadableFile, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model import read_likelihood
+from scoreinfer.outputs import real_numbers
 from scoreinfer.problem import Problem, Site
 from scoreinfer.store import Rows, Store, select
 
@@ -38,14 +39,20 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
                 f"Expected data for {', '.join(shapes)} by name, as the simulator returns them; got "
                 f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}."
             )
-        values = {name: np.asarray(kwargs[name], np.float64) for name in shapes}
+        values = {name: real_numbers(f"Data {name!r}", kwargs[name]).values for name in shapes}
         for name, value in values.items():
-            if value.shape != shapes[name] or not np.isfinite(value).all():
-                raise ValueError(f"{name!r} must have shape {shapes[name]} and finite numbers, got {value.shape}.")
+            if value.shape != shapes[name]:
+                raise ValueError(f"Data {name!r} must have shape {shapes[name]}, got {value.shape}.")
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
+                    "not (masked entries are none). Fit the posterior of the entries that there are."
+                )
         return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
 
     sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
-    return _foreign(problem, observed=sites, encode=lambda y: y, read=read)
+    recipe = partial(with_outputs, problem, shapes)
+    return _foreign(problem, observed=sites, encode=lambda y: y, read=read, recipe=recipe)
 
 
 def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, outputs: Sites) -> Problem:
@@ -58,13 +65,13 @@ def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, 
         outputs: what it returned there.
     """
     few = slice(None, NUM_EXAMPLES)
-    parameters = jax.jit(jax.vmap(problem.latent_sites))(z[few])
-    observation = read_likelihood(likelihood, parameters, {name: value[few] for name, value in outputs.items()})
+    z, outputs = z[few], {name: value[few] for name, value in outputs.items()}
+    observation = read_likelihood(likelihood, jax.jit(jax.vmap(problem.latent_sites))(z), outputs)
     if observation.simulate_observation is None:
         raise UnsupportedModel(f"Learning draws data from the likelihood: {observation.not_simulable}")
     return _foreign(
         problem, observed=observation.observed, encode=observation.encode, read=observation.read,
-        observation=observation,
+        observation=observation, recipe=partial(with_likelihood, problem, likelihood, z, outputs),
     )  # fmt: skip
 
 

@@ -42,3 +42,9 @@ def by_subprocess(parameters, seed):
     text = f"{np.float64(parameters['a']):.17g} {seed}"
     done = subprocess.run(["awk", "{ print $1 + 0.5, $1 * 2 }"], input=text, capture_output=True, text=True, check=True)
     return {"y": [float(word) for word in done.stdout.split()]}
+
+
+def complex_or_masked(parameters, seed):
+    """Return what is no real number: complex numbers of odd seeds, a masked entry of even ones."""
+    h = np.array([1.0, 9.97e36])
+    return {"h": h * 1j if seed % 2 else np.ma.array(h, mask=[False, True])}

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Who may import whom, low to high. Names on one line are independent of each other.
 RANKS = """
-_typing _errors
-_tree storage
+_typing _errors _pickling
+_tree storage outputs
+fingerprint
 problem correct nets process change
 draws model simulation score whitening resuming store backward
 tails scales

@@ -1,6 +1,7 @@
 """Foreign simulators: every row once, whatever happens to it, and posteriors that account for those that failed."""
 
 import concurrent.futures
+import datetime as dt
 import hashlib
 import io
 import multiprocessing
@@ -12,9 +13,11 @@ import sys
 import time
 import tracemalloc
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -27,7 +30,7 @@ import simulators
 from scoreinfer import foreign
 from scoreinfer.storage import write_record
 from scoreinfer.store import MANIFEST, Row, Rows, write_shard
-from scoreinfer.stored import stored_simulations
+from scoreinfer.stored import stored_simulations, with_outputs
 
 QUIET = {"progress_bar": False}
 SMALL = {"num_steps": 600, "width": 16, "depth": 1, "batch_size": 128, "sampler": si.ReverseSDE(num_steps=16), **QUIET}
@@ -127,6 +130,84 @@ def test_every_failure_is_recorded(problem, tmp_path):
         )
     kept = si.Store(tmp_path / "2").read()  # what came before is kept
     assert same(Rows(*(column[: len(kept.number)] for column in rows[:-1]), {}), kept._replace(outputs={}))
+
+
+REFUSED = {
+    "complex": ([1 + 1j, 2.0], "got complex128. Return real and imaginary parts as two outputs"),
+    "dates": (np.array(["2020-01-01"], "M8[D]"), "got datetime64[D]. Return a number, such as the seconds since"),
+    "durations": (np.array([3], "m8[s]"), "got timedelta64[s]. Return a number"),
+    "text": (["1.5", "2.5"], "got <U3"),
+    "bytes": (b"1.5", "got |S3"),
+    "mixed": ([1.0, "2"], "got <U32"),
+    "nothing": (None, "got NoneType"),
+    "nothing among numbers": ([1.0, None], "got float"),
+    "exact numbers": ([Decimal(1)], "got Decimal"),
+    "dates of a calendar": ([dt.date(2020, 1, 1)], "got date"),
+    "records": (np.zeros(2, [("a", float)]), "got [('a', '<f8')]"),
+    "ragged": ([[1.0], [1.0, 2.0]], "must be an array of real numbers: setting an array element"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_outputs_that_are_no_real_numbers_are_refused_by_name(problem, tmp_path, kind):
+    value, message = REFUSED[kind]
+    with pytest.warns(UserWarning, match=r"None of the 3 simulations .* The first: ValueError: Output 'h' must be"):
+        store = si.simulate(
+            jax.random.key(0), problem, lambda parameters, seed: {"h": value}, 3, store=tmp_path, **QUIET
+        )
+    rows = store.read()
+    assert rows.status.tolist() == ["failed"] * 3 and all("Output 'h' must be" in text for text in rows.error)
+    assert all(message in text for text in rows.error), rows.error
+    with pytest.raises(ValueError, match="Output 'h' must be"):
+        foreign.attempt(lambda parameters, seed: {"h": value}, {}, 0, catch=False)
+
+
+def test_refusals_come_back_from_spawned_workers(problem, tmp_path):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        args = jax.random.key(0), problem, simulators.complex_or_masked, 8
+        with pytest.warns(UserWarning, match="None of the 8"):
+            rows = si.simulate(*args, store=tmp_path, executor=executor, **QUIET).read()
+    expected = {0: ("invalid", "masked: 'h' (1 of 2 entries)"), 1: ("failed", "ValueError: Output 'h' must be real")}
+    for seed, status, error in zip(rows.seed, rows.status, rows.error, strict=True):
+        assert status == expected[seed % 2][0] and error.startswith(expected[seed % 2][1])
+    assert len(set(rows.status)) == 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, 2, [1, 0], np.float16(0.5), np.uint8([3]), jnp.ones(2, jnp.bfloat16), np.ma.array([1.0, 2.0]), (1.5, 2)],
+)
+def test_every_real_number_is_kept(value):
+    outcome = foreign.attempt(lambda parameters, seed: value, {}, 0, catch=False)
+    assert np.array_equal(outcome.outputs["y"], np.asarray(value, np.float64)) and not outcome.error
+
+
+def test_masked_entries_are_missing_wherever_they_hide():
+    """Also in lists, from which NumPy itself takes the fill values; and of whole numbers, which have no NaN."""
+    part = np.ma.array([1, 999], mask=[False, True])
+    for value, shape in (
+        (part, (2,)),
+        ([part, part], (2, 2)),
+        ([[part], [part]], (2, 1, 2)),
+        ([1.0, np.ma.masked], (2,)),
+    ):
+        outcome = foreign.attempt(lambda parameters, seed, value=value: value, {}, 0, catch=False)
+        y = outcome.outputs["y"]
+        assert y.shape == shape and np.array_equal(np.nan_to_num(y[..., 0], nan=1.0), np.ones(shape[:-1]))
+        assert np.isnan(y[..., 1]).all() and outcome.error == f"masked: 'y' ({y.size // 2} of {y.size} entries)"
+
+
+def test_data_that_are_no_real_numbers_are_refused(problem):
+    asked = with_outputs(problem, {"y": (2,)})
+    assert np.array_equal(asked.read((), {"y": [1, 2]})["y"], [1.0, 2.0])
+    for value, message in (
+        ([1.0, np.nan], "Data 'y' must be finite, but 1 of its 2 numbers are not"),
+        (np.ma.array([1.0, 2.0], mask=[True, False]), "Data 'y' must be finite, but 1 of its 2"),
+        ([1j, 2.0], "Data 'y' must be real or whole numbers, got complex128"),
+        ([1.0, 2.0, 3.0], r"Data 'y' must have shape \(2,\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked.read((), {"y": value})
 
 
 def test_time_outs_and_retries(problem, tmp_path):

@@ -474,6 +474,17 @@ def test_no_data_posterior_is_prior():
     assert "the posterior is the prior" in str(check(prior_only, file=io.StringIO()))
 
 
+def test_data_at_a_function_of_latents_are_named():
+    """Residuals observed at zero: there is an observed site, and the posterior is not the prior."""
+
+    def residuals(data):
+        a = sample("a", dist.Normal(0.0, 1.0))
+        sample("residual", dist.Normal(0.0, 0.5), obs=data - a)
+
+    report = str(check(residuals, 1.0, file=io.StringIO()))
+    assert "! residual is observed at a function of the latent sites" in report and "is the prior" not in report
+
+
 def test_data_or_not_is_the_same_problem():
     model, args, data = MODELS["hierarchical"]
     without, given = problem_of("hierarchical"), from_numpyro(model, *args, y=data)
@@ -516,6 +527,9 @@ def test_broad_observation_is_expanded():
         ("masked, scaled", (MASK, -np.ones(6)), "must lie in the support `positive`, but 4 of its 6"),
         ("correlated effects", (GROUP % 3, np.ones((6, 2)), np.full(6, 2)), "support `boolean`"),
         ("correlated effects", (GROUP % 3, np.ones((6, 2)) * 1.01, np.ones(6)), "give another model"),
+        ("hierarchical", (GROUP, np.ma.array(np.zeros(6), mask=GROUP == 0)), "its masked entries are no data"),
+        ("hierarchical", (GROUP, np.zeros(6) + 1j), "'y' must be real or whole numbers, got complex64"),
+        ("masked, scaled", (np.roll(MASK, 1), np.ones(6)), "pass the mask as an argument of its own"),
         ("many observations", (4, DATA | {"count": np.array([0.5, 1, 2, 3])}), "nonnegative"),
         ("many observations", (4, DATA | {"share": np.array([0.5, 0.5, 0.5])}), "support `simplex`"),
         ("Gaussian process", (np.linspace(0.0, 1.1, 5), np.zeros(5)), "give another model"),

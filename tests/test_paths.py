@@ -220,6 +220,8 @@ def test_bad_ends_are_refused(posterior):
         posterior.sample(jax.random.key(1), 10, end_state=jnp.zeros(3))
     with pytest.raises(ValueError, match="must be finite, but 1 of its numbers"):
         posterior.sample(jax.random.key(1), 10, end_state=jnp.array([0.0, jnp.nan]))
+    with pytest.raises(ValueError, match="must be finite, but 1 of its numbers"):
+        posterior.sample(jax.random.key(1), 10, end_state=np.ma.array([0.0, 1.0], mask=[False, True]))
     with pytest.raises(ValueError, match="Expected data for every observed site"):
         posterior.sample(jax.random.key(1), 10)
 
@@ -229,8 +231,11 @@ def test_bad_trajectories_are_refused():
     with pytest.raises(ValueError, match=r"\(2 or more, 9, 2\), got \(20, 8, 2\)"):
         si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=paths[:, :8], **SMALL)
     paths[3, 2] = np.nan
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="must be finite, but 1 of the 20 hold numbers that are not, first number 3"):
         si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=paths, **SMALL)
+    masked = np.ma.array(np.nan_to_num(paths), mask=np.isnan(paths))
+    with pytest.raises(ValueError, match="must be finite, but 1 of the 20"):
+        si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=masked, **SMALL)
     with pytest.raises(ValueError, match="process=Physics"):
         si.fit(jax.random.key(0), MODES.model, trajectories=paths)
     with pytest.raises(ValueError, match="of no use with `process`"):

@@ -356,6 +356,11 @@ def test_check_finite_names_latent_values():
         check_finite(Simulations(jnp.array([[jnp.nan], [1.0]]), {"y": jnp.zeros((2, 1))}))
 
 
+def test_check_finite_names_the_gradient():
+    with pytest.raises(ValueError, match=r"gradient of the model's log joint density is not finite at 50.00% of 2"):
+        check_finite(Simulations(jnp.zeros((2, 1)), {"y": jnp.zeros((2, 1))}, jnp.array([[0.0], [jnp.nan]])))
+
+
 def test_model_that_cannot_be_simulated_is_refused():
     def model(y=None):
         a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))

@@ -73,6 +73,17 @@ def test_rows_without_numbers_count_as_failed(problem, arrays, tmp_path):
         si.fit(jax.random.key(0), problem, simulations=store, invalid="raise", progress_bar=False)
 
 
+def test_masked_entries_count_as_failed(problem, arrays, tmp_path):
+    """As netCDF readers return them: the fill value is no data."""
+    parameters, outputs = arrays
+    flow = np.ma.array(outputs["flow"], fill_value=9.97e36)
+    flow[5, 1, 2] = np.ma.masked
+    rows = si.record(problem, parameters, outputs | {"flow": flow}, store=tmp_path).read()
+    assert np.flatnonzero(~rows.valid).tolist() == [5] and rows.error[5] == "masked: 'flow' (1 of 6 entries)"
+    assert np.isnan(rows.outputs["flow"][5, 1, 2]) and np.isfinite(rows.outputs["flow"]).sum() == 6 * NUM - 1
+    assert set(rows.error[rows.valid]) == {""}
+
+
 def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
     si.record(problem, *arrays, store=tmp_path)
     parameters, outputs = arrays
@@ -87,6 +98,19 @@ def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
         (lambda p, o: ({**p, "rate": p["rate"][:-1]}, o), r"got .*'rate': \(199,\)"),
         (lambda p, o: (p, {**o, "level": o["level"][:-1]}), "as many rows each"),
         (lambda p, o: (p, 3.0), r"one at least; got shapes {'y': \(\)}"),
+        (
+            lambda p, o: (p, {**o, "level": 1j * o["level"]}),
+            "Output 'level' must be real or whole numbers, got complex128",
+        ),
+        (
+            lambda p, o: (p, {**o, "level": o["level"].astype(str)}),
+            "Output 'level' must be real or whole numbers, got <U",
+        ),
+        (
+            lambda p, o: ({**p, "rate": p["rate"] + 0j}, o),
+            "Parameter 'rate' must be real or whole numbers, got complex128",
+        ),
+        (lambda p, o: ({**p, "rate": np.ma.array(p["rate"], mask=p["rate"] > 3)}, o), "has rate = nan, where"),
         (lambda p, o: (p, {}), "one at least; got shapes {}"),
         (lambda p, o: ({**p, "rate": np.r_[p["rate"][:5], -1.0, p["rate"][6:]]}, o), "Row 5 has rate = -1.0"),
         (lambda p, o: ({**p, "shares": p["shares"] + 1.0}, o), "has shares = .*, where the prior has no density"),

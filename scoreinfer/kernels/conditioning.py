@@ -60,7 +60,7 @@ def chain_sampler(
 
 def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """Copy a kernel so that its only argument is the dictionary of observed sites; say whether it learns from it."""
-    opened = dataclasses.replace(problem, read=lambda args, kwargs: args[0])
+    opened = dataclasses.replace(problem, read=lambda args, kwargs: args[0], recipe=None)
     kernel = copy.copy(kernel)
     if isinstance(kernel, ScoreSDE) and any(fit.evidence is None for fit in kernel._fits):
         kernel._fits = [

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scoreinfer.model.arguments import bind
-from scoreinfer.model.assembly import read_model
+from scoreinfer.model.assembly import read_problem
 from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
 from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
@@ -76,4 +76,4 @@ def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **
         >>> float(problem.log_joint(jnp.zeros(1), problem.read((), {"y": 0})))
         -2.0
     """
-    return read_model(model, *bind(model, args, kwargs, observed))[0]
+    return read_problem(model, *bind(model, args, kwargs, observed))

@@ -1,5 +1,6 @@
 """From a model and its arguments to a `Problem`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
 from scoreinfer._tree import Layout
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.model.arguments import abstract_trace, fix_parameters, infer_observed
 from scoreinfer.model.encoding import encoder, fill
 from scoreinfer.model.reading import Design, Reader, look, wrong_shape
@@ -30,6 +31,11 @@ class Facts(NamedTuple):
     overlooked: frozenset[str]
 
 
+def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> Problem:
+    """Read a model with bound arguments."""
+    return read_model(model, args, kwargs, observed)[0]
+
+
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
     """Read a model with bound arguments: the problem, and what else `check` has to say."""
     closed, fixed = fix_parameters(model, args, kwargs)
@@ -43,7 +49,9 @@ def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = 
     refuse_seeded(survey)
     inferred = frozenset() if given else fed
     facts = Facts(survey, script, inferred, fixed, pseudo, fed - names)
-    return _problem(model, Design(closed, args, kwargs, script, survey), facts), facts
+    problem = _problem(model, Design(closed, args, kwargs, script, survey), facts)
+    recipe = functools.partial(read_problem, model, args, kwargs, observed)
+    return dataclasses.replace(problem, recipe=recipe), facts
 
 
 def _given(run: Callable[[], Any], base: Trace) -> tuple[dict[str, tuple[int, ...] | None], frozenset[str]]:
@@ -100,7 +108,7 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
         terms = script.terms(frozen_key, layout.unflatten(z), y)
         return {name: terms[name] for name in names}
 
-    def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Sites:
+    def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Values:
         played = script.play(frozen_key, layout.unflatten(z), example)
         return {name: played[name]["value"] for name in wanted}
 
@@ -109,7 +117,7 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
             return replayed(z, list(survey.latents))
         return {name: bijectors[name](point) for name, point in layout.unflatten(z).items()}
 
-    def constrain(z: Float[Array, " dim"]) -> Sites:
+    def constrain(z: Float[Array, " dim"]) -> Values:
         return replayed(z, [*survey.latents, *reported]) if reported else latent_sites(z)
 
     def unconstrain(sites: Sites) -> Float[Array, " dim"]:

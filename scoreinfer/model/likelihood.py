@@ -1,6 +1,8 @@
 """Likelihoods given apart: a NumPyro model of the data, told the parameters and a foreign simulator's outputs."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from numpyro.handlers import seed, trace
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model.arguments import bind
-from scoreinfer.model.assembly import read_model
+from scoreinfer.model.assembly import read_problem
 from scoreinfer.model.replay import fixed_key
 from scoreinfer.problem import Problem
 
@@ -64,4 +66,5 @@ def read_likelihood(likelihood: Callable[..., Any], parameters: Sites, outputs: 
     def model(*args: Any, **kwargs: Any) -> None:
         likelihood(*unravel(numpyro.sample("parameters and outputs", _Rows(rows))), *args, **kwargs)
 
-    return read_model(model, *bind(model, (), {}, names))[0]
+    problem = read_problem(model, *bind(model, (), {}, names))
+    return dataclasses.replace(problem, recipe=partial(read_likelihood, likelihood, parameters, outputs))

@@ -63,7 +63,8 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
         scales = jax.vmap(scale_of)(jnp.arange(len(usual)), ts[:-1], usual)
         return _process(physics, ts, scales.reshape(len(usual), -1), advance, state)
 
-    process = dataclasses.replace(_process(physics, ts, scale, advance, state), given=given)
+    recipe = functools.partial(read_physics, physics, model, *args, **kwargs)
+    process = dataclasses.replace(_process(physics, ts, scale, advance, state), given=given, recipe=recipe)
     _check_finite(process, process.flatten(paths))
     return process
 

@@ -91,6 +91,11 @@ class _Structure:
     def _run(self, traced: Callable[..., Any], now: Callable[[], Callable[..., Any]], arrays: list[Any]) -> Any:
         if is_traced(arrays):
             return traced(arrays, fixed_key())
+        if any(map(np.ma.is_masked, arrays)):
+            raise ValueError(
+                "Expected arrays, got a masked one: its masked entries are no data. Pass `y.filled(...)`, and put the "
+                "site under `numpyro.handlers.mask` with the mask as an argument of the model."
+            )
         arrays = [np.asarray(given, array.dtype) for given, array in zip(arrays, self.arrays, strict=True)]
         return now()(arrays, fixed_key())
 
@@ -205,10 +210,17 @@ class Reader:
         values = {name: values[name] for name in survey.table if name in names}
         for name, value in values.items():
             self._check_shape(name, jnp.shape(value), structure.shapes[name])
+            if jnp.iscomplexobj(value):
+                raise ValueError(
+                    f"Observed site {name!r} must be real or whole numbers, got {value.dtype}. Observe real and "
+                    "imaginary parts as two sites."
+                )
         if not structure.fits(arrays):
             raise ValueError(
                 "These arguments give another model than the one this problem was made from: covariates, shapes, "
-                "constants or masks differ, not just the data. Call `from_numpyro` (or `fit`) again with them."
+                "constants or masks differ, not just the data. Call `from_numpyro` (or `fit`) again with them. (A mask "
+                "that the model computes from the data is part of the design, too: pass the mask as an argument of its "
+                "own, here and there the same.)"
             )
         return {name: self._value(name, value) for name, value in values.items()}
 

@@ -106,6 +106,10 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
 
 
 def _say_observed(problem: Problem, facts: Facts) -> list[str]:
+    if facts.pseudo and not problem.observed:
+        names = ", ".join(sorted(facts.pseudo))
+        why = "is observed at a function of the latent sites, which counts in the density and cannot be simulated"
+        return [f"! {names} {why}: write the distribution of the data themselves, with `obs=data`, to simulate them"]
     if not problem.observed:
         return ["! no observed site: the posterior is the prior. If a site is data, name it: observed=('name',)"]
     lines = []

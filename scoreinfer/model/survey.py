@@ -15,17 +15,17 @@ from numpyro.distributions import biject_to, constraints
 
 from scoreinfer._errors import Offence, UnsupportedModel
 from scoreinfer._tree import Layout
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.model.replay import LOG_DET, Notes, Script, Trace, compiled, fixed_key, layers, log_prob, unwrapped
 
 NUM_PROBES = 8  # draws on which a model is measured; binary sites need a few to show that they matter
 
 
 class Row(NamedTuple):
-    """What is static about one site."""
+    """What is static about one site; the shape of a deterministic one may be a tree of shapes."""
 
     type: str
-    shape: tuple[int, ...]
+    shape: Any
     dtype: str = ""
     support: Any = None  # tree structure: the bounds may be traced
     words: str = ""
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 def _row(site: dict[str, Any]) -> Row:
     if site["type"] != "sample":
-        return Row(site["type"], jnp.shape(site["value"]))
+        return Row(site["type"], jax.tree.map(jnp.shape, site["value"]))
     fn = site["fn"]
     return Row(
         site["type"],
@@ -132,7 +132,7 @@ def take_survey(script: Script) -> Survey:
     y = {name: drawn["sites"][name] for name in table if name in script.names}
     other = {name: np.roll(value, 1, axis=0) for name, value in y.items()}
 
-    def score(key: Key, points: Sites, y: Sites) -> tuple[dict[str, Array], Sites]:
+    def score(key: Key, points: Sites, y: Sites) -> tuple[dict[str, Array], Values]:
         played = script.play(key, points, y)
         tables.append(_rows(played))
         terms = {name: log_prob(site) for name, site in played.items() if site["type"] == "sample"}
@@ -166,7 +166,7 @@ def take_survey(script: Script) -> Survey:
             for name, value in (terms | moved).items()
             if name not in script.names
             and not (name in table and table[name].is_factor)
-            and not close(value[:NUM_PROBES], value[NUM_PROBES:])
+            and not all(close(leaf[:NUM_PROBES], leaf[NUM_PROBES:]) for leaf in jax.tree.leaves(value))
         ),
         notes=notes,
     )

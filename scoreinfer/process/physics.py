@@ -8,13 +8,15 @@ References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250, section 2.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._pickling import by_recipe
 from scoreinfer._typing import Key, Sites
 from scoreinfer.process.base import AbstractProcess
 
@@ -61,6 +63,7 @@ class PhysicsProcess(AbstractProcess):
         waves: components are real Fourier coefficients (an orthogonal change of variables), not the state's own.
         source: the site of a model that it was read from, where it was.
         given: makes the process of other values of the model's latent sites, on the same grid.
+        recipe: makes the process again, from its model: what is pickled in its place.
     """
 
     ts: Float[Array, " times"]
@@ -71,10 +74,17 @@ class PhysicsProcess(AbstractProcess):
     waves: bool = eqx.field(static=True, default=False)
     source: Physics | None = eqx.field(static=True, default=None)
     given: "Callable[[Sites], PhysicsProcess] | None" = eqx.field(static=True, default=None)
+    recipe: "Callable[[], PhysicsProcess] | None" = eqx.field(static=True, default=None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.recipe is None else by_recipe(self.recipe)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PhysicsProcess":
+        return self
 
     def without_steps(self) -> "PhysicsProcess":
         """Copy the process without the model's own functions, which cannot be pickled (see `read_again`)."""
-        return dataclasses.replace(self, advance=_left_out, retreat=_left_out, given=None)
+        return dataclasses.replace(self, advance=_left_out, retreat=_left_out, given=None, recipe=None)
 
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
         """Compute components of states, whose axes come last."""
@@ -165,6 +175,7 @@ def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> Phy
         advance=still(process.advance),
         retreat=still(process.retreat),
         given=None if given is None else lambda values: add_noise_stage(given(values), scale),
+        recipe=None if process.recipe is None else partial(add_noise_stage, process, scale),
     )
 
 
