@@ -10,7 +10,8 @@ from scoreinfer.correct import effective_sample_size, log_evidence, pareto_smoot
 MAX_K_HAT = 0.7
 MIN_ESS = 400.0
 MIN_SHARE = 0.1
-MAX_MISSED = 0.05
+MAX_MISSED, FEW_MISSED = 0.03, 3
+"""Share of the places of one source that may be missed, and how many may be whatever their share."""
 MAX_UNSEEN = 0.1
 """Posterior mass of a mode that may go unseen, with 95 % probability, in a certified batch."""
 CONFIDENCE = 0.95
@@ -111,8 +112,8 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: Forwa
 
     Returns:
         A certificate. It refuses when k-hat >= 0.7, when the effective sample size is below 400 (for batches of
-        fewer than 4000 draws: below a tenth of the batch, but never under 40), when more than 5 % of the places of
-        one source lie where the weight is larger than that of every draw and hardly any draw is expected, when all
+        fewer than 4000 draws: below a tenth of the batch, but never under 40), when more than 3 % (and more than three) of the
+        places of one source lie where the weight is larger than that of every draw and hardly any draw is expected, when all
         sources together could have overlooked a mode of 10 % of the posterior, or when nothing was looked for at the
         observation itself and it lies further from the simulations than any of them from the others.
 
@@ -143,7 +144,7 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: Forwa
     for check, share in zip(checks, shares, strict=True):
         if np.size(check.log_excess) and np.isnan(share):
             faults.append(f"none of {check.source} tells whether the proposal misses anything")
-        if share > MAX_MISSED:
+        if share > MAX_MISSED and share * np.sum(~np.isnan(np.asarray(check.log_excess))) > FEW_MISSED:
             faults.append(f"{share:.0%} of {check.source} are where the proposal never draws")
     informative = [check for check in checks if not np.isnan(check.num_informative)]
     seen_mass = min((seen(check.num_informative) for check in informative), default=np.nan)

@@ -212,7 +212,6 @@ def test_far_ends_are_refused_with_a_number(posterior):
     with pytest.warns(si.MisspecificationWarning, match=r"further from the simulations than 100\.0%"):
         draws = posterior.sample(jax.random.key(1), 600, end_state=jnp.array([40.0, 0.0]))
     assert not draws.certificate.certified
-    assert "further from the simulations" in draws.certificate.reason
 
 
 def test_bad_ends_are_refused(posterior):
