@@ -131,7 +131,7 @@ def simulate(catchment, seed, num, store, draws=None, progress_bar=True):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
         return si.simulate(
             jax.random.key(seed), prior if draws is None else draws, catchment, num, store=store, executor=executor,
-            progress_bar=progress_bar,
+            simulator_version=[HERE / "hymod.c", catchment.command[1]], progress_bar=progress_bar,
         )  # fmt: skip
 
 

@@ -199,8 +199,10 @@ class _Parts:
             return f"{value.dtype} {value.item()!r}"
         if type(value) in PLAIN or type(value).__module__ in EXACT:
             return repr(value)
-        if isinstance(value, str | bytes | PurePath):
+        if isinstance(value, str | bytes):
             return f"text {_digest(str(value))}"
+        if isinstance(value, PurePath):
+            return f"text {_digest(value.name)}"  # folders may move
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name} {self.told(value.value)}"
         if is_array(value):

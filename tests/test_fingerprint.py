@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -186,6 +187,15 @@ def test_weights_of_networks_and_tables_of_libraries_count():
         told, was = (fingerprint(functools.partial(load(BASE).simulator, surrogate=s)) for s in (one, other))
         assert any("attribute `" in text and text.endswith("differs") for text in differences(told, was))
         assert told == fingerprint(functools.partial(load(BASE).simulator, surrogate=copy.deepcopy(one)))
+
+
+def test_folders_may_move():
+    def run(program):
+        return lambda parameters, seed: program
+
+    programs = [Path("/tmp/one/solver"), Path("/home/two/solver"), Path("/tmp/one/other")]
+    told = [fingerprint(run(program)) for program in programs]
+    assert told[0] == told[1] != told[2]
 
 
 def test_a_function_sent_to_another_process_is_the_same():
