@@ -44,7 +44,7 @@ class ChainCertificate(NamedTuple):
         certified: the verdict.
         reason: the verdict in words.
         weights: the certificate of a fresh batch of global proposals: effective sample size, k-hat, log evidence, and
-            the share of the explorers' particles that the proposals miss.
+            the share of the witnesses, or of the explorers' particles, that the proposals miss.
         accept_prob: mean acceptance probability of the global moves; NaN where ``accept_prob`` was not collected.
         local_accept_prob: that of the last local moves; NaN without any.
         r_hat: largest split R-hat of any component (infinite for a single component that never moved).
@@ -71,7 +71,7 @@ class ChainCertificate(NamedTuple):
             f"{head}: {self.reason}\n  global weights: ESS {w.ess:.0f} of {w.num}, k-hat {w.k_hat:.2f}, log evidence "
             f"{w.log_evidence:.3f} +- {w.log_evidence_se:.3f} (explorers: {explorers}), missed share {w.missed:.3f}\n"
             f"  acceptance: global {self.accept_prob:.2f}, local {self.local_accept_prob:.2f}; "
-            f"R-hat {self.r_hat:.3f}, nested {self.nested_r_hat:.3f}"
+            f"R-hat {self.r_hat:.3f}, nested {self.nested_r_hat:.3f}\n  {w.resolution}"
         )
 
 
@@ -83,7 +83,8 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     explorers must agree both ways: hardly any explorer's particles where the proposals never draw, and about the same
     log evidence. A third one starts a hundred times wider, and where it finds densities as high, the proposals must
     draw too; modes beyond that reach, or too narrow for all three, go unseen.
-    Where it was given an amortised posterior, simulations near the observation take the explorers' place.
+    Witnesses are held against the proposals as well (`scoreinfer.witnesses`): draws of the prior, or where there is
+    none of the explorer's start, weighed by the data and tempered. Of an amortised posterior they are the evidence alone.
 
     Args:
         mcmc: after ``run``.
