@@ -111,11 +111,16 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: Forwa
         *checks: the evidence, source by source.
 
     Returns:
-        A certificate. It refuses when k-hat >= 0.7, when the effective sample size is below 400 (for batches of
-        fewer than 4000 draws: below a tenth of the batch, but never under 40), when more than 3 % (and more than three) of the
-        places of one source lie where the weight is larger than that of every draw and hardly any draw is expected, when all
-        sources together could have overlooked a mode of 10 % of the posterior, or when nothing was looked for at the
-        observation itself and it lies further from the simulations than any of them from the others.
+        A certificate. It refuses when
+
+        - k-hat >= 0.7;
+        - the effective sample size is below 400 (for batches of fewer than 4000 draws: below a tenth of the batch, but
+          never under 40);
+        - more than 3 % (and more than three) of the places of one source lie where the weight is larger than that of
+          every draw and hardly any draw is expected;
+        - all sources together could have overlooked a mode of 10 % of the posterior;
+        - nothing was looked for at the observation itself, and it lies further from the simulations than any of them
+          from the others.
 
     >>> certify(np.zeros(1000)).certified
     True
@@ -144,7 +149,7 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: Forwa
     for check, share in zip(checks, shares, strict=True):
         if np.size(check.log_excess) and np.isnan(share):
             faults.append(f"none of {check.source} tells whether the proposal misses anything")
-        if share > MAX_MISSED and share * np.sum(~np.isnan(np.asarray(check.log_excess))) > FEW_MISSED:
+        if share > MAX_MISSED and share * np.sum(~np.isnan(check.log_excess)) > FEW_MISSED:
             faults.append(f"{share:.0%} of {check.source} are where the proposal never draws")
     informative = [check for check in checks if not np.isnan(check.num_informative)]
     seen_mass = min((seen(check.num_informative) for check in informative), default=np.nan)

@@ -24,7 +24,6 @@ from scoreinfer.tempering import (
     KEPT_SHARE,
     AbstractReference,
     LogDensity,
-    Overdispersed,
     Particles,
     Prior,
     advance,
@@ -32,7 +31,7 @@ from scoreinfer.tempering import (
 )
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
-from scoreinfer.witnesses import draw_first, first_power, num_ancestors, resample_first
+from scoreinfer.witnesses import draw_first, first_power, num_ancestors, reference_of, resample_first
 
 P = TypeVar("P", bound=Proposer)
 MAX_TEMPERATURES = 1000
@@ -130,7 +129,7 @@ def learn(
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
     for_explorer, for_net, for_rounds = jax.random.split(key, 3)
-    reference = start(problem, start_scale)
+    reference = reference_of(problem, start_scale)
     target = jax.tree_util.Partial(problem.log_joint, y=y)
     particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     places, whitening = particles.values, _whitening(particles)
@@ -237,12 +236,6 @@ def choose(rounds: list[Round]) -> Round:
     top = max(able, key=lambda one: one.log_evidence)
     covering = [one for one in able if top.log_evidence - one.log_evidence <= 2 * np.hypot(one.error, top.error)]
     return max(covering or able, key=lambda one: one.ess)
-
-
-def start(problem: Problem, scale: float) -> AbstractReference:
-    """Choose where particles start: the prior, or where there is none to draw from a t distribution around zero."""
-    ones = jnp.ones(problem.dim, jnp.result_type(float))
-    return Overdispersed(0 * ones, scale * ones) if problem.simulate is None else Prior(problem)
 
 
 def explore(

@@ -43,9 +43,8 @@ from scoreinfer.proposal import Proposal, Proposer, Weighted
 from scoreinfer.reversal import Reversal, features_of, read_reversal, samplers, untrained
 from scoreinfer.simulation import Standardiser, check_finite, encode, simulate, standardiser
 from scoreinfer.smoothing import END_STATE, PARAMETERS, KnownEnd, PathProposal, StartedPaths, layout_conditions
-from scoreinfer.tempering import Prior
 from scoreinfer.train import Budget, History, train
-from scoreinfer.witnesses import Judged, gather, judge
+from scoreinfer.witnesses import Judged, gather, judge, reference_of
 
 NUM_PILOT, PER_STEP = 8192, 64
 """Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
@@ -295,7 +294,7 @@ class PathPosterior(eqx.Module):
         """
         known, problem = END_STATE in y, proposal.problem
         for_witnesses, for_weights = jax.random.split(key)
-        reference = KnownEnd(proposal, proposal.context(y)) if known else Prior(problem)
+        reference = KnownEnd(proposal, proposal.context(y)) if known else reference_of(problem)
         target = jax.tree_util.Partial(problem.log_joint, y=y)
         witnesses = gather(for_witnesses, reference, target, problem.dim, thorough=thorough)
         near = self._near(y)

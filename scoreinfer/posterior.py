@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
 from scoreinfer._tree import arrays_by_name, in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.agreement import misdrawn_latents, say_misdrawn
 from scoreinfer.certificate import MAX_K_HAT, MAX_OUTLYING, ForwardCheck, certify
 from scoreinfer.checkpoint import Parts, foreign_outputs, read_posterior, write_posterior
 from scoreinfer.correct import effective_sample_size, log_evidence, pareto_smooth, rejuvenate, resample_indices
@@ -46,7 +47,7 @@ from scoreinfer.tempering import Prior
 from scoreinfer.train import Budget, TrainingHistory, train
 from scoreinfer.validity import Validity, failure_weights, learn_validity
 from scoreinfer.whitening import Whitening, identity, linear_whitening
-from scoreinfer.witnesses import Judged, gather, judge
+from scoreinfer.witnesses import Judged, gather, judge, reference_of
 
 NUM_PILOT = 8192
 NUM_OUTLIERS = 512
@@ -198,6 +199,8 @@ class Posterior(eqx.Module):
         y = problem.read(args, kwargs)
         if prior_fraction > 0 and problem.simulate is None:
             raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
+        if prior_fraction > 0 and (wrong := misdrawn_latents(problem)):
+            raise ValueError(f"`prior_fraction` needs draws that the prior's density describes; {say_misdrawn(wrong)}")
         streams = _streams(key)
         defence = Defence(Prior(problem), prior_fraction) if prior_fraction > 0 else None
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
@@ -329,7 +332,7 @@ class Posterior(eqx.Module):
         if problem.simulate is None:
             return Judged(drawn, certify(drawn.log_weight, outlying), drawn.num)
         target = jax.tree_util.Partial(problem.log_joint, y=y)
-        witnesses = gather(streams.witnesses, Prior(problem), target, problem.dim, thorough=thorough)
+        witnesses = gather(streams.witnesses, reference_of(problem), target, problem.dim, thorough=thorough)
         return judge(streams.judging, self.proposal, y, drawn, witnesses, defence, again, outlying)
 
 

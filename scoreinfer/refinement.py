@@ -11,12 +11,13 @@ from jaxtyping import Array, Bool, Float
 from scoreinfer._typing import Key, Sites
 from scoreinfer.drawing import weighted_draws
 from scoreinfer.focus import AbstractAdapted, FocusedProposal
-from scoreinfer.learning import Pools, replace, start, teach
+from scoreinfer.learning import Pools, replace, teach
 from scoreinfer.losses import ConditionalScore
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Context, Proposal
 from scoreinfer.tempering import advance, begin
 from scoreinfer.whitening import Affine
+from scoreinfer.witnesses import reference_of
 
 NUM_PARTICLES = 4096
 NUM_MOVES = 20
@@ -91,7 +92,7 @@ def refine(
     for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
     adapted, problem = proposal.adapted, proposal.problem
     drawn = weighted_draws(for_draws, proposal, y, 1024, None, 0, NUM_PARTICLES)
-    reference, target = start(problem, 1.0), jax.tree_util.Partial(problem.log_joint, y=y)
+    reference, target = reference_of(problem, 1.0), jax.tree_util.Partial(problem.log_joint, y=y)
     particles = begin(for_particles, reference, NUM_PARTICLES)
     particles = replace(for_rows, particles._replace(power=jnp.ones_like(particles.power)), drawn)
     for for_pass in jax.random.split(for_moves, WARM_UP):

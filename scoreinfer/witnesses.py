@@ -24,12 +24,14 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.certificate import Certificate, ForwardCheck, certify
 from scoreinfer.correct import effective_sample_size, metropolis
 from scoreinfer.drawing import Defence, batch_shape, mixed, weigh_rows
 from scoreinfer.kernel_estimate import kernel_estimate
+from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, Weighted
-from scoreinfer.tempering import AbstractReference, LogDensity, next_power, resample
+from scoreinfer.tempering import AbstractReference, LogDensity, Overdispersed, Prior, next_power, resample
 
 NUM_FIRST, THOROUGH = 65_536, 16
 """Draws of the reference, and how many times as many a thorough search takes."""
@@ -62,7 +64,7 @@ class Witnesses(NamedTuple):
     Args:
         values: the witnesses.
         num_informative: the effective number of first draws that they descend from.
-        num_first: first draws of the reference.
+        num_first: first draws of the prior; zero where they came from another reference.
         log_evidence: their estimate of the log evidence.
     """
 
@@ -70,6 +72,20 @@ class Witnesses(NamedTuple):
     num_informative: float
     num_first: int
     log_evidence: float
+
+
+def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
+    """Choose where first draws come from: the prior, where there are draws of it that its density describes.
+
+    Else a t distribution: around such draws, or where there are none around zero, of this scale.
+    """
+    if problem.simulate is None:
+        ones = jnp.ones(problem.dim, jnp.result_type(float))
+        return Overdispersed(0 * ones, scale * ones)
+    if not misdrawn_latents(problem):
+        return Prior(problem)
+    drawn = _draw(jax.random.key(0), Prior(problem), jnp.arange(BATCH))
+    return Overdispersed(drawn.mean(axis=0), 2.0 * drawn.std(axis=0))
 
 
 class FirstDraws(NamedTuple):
@@ -121,17 +137,18 @@ def gather(
     """
     for_first, for_rows, *for_attempts = jax.random.split(key, 4)
     first = draw_first(for_first, reference, target, dim, times=THOROUGH if thorough else 1)
+    of_prior = 0 if isinstance(reference, Overdispersed) else first.num
     ess = effective_sample_size(first.log_ratio)
     if ess == 0.0:
-        return Witnesses(jnp.zeros((0, dim)), 0.0, first.num, -math.inf)
+        return Witnesses(jnp.zeros((0, dim)), 0.0, of_prior, -math.inf)
     if ess >= MIN_DIRECT or dim > MAX_DIM:
         drawn = resample_first(for_rows, reference, first, jnp.ones_like(first.log_ratio[0]), NUM_WITNESSES)
-        return Witnesses(drawn.values, ess, first.num, float(drawn.log_evidence))
+        return Witnesses(drawn.values, ess, of_prior, float(drawn.log_evidence))
     num_moves = (20 + 2 * dim) * (3 if thorough else 1)
     witnesses = _temper(for_attempts[0], reference, target, first, num_moves)
     if witnesses.num_informative < MIN_INFORMATIVE:
         witnesses = _temper(for_attempts[1], reference, target, first, 3 * num_moves)
-    return witnesses
+    return witnesses._replace(num_first=of_prior)
 
 
 def draw_first(key: Key, reference: AbstractReference, target: LogDensity, dim: int, times: int = 1) -> FirstDraws:

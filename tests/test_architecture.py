@@ -18,6 +18,7 @@ _typing _errors _pickling
 _tree storage outputs
 fingerprint
 problem correct nets process change
+agreement
 draws model simulation score whitening resuming store backward
 tails scales
 shape

@@ -121,7 +121,8 @@ def _of_ranks(ranks: SBC) -> str:
 
 
 def _of_data(certificate: Certificate, rows: tuple[Discrepancy, ...]) -> list[str]:
-    told = [f"The draws for your data are {'' if certificate.certified else 'not '}certified: {certificate.reason}; {certificate.resolution}."]
+    verdict = "certified" if certificate.certified else "not certified"
+    told = [f"The draws for your data are {verdict}: {certificate.reason}; {certificate.resolution}."]
     rank = certificate.distance_rank
     if rank <= MAX_OUTLYING:
         told.append(

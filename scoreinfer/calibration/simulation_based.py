@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.calibration.uniformity import Row, judge
 from scoreinfer.correct import log_effective_share
 from scoreinfer.export import to_prior_sbc
@@ -152,7 +153,8 @@ def sbc(
         The ranks; print them for a table.
 
     Raises:
-        UnsupportedModel: where the model cannot be simulated.
+        UnsupportedModel: where the model cannot be simulated, or draws what its density does not describe. (A model
+            with the same sites that draws what the posterior's density describes may be given in its place.)
 
     Exactness: exact for exact independent draws, as for the learned ones without weights. Picking by weight is
         consistent as ``num_proposals`` grows, like the answers it tests; thinned chains are as thinning grows.
@@ -169,6 +171,9 @@ def sbc(
         problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
         if problem.simulate is None:
             raise UnsupportedModel(f"Calibration simulates data, and this model has none: {problem.not_simulable}")
+        weighs = is_kernel(posterior) or (corrected and problem.has_density)
+        if weighs and (wrong := misdrawn_latents(problem) + misdrawn_data(problem)):
+            raise UnsupportedModel(f"Calibration ranks what the model draws, and {say_misdrawn(wrong)}")
         references = _references(simulate(for_references, problem, max(num_simulations, 100)))
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):

@@ -18,12 +18,12 @@ from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify
 from scoreinfer.drawing import weigh_rows, weighted_draws
 from scoreinfer.kernels.contract import observe
 from scoreinfer.kernels.score_sde import Fit, ScoreSDE
-from scoreinfer.learning import Effort, explore, start
+from scoreinfer.learning import Effort, explore
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.proposal import Weighted
 from scoreinfer.refinement import AmortisedProposal
-from scoreinfer.tempering import Overdispersed, Particles, Prior, begin
-from scoreinfer.witnesses import gather, hold_against, num_ancestors
+from scoreinfer.tempering import Overdispersed, Particles, begin
+from scoreinfer.witnesses import gather, hold_against, num_ancestors, reference_of
 
 MAX_R_HAT = 1.05
 MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
@@ -84,7 +84,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     log evidence. A third one starts a hundred times wider, and where it finds densities as high, the proposals must
     draw too; modes beyond that reach, or too narrow for all three, go unseen.
     Witnesses are held against the proposals as well (`scoreinfer.witnesses`): draws of the prior, or where there is
-    none of the explorer's start, weighed by the data and tempered. Of an amortised posterior they are the evidence alone.
+    none of the explorer's start, weighed by the data and tempered. Of an amortised posterior they alone are asked.
 
     Args:
         mcmc: after ``run``.
@@ -145,9 +145,9 @@ def _witnessed(
 ) -> ForwardCheck:
     """Hold witnesses from the prior against the proposals; from the explorer's start where there is no prior."""
     problem = fit.proposer.problem
-    reference, target = start(problem, kernel.start_scale), jax.tree_util.Partial(problem.log_joint, y=y)
+    reference, target = reference_of(problem, kernel.start_scale), jax.tree_util.Partial(problem.log_joint, y=y)
     check = hold_against(for_weights, fit.proposer, y, drawn, gather(for_witnesses, reference, target, problem.dim))
-    return check if isinstance(reference, Prior) else check._replace(num_first=0)
+    return check
 
 
 def _explored(
@@ -158,7 +158,7 @@ def _explored(
     informative = fit.evidence.num_informative
     first = fit.evidence.places
     for_start, for_second, for_third = random.split(for_explorer, 3)
-    began = begin(for_start, start(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    began = begin(for_start, reference_of(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
     seen = jnp.concatenate([first, began])
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scoreinfer._errors import UnsupportedModel
+from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
 from scoreinfer.model.survey import NUM_PROBES
@@ -99,6 +100,7 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
         return Report(False, None, (reason, "✗ verdict: this model cannot be used"))
     messages = [f"{problem.dim} unconstrained dimensions"]
     messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
+    messages += _say_agreement(problem)
     fault = _data_fault(problem, facts, args, kwargs)
     messages += [f"✗ data: {fault}"] if fault else _say_use(problem)
     verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem)
@@ -150,6 +152,13 @@ def _say_simulable(problem: Problem, facts: Facts) -> list[str]:
         finite &= np.isfinite(value).reshape(NUM_PROBES, -1).all(1)
     mark = "✓" if finite.all() else "!"
     return [f"{mark} simulation ({finite.sum()} of {NUM_PROBES} draws finite)"]
+
+
+def _say_agreement(problem: Problem) -> list[str]:
+    wrong = misdrawn_latents(problem) + misdrawn_data(problem)
+    if not wrong:
+        return []
+    return [f"! {say_misdrawn(wrong)} `fit` learns from the draws, and weights mend it; `sbc` and `calibrate` refuse"]
 
 
 def _say_use(problem: Problem) -> list[str]:
