@@ -191,7 +191,8 @@ class PathPosterior(eqx.Module):
                 these kernels do not start from (see ``known_end``).
 
         Exactness: exact weights against the model's own density of paths, whatever was learned. Batches that are drawn
-            again are chosen by their weights: their evidence is consistent, and unbiased on request (`resampled`).
+            again are chosen by their weights: their evidence is consistent, and unbiased on request (`resampled`) where
+            ``info["witnessed"]`` is zero.
         """
         start = time.perf_counter()
         known = end_state is not None
@@ -214,7 +215,8 @@ class PathPosterior(eqx.Module):
             if effective_sample_size(resampled.log_weight) / num > share:
                 drawn, num_particles = resampled, NUM_PARTICLES
         by = _with_particles(proposal, num_particles)
-        again = partial(draw, for_mended, num_particles)
+        # Paths to a known end have no density in the space of all paths: nothing can be fitted to them there.
+        again = None if known else partial(draw, for_mended, num_particles)
         drawn, certificate, _, witnessed = self._judge(for_checks, proposal, by, y, drawn, again, thorough)
         if certificate.distance_rank <= MAX_OUTLYING:
             warnings.warn(
@@ -285,7 +287,7 @@ class PathPosterior(eqx.Module):
         by: Proposer,
         y: Sites,
         drawn: Weighted,
-        again: Callable[[Defence], Weighted],
+        again: Callable[[Defence], Weighted] | None,
         thorough: bool,
     ) -> Judged:
         """Judge a batch by witnesses at the observation; where these are too few, as in fields, by simulations near it.

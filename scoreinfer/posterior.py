@@ -192,7 +192,8 @@ class Posterior(eqx.Module):
 
         Exactness: the weights are exact importance weights for any training; averages under them are consistent as
             ``num`` grows. Resampled and moved draws are consistent as the proposals grow; with ``max_proposals`` the
-            weights decide when to stop, so that their mean, the evidence, is consistent but no longer unbiased.
+            weights decide when to stop, and a batch that is refused may be drawn again: then their mean, the evidence,
+            is consistent but no longer unbiased.
         """
         start = time.perf_counter()
         problem = self.problem
@@ -259,7 +260,8 @@ class Posterior(eqx.Module):
             draws: what `sample` gave, not resampled.
             runs: the store of the simulator's runs on these draws.
             simulations: the store the posterior was learned from. Its runs tell whether the proposal misses what
-                explains the data; without it, or where hardly any of them explains the data, only the weights speak.
+                explains the data, and the batch is refused where hardly any of them does; without it only the weights
+                speak.
 
         Returns:
             The draws, weighted. Those at which the simulator failed have weight zero, and the certificate says so.
