@@ -16,7 +16,7 @@ from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
 from scoreinfer._errors import UnsupportedModel
-from scoreinfer.model import check, from_numpyro
+from scoreinfer.model import check, from_numpyro, survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Continuous inference poorly handles circular")  # NumPyro's own
 KEY = random.key(7)
@@ -630,6 +630,27 @@ def test_second_data_set_compiles_nothing(name):
     second, _ = use(2)
     assert len(COMPILATIONS) == before
     assert first != second
+
+
+@pytest.mark.parametrize("data", [None, np.zeros(20)])
+def test_reading_compiles_no_random_numbers(data, monkeypatch):
+    """Compiled, the random numbers of 150 sites take minutes: the model is traced thrice and compiled once."""
+    runs, programs = {"traced": 0, "drawn": 0}, []
+
+    def model(y=None):
+        a = sample("a", dist.Normal())
+        runs["traced" if isinstance(a, jax.core.Tracer) else "drawn"] += 1
+        for i in range(20):
+            sample(f"y{i}", dist.Normal(a, 1.0), obs=None if y is None else y[i])
+
+    compiled = survey.compiled
+    monkeypatch.setattr(survey, "compiled", lambda *args: programs.append(args) or compiled(*args))
+    problem = from_numpyro(model, data)
+    assert len(programs) == 1
+    assert runs == ({"traced": 3, "drawn": 8} if data is None else {"traced": 2, "drawn": 11})
+    runs["traced"] = 0
+    problem.read((np.ones(20),), {})
+    assert runs["traced"] <= 3
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------

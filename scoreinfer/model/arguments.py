@@ -12,7 +12,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from scoreinfer._typing import Key
-from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data, needs_no_values
+from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data
 
 
 def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tuple[tuple, dict[str, Any], Any]:
@@ -97,6 +97,8 @@ def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
     slots = [i for i, leaf in enumerate(leaves) if leaf is None]
+    if not slots:
+        return frozenset()
 
     def filled(fillers: Mapping[int, Any]) -> Callable[[], Any]:
         args, kwargs = jax.tree.unflatten(treedef, [fillers.get(i, leaf) for i, leaf in enumerate(leaves)])
@@ -109,7 +111,7 @@ def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any
             return frozenset()
 
     together = attempt(_fed_by_blank, filled(dict.fromkeys(slots, _Blank())))
-    if together or not slots:
+    if together:
         return together
     samples = [site for site in base.values() if site["type"] == "sample" and not site["is_observed"]]
     shapes = dict.fromkeys((jnp.shape(site["value"]), jnp.result_type(site["value"])) for site in reversed(samples))
@@ -122,15 +124,14 @@ def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any
     return found
 
 
-def fix_parameters(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """Fix ``param`` and ``mutable`` sites at their initial values, as MCMC does."""
+def fix_parameters(model: Any, args: tuple, kwargs: dict[str, Any], base: Trace) -> tuple[Any, tuple[str, ...]]:
+    """Fix the ``param`` and ``mutable`` sites in its trace at their initial values, as MCMC does."""
+    names = tuple(name for name, site in base.items() if site["type"] in ("param", "mutable"))
+    if not names:
+        return model, ()
 
     def values(key: Key) -> dict[str, Any]:
         played = trace(seed(Open(functools.partial(model, *args, **kwargs), frozenset()), key)).get_trace()
-        return {name: site["value"] for name, site in played.items() if site["type"] in ("param", "mutable")}
+        return {name: played[name]["value"] for name in names}
 
-    key = fixed_key()
-    if not needs_no_values(jax.eval_shape, values, key):
-        return model, ()
-    fixed = compiled(values, key)(key)
-    return substitute(model, data=fixed), tuple(fixed)
+    return substitute(model, data=compiled(values, fixed_key())(fixed_key())), names

@@ -16,7 +16,7 @@ from scoreinfer.model.arguments import abstract_trace, fix_parameters, infer_obs
 from scoreinfer.model.encoding import encoder, fill
 from scoreinfer.model.reading import Design, Reader, look, wrong_shape
 from scoreinfer.model.replay import LOG_DET, Script, Trace, fixed_key, is_data, needs_no_values, sum_terms
-from scoreinfer.model.survey import Survey, close, map_probes, probe_keys, refuse_seeded, take_survey
+from scoreinfer.model.survey import Survey, close, draw_probes, probe_keys, refuse_seeded, take_survey
 from scoreinfer.problem import Problem, Site
 
 
@@ -38,9 +38,9 @@ def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any 
 
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
     """Read a model with bound arguments: the problem, and what else `check` has to say."""
-    closed, fixed = fix_parameters(model, args, kwargs)
+    base = needs_no_values(abstract_trace, functools.partial(model, *args, **kwargs))
+    closed, fixed = fix_parameters(model, args, kwargs, base)
     run = functools.partial(closed, *args, **kwargs)
-    base = needs_no_values(abstract_trace, run)
     given, pseudo = _given(run, base)
     fed = infer_observed(closed, args, kwargs, base) if observed is None else frozenset()
     names = frozenset(observed) if observed is not None else frozenset(given) or fed
@@ -62,7 +62,7 @@ def _given(run: Callable[[], Any], base: Trace) -> tuple[dict[str, tuple[int, ..
     sites = {name: site for name, site in base.items() if is_data(site)}
     if not sites:
         return {}, frozenset()
-    values = map_probes(lambda key: look(run, key).values, probe_keys(3))
+    values = draw_probes(lambda key: look(run, key).values, probe_keys(3))
     pseudo = frozenset(name for name, value in values.items() if not close(value, value[:1]))
     return {name: _broad_shape(site) for name, site in sites.items() if name not in pseudo}, pseudo
 

@@ -14,7 +14,7 @@ from numpyro.handlers import seed, trace
 from scoreinfer._tree import is_array, is_traced, reaches, same_leaf
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model.arguments import bind
-from scoreinfer.model.replay import NEEDS_VALUES, Open, Script, fixed_key, is_data
+from scoreinfer.model.replay import NEEDS_VALUES, Open, Script, ahead_of_time, fixed_key, is_data
 from scoreinfer.model.survey import Survey, in_words, probe_keys
 
 
@@ -73,11 +73,11 @@ class _Structure:
 
     @functools.cached_property
     def _observe_now(self) -> Callable[..., Sites]:
-        return jax.jit(self._observe).lower(self.arrays, fixed_key()).compile()
+        return ahead_of_time(self._observe, self.arrays, fixed_key())
 
     @functools.cached_property
     def _terms_now(self) -> Callable[..., dict[str, Array]]:
-        return jax.jit(self._terms).lower(self.arrays, fixed_key()).compile()
+        return ahead_of_time(self._terms, self.arrays, fixed_key())
 
     @functools.cached_property
     def _feeds_observations_only(self) -> bool:

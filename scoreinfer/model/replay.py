@@ -205,7 +205,19 @@ def compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     (`jax.ensure_compile_time_eval` would do so too, but models must not be traced inside it: their operations
     on constants would run one by one, and equinox's run-time checks would fail.)
     """
-    return needs_no_values(jax.jit(function).lower, *args).compile()
+    return needs_no_values(functools.partial(ahead_of_time, function), *args)
+
+
+def ahead_of_time(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Compile for arguments of these shapes, and run compiled, where the user has disabled `jit` too."""
+    with jax.disable_jit(False):
+        program = jax.jit(function).lower(*args).compile()
+
+    def run(*args: Any) -> Any:
+        with jax.disable_jit(False):
+            return program(*args)
+
+    return run
 
 
 def needs_no_values(function: Callable[..., Any], *args: Any) -> Any:

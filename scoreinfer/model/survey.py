@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 from numpyro.distributions import biject_to, constraints
 
 from scoreinfer._errors import Offence, UnsupportedModel
-from scoreinfer._tree import Layout
+from scoreinfer._tree import Layout, is_traced
 from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.model.replay import LOG_DET, Notes, Script, Trace, compiled, fixed_key, layers, log_prob, unwrapped
 
@@ -105,6 +105,18 @@ def map_probes(function: Callable[..., Any], *inputs: Any) -> Any:
     return jax.device_get(mapped(inputs))
 
 
+def draw_probes(function: Callable[[Key], Any], keys: Array) -> Any:
+    """Call a function that draws with each key, operation by operation.
+
+    Compiled, the random numbers of many sites take far longer to read than to draw. Where a kernel makes a problem
+    inside jit, nothing can be evaluated so, and the function is compiled for one key.
+    """
+    with jax.ensure_compile_time_eval():
+        rows = [keys[i] for i in range(len(keys))]
+    run = compiled(function, rows[0]) if is_traced(jnp.zeros(())) else function
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(jax.device_get(run(row)) for row in rows))
+
+
 def take_survey(script: Script) -> Survey:
     """Measure a model: joint draws first, then its density at them, with their own and with other data."""
     notes, tables = Notes(), []
@@ -113,6 +125,7 @@ def take_survey(script: Script) -> Survey:
         played = script.play(key, notes=notes)
         _refuse(played, script.names)
         tables.append(_rows(played))
+        _refuse_moving(tables[0], tables[-1])
         samples = {name: played[name] for name, row in tables[-1].items() if row.type == "sample" and not row.is_factor}
         data = {name: site for name, site in samples.items() if name in script.names}
         latents = {name: site for name, site in samples.items() if name not in data and not site["is_observed"]}
@@ -126,7 +139,7 @@ def take_survey(script: Script) -> Survey:
             "alike": {name: _rolled(site) for name, site in data.items() if _plate_axis(site) is not None},
         }
 
-    drawn = map_probes(draw, probe_keys())
+    drawn = draw_probes(draw, probe_keys())
     table: dict[str, Row] = tables[0]
     latents = tuple(name for name in table if name in drawn["points"])
     y = {name: drawn["sites"][name] for name in table if name in script.names}
