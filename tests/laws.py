@@ -322,7 +322,7 @@ def proposers() -> dict[str, Callable[[], Case]]:
         "paths, known end": lambda: random_paths(known_end=True),
         "started paths, flow": lambda: Case(rate(), started(FLOW), 4000, paths=False),
         "started paths, SDE": lambda: Case(rate(), started(SDE), 4000),
-        "resampled paths": lambda: Case(rate(), ResampledPaths(started(SDE), 4), 4000),
+        "resampled paths": lambda: Case(rate(), ResampledPaths(started(SDE), 4), 20_000),
     }
 
 
@@ -379,13 +379,15 @@ def kernels() -> dict[str, Callable[[], KernelCase]]:
     both = {"num_proposals": 2, "bank_size": 2, "num_local_steps": 1}
     return {
         "global moves": lambda: KernelCase(bare(), score_sde(double(path=True), bank_size=2), 20_000),
-        "many tries": lambda: KernelCase(bare(), score_sde(double(path=True), num_proposals=3, bank_size=3), 20_000),
+        "many tries": lambda: KernelCase(bare(), score_sde(double(path=True), num_proposals=3, bank_size=3), 40_000, 3),
         "local moves": lambda: KernelCase(bare(), score_sde(double(path=True), **both), 20_000),
         "all moves, focused": lambda: KernelCase(one(), score_sde(focused(one(), SDE), **both)),
         "resampled paths": lambda: KernelCase(rate(), score_sde(ResampledPaths(started(FLOW), 4), **both), 500),
-        "MALA": lambda: KernelCase(bare(), si.MALA(step_size=0.9, **fixed), num_iterations=5),
-        "underdamped": lambda: KernelCase(bare(), si.UnderdampedLangevin(step_size=0.9, **fixed), num_iterations=5),
+        "MALA": lambda: KernelCase(bare(), si.MALA(step_size=0.9, **fixed), num=40_000, num_iterations=5),
+        "underdamped": lambda: KernelCase(
+            bare(), si.UnderdampedLangevin(step_size=0.9, **fixed), num=40_000, num_iterations=5
+        ),
         "much friction": lambda: KernelCase(
-            bare(), si.UnderdampedLangevin(step_size=0.6, friction=10.0, **fixed), num_iterations=5
+            bare(), si.UnderdampedLangevin(step_size=0.6, friction=10.0, **fixed), num=40_000, num_iterations=5
         ),
     }
