@@ -60,8 +60,12 @@ class AbstractAdapted(eqx.Module):
 class FocusedProposal(AbstractAdapted):
     """A mixture of a proposal and of the same proposal with another ``adjustment``.
 
-    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. For the flow it rests on
-        finding each step's inverse numerically; where none is found, that component counts as density zero.
+    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. Where components are weighed
+        over paths u and v, with densities q(z, u) and a(z, v) and noisings r(u | z) and s(v | z), a draw comes with a
+        path of each: the mixture draws (z, u, v) with density (1 - share) q(z, u) s(v | z) + share a(z, v) r(u | z),
+        the target there is pi(z) r(u | z) s(v | z), and their ratio is the weight. So both paths must be independent
+        given z, in `log_q` as in `propose`. For the flow it rests on finding each step's inverse numerically; where
+        none is found, that component counts as density zero.
     """
 
     original: Proposal
@@ -85,8 +89,10 @@ class FocusedProposal(AbstractAdapted):
         return z, jnp.where(adapted, _mix(log_other, log_q), _mix(log_q, log_other))
 
     def log_q(self, key: Key, context: FocusedContext, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the mixture's ``log_q`` of a given z."""
-        return _mix(*(self.original.log_q(key, part, z) for part in context))
+        """Compute the mixture's ``log_q`` of a given z, over a path of either component drawn anew."""
+        for_original, for_adapted = jax.random.split(key)
+        log_original = self.original.log_q(for_original, context.original, z)
+        return _mix(log_original, self.original.log_q(for_adapted, context.adapted, z))
 
 
 def _mix(log_original, log_adapted):
