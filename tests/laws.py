@@ -33,8 +33,9 @@ from scoreinfer._typing import Sites
 from scoreinfer.backward import Frame, Moments, ReverseEuler
 from scoreinfer.change import Chain
 from scoreinfer.correct import spread
-from scoreinfer.drawing import _mix_prior, weigh_rows, weighted_draws
+from scoreinfer.drawing import Defence, mixed, weigh_rows, weighted_draws
 from scoreinfer.focus import FocusedProposal
+from scoreinfer.kernel_estimate import kernel_estimate
 from scoreinfer.kernels.contract import layout
 from scoreinfer.model import from_numpyro
 from scoreinfer.nets import Concatenate, ConditionalMLP
@@ -50,6 +51,7 @@ from scoreinfer.score import NeuralScore
 from scoreinfer.simulation import Standardiser, encode
 from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
 from scoreinfer.tails import Tails
+from scoreinfer.tempering import Prior
 from scoreinfer.whitening import Affine, Whitening, identity, whitening_network
 
 BRIDGES = (0.2, 1.0, 5.0)
@@ -113,25 +115,24 @@ class Case(NamedTuple):
         proposer: the proposer.
         num: number of draws that the law is tested with.
         paths: whether it weighs a given z over a path drawn anew.
-        prior_fraction: share of the draws taken from the prior.
+        defence: what the proposer is mixed with.
     """
 
     target: Target
     proposer: Proposer
     num: int = 40_000
     paths: bool = True
-    prior_fraction: float = 0.0
+    defence: Defence | None = None
 
     def draw(self, first: int = 0) -> Weighted:
         """Draw, beginning with this row of the stream."""
         key, y = jax.random.key(1), self.target.y
-        return weighted_draws(key, self.proposer, y, self.num, self.prior_fraction, first, self.num)
+        return weighted_draws(key, self.proposer, y, self.num, self.defence, first, self.num)
 
     def weigh(self, z: jax.Array) -> Weighted:
         """Weigh given draws."""
         weighed = weigh_rows(jax.random.key(2), self.proposer, self.target.y, jnp.arange(len(z)), z)
-        share = self.prior_fraction
-        return _mix_prior(self.target.problem, weighed, share) if share else weighed
+        return weighed if self.defence is None else mixed(self.defence, weighed)
 
 
 def disagreement(case: Case) -> float:
@@ -301,6 +302,17 @@ def refined(target: Target, here: bool) -> RefinedProposal:
     return RefinedProposal(original, dataclasses.replace(adjusted(original), score=score), x + (0.0 if here else 1.0))
 
 
+def of_prior(target: Target) -> Defence:
+    """Mix with the prior."""
+    return Defence(Prior(target.problem), 0.3)
+
+
+def of_witnesses(target: Target) -> Defence:
+    """Mix with a kernel estimate fitted to a part of the posterior."""
+    values = np.asarray(target.exact(5, 400))
+    return Defence(kernel_estimate(values[values[:, 0] > np.median(values[:, 0])]), 0.3)
+
+
 def proposers() -> dict[str, Callable[[], Case]]:
     """Name every proposer."""
     one, two, rate = two_counts, mixture, unknown_rate
@@ -308,10 +320,12 @@ def proposers() -> dict[str, Callable[[], Case]]:
         "amortised, flow": lambda: Case(two(), amortised(two(), FLOW), 20_000, paths=False),
         "amortised, SDE": lambda: Case(two(), amortised(two(), SDE)),
         "amortised, SDE, one dimension": lambda: Case(one(), amortised(one(), SDE)),
-        "prior mixture, SDE": lambda: Case(two(), amortised(two(), SDE), prior_fraction=0.3),
+        "prior mixture, SDE": lambda: Case(two(), amortised(two(), SDE), defence=of_prior(two())),
         "focused, flow": lambda: Case(two(), focused(two(), FLOW), 20_000, paths=False),
         "focused, SDE": lambda: Case(one(), focused(one(), SDE)),
-        "prior mixture, focused": lambda: Case(one(), focused(one(), SDE), prior_fraction=0.3),
+        "prior mixture, focused": lambda: Case(one(), focused(one(), SDE), defence=of_prior(one())),
+        "mended, flow": lambda: Case(two(), amortised(two(), FLOW), 20_000, False, of_witnesses(two())),
+        "mended, SDE": lambda: Case(two(), amortised(two(), SDE), defence=of_witnesses(two())),
         "refined, here": lambda: Case(two(), refined(two(), here=True)),
         "refined, elsewhere": lambda: Case(two(), refined(two(), here=False)),
         "of one posterior, flow": lambda: Case(bare(), of_one(FLOW), 20_000, paths=False),
@@ -369,7 +383,7 @@ def drift(case: KernelCase) -> float:
 
 def score_sde(proposer: Proposer, **options: Any) -> si.ScoreSDE:
     """Make the kernel of a proposer."""
-    return si.ScoreSDE(posterior=SimpleNamespace(proposal=proposer, bank=None, problem=proposer.problem), **options)
+    return si.ScoreSDE(posterior=SimpleNamespace(proposal=proposer, outliers=None, problem=proposer.problem), **options)
 
 
 def kernels() -> dict[str, Callable[[], KernelCase]]:
