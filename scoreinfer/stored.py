@@ -42,7 +42,8 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
         for name, value in values.items():
             if value.shape != shapes[name] or not np.isfinite(value).all():
                 raise ValueError(f"{name!r} must have shape {shapes[name]} and finite numbers, got {value.shape}.")
-        return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
+        with jax.ensure_compile_time_eval():
+            return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
 
     sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
     return _foreign(problem, observed=sites, encode=lambda y: y, read=read)

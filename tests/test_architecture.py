@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = """
 _typing _errors
 _tree storage
+_program
 problem correct nets process change
 draws model simulation score whitening resuming store backward
 tails scales
