@@ -95,7 +95,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
         (infinitely far below where the second explorer does not reach the posterior).
 
     Raises:
-        ValueError: where the kernel is another, or has not been run.
+        ValueError: where the kernel is another, or has not been run, or the data have changed since.
 
     Exactness: see `ChainCertificate`.
 
@@ -110,6 +110,8 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     for_draws, for_explorer, for_places = random.split(random.fold_in(key, 0), 3)
     fit = kernel.fit_of(state)
     y = observe(fit.proposer.problem, mcmc._args, mcmc._kwargs)
+    if not all(np.allclose(y[name], state.y[name], rtol=1e-5, atol=1e-6, equal_nan=True) for name in y):
+        raise ValueError("The data have changed since this run, whose chains answer for the old ones. Run it again.")
     drawn = weighted_draws(for_draws, fit.proposer, y, 1024, 0.0, 0, num)
     check, evidences = _independent(for_explorer, for_places, kernel, fit, y, drawn)
     weights = certify_weights(drawn.log_weight, check)
