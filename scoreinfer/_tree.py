@@ -1,7 +1,7 @@
-"""Flat vectors and site dictionaries; batches; which inputs of a function an output can depend on."""
+"""Flat vectors and site dictionaries; batches; names of arrays in a pytree."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -106,35 +106,3 @@ def _name(path: Any) -> str:
 def is_traced(tree: Any) -> bool:
     """Say whether any leaf is a tracer, whose values cannot be looked at."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def same_leaf(a: Any, b: Any) -> bool:
-    """Say whether two leaves are certainly the same value (when in doubt, they are not)."""
-    if a is b:
-        return True
-    if is_traced((a, b)) or (type(a) is not type(b) and not (is_array(a) and is_array(b))):
-        return False
-    if not is_array(a):
-        return bool(np.all(a == b)) if np.isscalar(a) else False
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not np.issubdtype(a.dtype, np.number):  # keys, booleans, strings
-        return a.dtype == np.bool_ and bool(np.array_equal(a, b))
-    return bool(np.array_equal(a, b, equal_nan=True))
-
-
-def reaches(function: Callable[..., Any], *args: Any) -> bool:
-    """Say whether any output of a function may depend on any of its array inputs.
-
-    Judged on the outermost equations of the jaxpr alone, so it errs on the side of yes.
-    """
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    tainted = {id(var) for var in jaxpr.invars}
-    for equation in jaxpr.eqns:
-        if _touches(equation.invars, tainted):
-            tainted |= {id(var) for var in equation.outvars}
-    return _touches(jaxpr.outvars, tainted)
-
-
-def _touches(variables: Iterable[Any], tainted: set[int]) -> bool:
-    return any(id(var) in tainted for var in variables)

@@ -117,11 +117,68 @@ def resample_indices(key: Key, log_weight: LogWeights, num: int) -> Int[Array, "
     return jax.random.permutation(for_order, jnp.asarray(rows))
 
 
+LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 Point = tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]]
 """A point, its log density, its gradient."""
 ValueAndGrad = Callable[[Float[Array, " dim"]], tuple[Float[Array, ""], Float[Array, " dim"]]]
 Factor = Float[Array, "dim dim"] | Float[Array, " dim"]
 """A square root L of a covariance L L^T; a vector stands for a diagonal one."""
+
+
+def derivatives(log_density: LogDensity, z: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> str:
+    """Find the mode of differentiation that works: ``"reverse"``, else ``"forward"``, else ``"none"``.
+
+    Loops whose length depends on values have forward derivatives alone, calls out of JAX have none.
+
+    Args:
+        log_density: the log density; nothing is computed.
+        z: its argument, or the shape and dtype of it.
+    """
+    jax.eval_shape(log_density, z)  # an error of its own is no answer
+    for mode in ("reverse", "forward"):
+        try:
+            jax.eval_shape(_BY_MODE[mode](log_density), z)
+        except Exception:  # libraries have errors of their own for what they cannot differentiate
+            continue
+        return mode
+    return "none"
+
+
+def differentiate(
+    log_density: LogDensity,
+    z: Float[Array, " dim"] | jax.ShapeDtypeStruct,
+    forward_mode: bool | None = None,
+) -> ValueAndGrad:
+    """Make the function that computes a log density and its gradient.
+
+    Where there is no gradient it is zero, with which Langevin steps are those of random-walk Metropolis.
+
+    Args:
+        log_density: the log density.
+        z: its argument, or the shape and dtype of it.
+        forward_mode: differentiate in forward mode; None: where reverse mode does not work.
+    """
+    mode = derivatives(log_density, z) if forward_mode is None else ("forward" if forward_mode else "reverse")
+    return _BY_MODE[mode](log_density)
+
+
+def _forward(log_density: LogDensity) -> ValueAndGrad:
+    def value_and_grad(z: Float[Array, " dim"]) -> tuple[Float[Array, ""], Float[Array, " dim"]]:
+        along = lambda direction: jax.jvp(log_density, (z,), (direction,))  # noqa: E731
+        return jax.vmap(along, out_axes=(None, 0))(jnp.eye(z.size, dtype=z.dtype))
+
+    return value_and_grad
+
+
+def _without(log_density: LogDensity) -> ValueAndGrad:
+    return lambda z: (log_density(z), jnp.zeros_like(z))
+
+
+_BY_MODE: dict[str, Callable[[LogDensity], ValueAndGrad]] = {
+    "reverse": jax.value_and_grad,
+    "forward": _forward,
+    "none": _without,
+}
 
 
 def colour(factor: Factor, v: Float[Array, " dim"], *, transpose: bool = False) -> Float[Array, " dim"]:
@@ -196,7 +253,7 @@ class Moves(NamedTuple):
 
 def rejuvenate(
     key: Key,
-    log_density: Callable[[Float[Array, " dim"]], Float[Array, ""]],
+    log_density: LogDensity,
     values: Float[Array, "draws dim"],
     log_weight: LogWeights,
     num: int,
@@ -231,7 +288,7 @@ def rejuvenate(
 @eqx.filter_jit
 def move_all(
     key: Key,
-    log_density: Callable[[Float[Array, " dim"]], Float[Array, ""]],
+    log_density: LogDensity,
     start: Float[Array, "num dim"],
     factor: Float[Array, "dim dim"],
     num_moves: int,
@@ -240,7 +297,7 @@ def move_all(
 
     Exactness: leaves the density invariant.
     """
-    value_and_grad = jax.value_and_grad(log_density)
+    value_and_grad = differentiate(log_density, start[0])
     step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, None))
 
     def move(carry, key, rate):

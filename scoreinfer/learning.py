@@ -13,17 +13,24 @@ from tqdm.auto import tqdm
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.change import Chain, Change, pull
-from scoreinfer.correct import effective_sample_size, log_evidence, resample_indices, spread, tempering_power
+from scoreinfer.correct import (
+    LogDensity,
+    effective_sample_size,
+    log_evidence,
+    resample_indices,
+    spread,
+    tempering_power,
+)
 from scoreinfer.drawing import weighted_draws
 from scoreinfer.losses import ConditionalScore, ScoreBatch, denoising_loss, score_module, target_precision
 from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, SingleProposal, Weighted, default_sampler
 from scoreinfer.shape import fit_shape, has_tails
+from scoreinfer.simulation import blame
 from scoreinfer.tempering import (
     KEPT_SHARE,
     AbstractReference,
-    LogDensity,
     Particles,
     Prior,
     advance,
@@ -111,7 +118,7 @@ def learn(
 
     Args:
         key: random key.
-        problem: the problem; its density must have a gradient.
+        problem: the problem; where its density has no gradient, particles take random-walk steps.
         y: the observation.
         effort: how much work to spend.
         start_scale: see above.
@@ -121,7 +128,7 @@ def learn(
         The sampler of the round with the largest effective sample size, and the explorer's evidence.
 
     Raises:
-        FloatingPointError: where the density is not finite, or too far from the reference.
+        FloatingPointError: where the density or its gradient is not finite, or too far from the reference.
 
     Exactness: biased as a density, like every learned sampler; weighted draws and chains from it are exact.
 
@@ -131,7 +138,11 @@ def learn(
     for_explorer, for_net, for_rounds = jax.random.split(key, 3)
     reference = reference_of(problem, start_scale)
     target = jax.tree_util.Partial(problem.log_joint, y=y)
-    particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
+    try:
+        particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
+    except FloatingPointError as error:
+        where = begin(for_explorer, reference, 1).values[0]
+        raise FloatingPointError(f"{error}{blame(problem, where, y)}") from error
     places, whitening = particles.values, _whitening(particles)
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
@@ -246,7 +257,7 @@ def explore(
     They begin as the most promising of 65,536 draws of the reference, so that rare corners of it are not overlooked.
 
     Raises:
-        FloatingPointError: where the target is finite at no particle, or not reached.
+        FloatingPointError: where the target or its gradient is finite at no particle, or the target is not reached.
 
     Exactness: consistent as the particles grow (`scoreinfer.tempering.advance`).
     """
@@ -266,6 +277,8 @@ def explore(
             before = particles.power
             particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
             bar.update(float(particles.power - before))
+            if not bool(jnp.isfinite(particles.gradient).all(1).any()):
+                raise FloatingPointError("The gradient of the density is finite at none of the explorer's particles.")
             if particles.power == 1.0:
                 return particles, passes
     raise FloatingPointError(

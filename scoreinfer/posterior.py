@@ -39,7 +39,16 @@ from scoreinfer.proposal import Proposal, Weighted, default_sampler
 from scoreinfer.refinement import AmortisedProposal, refine
 from scoreinfer.resuming import open_run
 from scoreinfer.sampling import AbstractSampler
-from scoreinfer.simulation import BATCH, Simulations, Standardiser, check_finite, encoded, simulate, standardiser
+from scoreinfer.simulation import (
+    BATCH,
+    Simulations,
+    Standardiser,
+    check_finite,
+    encoded,
+    has_gradient,
+    simulate,
+    standardiser,
+)
 from scoreinfer.storage import digest
 from scoreinfer.store import Store
 from scoreinfer.stored import StoredSimulations, explained, stored_simulations, with_outputs
@@ -581,7 +590,12 @@ def fit(
     elif problem.simulate is None:
         raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
     online = num_simulations is None
-    use_gradient = problem.has_density and target_score is not False
+    use_gradient = stored is None and target_score is not False and has_gradient(problem)
+    if target_score and not use_gradient:
+        raise ValueError(
+            "`target_score=True` needs the gradient of the joint density, and this model has none (a loop or a call "
+            "that cannot be differentiated, or no density at all). Leave it out: the score is learned without."
+        )
     if stored is None:
         pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
     else:

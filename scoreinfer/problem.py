@@ -59,7 +59,8 @@ class Problem:
         simulate_observation: ``y`` given ``z``; None where the model cannot be simulated.
         encode: observed sites to real numbers of the same sites through their own bijectors (logs of positive
             values, logits of proportions); shapes may differ from the site's.
-        read: observed values from the model's own arguments ``(args, kwargs)``, checked against this problem.
+        read: observed values from the model's own arguments ``(args, kwargs)``, or wherever else the model takes them
+            from, as they are now; checked against this problem.
         has_density: False where the likelihood has no density (a stochastic simulator hidden in the model).
         not_simulable: why ``simulate`` is None, in words, else the empty string.
         pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, as

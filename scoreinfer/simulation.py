@@ -1,14 +1,17 @@
 """Simulations: joint draws of parameters and observations, and the scale on which networks see them."""
 
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.correct import LogDensity, derivatives, differentiate
 from scoreinfer.problem import Problem
 
 
@@ -62,7 +65,52 @@ def _simulate_rows(key, problem, rows):
 
 @eqx.filter_jit
 def _gradients(problem, z, y):
-    return jax.vmap(jax.grad(problem.log_joint))(z, y)
+    def one(z, y):
+        return differentiate(lambda z: problem.log_joint(z, y), z)(z)[1]
+
+    return jax.vmap(one)(z, y)
+
+
+def has_gradient(problem: Problem) -> bool:
+    """Say whether the joint density of a problem that can be simulated has a gradient (nothing is computed)."""
+    assert problem.simulate is not None
+    z, shapes = jax.eval_shape(problem.simulate, jax.random.key(0))
+    y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return problem.has_density and derivatives(lambda z: problem.log_joint(z, y), z) != "none"
+
+
+def blame(problem: Problem, z: Float[Array, " dim"], y: Sites) -> str:
+    """Say which parts of a log joint density are not finite at one place, and what to do; nothing where all are."""
+    faults = "; ".join(_faults(problem, z, y))
+    if not faults:
+        return ""
+    return (
+        f" There {faults}. Look at what the model divides by and takes logarithms and roots of; where `jnp.where` "
+        "chooses between values, the branch not taken must be finite too, for the gradient."
+    )
+
+
+def _faults(problem: Problem, z: Float[Array, " dim"], y: Sites) -> list[str]:
+    found = []
+    for name, log_density in _parts(problem, y).items():
+        value, gradient = jax.jit(differentiate(log_density, z))(z)  # NumPyro checks parameters outside jit
+        if not bool(jnp.isfinite(value)):
+            found.append(f"the log density of {name} is {float(value)}")
+        elif not bool(jnp.isfinite(gradient).all()):
+            sizes = [site.size for site in problem.latents] or [problem.dim]
+            names = np.repeat([site.name for site in problem.latents] or ["z"], sizes)
+            where = dict.fromkeys(names[~np.isfinite(np.asarray(gradient))].tolist())
+            found.append(f"the gradient of the log density of {name} with respect to {', '.join(where)} is not finite")
+    return found
+
+
+def _parts(problem: Problem, y: Sites) -> dict[str, LogDensity]:
+    """Split the joint density: the prior, and every observed site where these are known one by one."""
+    pointwise = problem.pointwise_log_likelihood
+    if pointwise is None:
+        return {"the prior": problem.log_prior, "the likelihood": lambda z: problem.log_likelihood(z, y)}
+    sites = {site.name: partial(lambda name, z: pointwise(z, y)[name].sum(), site.name) for site in problem.observed}
+    return {"the prior": problem.log_prior, **sites}
 
 
 def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
@@ -72,8 +120,8 @@ def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
 
 
 def check_finite(simulations: Simulations) -> None:
-    """Raise a ValueError that says which sites are not finite, and how often."""
-    finite = finite_rows(simulations)
+    """Raise a ValueError that says which sites are not finite, and how often (training does without gradients)."""
+    finite = finite_rows(simulations._replace(gradient=None))
     if bool(finite.all()):
         return
     sites = {"latent values": simulations.z, **simulations.x}

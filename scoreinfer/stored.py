@@ -48,7 +48,8 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
                     f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
                     "not (masked entries are none). Fit the posterior of the entries that there are."
                 )
-        return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
+        with jax.ensure_compile_time_eval():
+            return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
 
     sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
     recipe = partial(with_outputs, problem, shapes)

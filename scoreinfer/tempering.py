@@ -6,7 +6,6 @@ funnels and draws heavy tails in, and whose size adapts.
 """
 
 import abc
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -17,11 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.change import pull, push
-from scoreinfer.correct import TARGET_ACCEPT_PROB, log_effective_share, metropolis_langevin_step, spread
+from scoreinfer.correct import (
+    TARGET_ACCEPT_PROB,
+    LogDensity,
+    differentiate,
+    log_effective_share,
+    metropolis_langevin_step,
+    spread,
+)
 from scoreinfer.problem import Problem
 from scoreinfer.shape import fit_shape
 
-LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 KEPT_SHARE = 0.7
 JITTER = 10.0
 """Step sizes vary between particles by up to this factor, for densities narrower in some places than in others."""
@@ -138,10 +143,11 @@ def advance(
     effective sample size); Fearnhead and Taylor 2013, Bayesian Analysis 8(2) (step sizes that vary).
     """
     for_rows, for_moves = jax.random.split(key)
-    num = particles.values.shape[0]
+    num, z = particles.values.shape[0], particles.values[0]
+    of_reference, of_target = differentiate(reference.log_density, z), differentiate(target, z)
 
     def both(z):
-        return jax.value_and_grad(reference.log_density)(z), jax.value_and_grad(target)(z)
+        return of_reference(z), of_target(z)
 
     def mix(power, ends):
         (a, gradient_a), (b, gradient_b) = ends

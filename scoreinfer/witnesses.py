@@ -26,12 +26,12 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.certificate import Certificate, ForwardCheck, certify
-from scoreinfer.correct import effective_sample_size, metropolis
+from scoreinfer.correct import LogDensity, effective_sample_size, metropolis
 from scoreinfer.drawing import Defence, batch_shape, mixed, weigh_rows
 from scoreinfer.kernel_estimate import kernel_estimate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, Weighted
-from scoreinfer.tempering import AbstractReference, LogDensity, Overdispersed, Prior, next_power, resample
+from scoreinfer.tempering import AbstractReference, Overdispersed, Prior, next_power, resample
 
 NUM_FIRST, THOROUGH = 65_536, 16
 """Draws of the reference, and how many times as many a thorough search takes."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = """
 _typing _errors _pickling
 _tree storage outputs
-fingerprint
+fingerprint _program
 problem correct nets process change
 agreement
 draws model simulation score whitening resuming store backward

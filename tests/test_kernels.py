@@ -110,7 +110,7 @@ def test_local_steps_reach_what_proposals_miss():
 
 
 def test_no_weight_at_all_stays_put():
-    problem = doubles.Problem(**vars(location_scale_problem()) | {"log_likelihood": lambda z, y: jnp.nan})
+    problem = doubles.Problem(**vars(location_scale_problem()) | {"log_likelihood": lambda z, y: -jnp.inf})
     mcmc = run(ScoreSDE(posterior=fake_posterior(problem)), Y1)
     assert (mcmc.get_extra_fields()["log_weight"] == -jnp.inf).all()
     assert (mcmc.get_extra_fields()["accept_prob"] == 0).all()

@@ -12,7 +12,7 @@ from numpyro.infer import MCMC, NUTS
 
 from doubles import Y1, Y2, grid_moments, location_scale
 from scoreinfer.drawing import weighted_draws
-from scoreinfer.kernels import ScoreSDE, certify, verdict
+from scoreinfer.kernels import MALA, ScoreSDE, UnderdampedLangevin, certify, verdict
 from scoreinfer.learning import Effort, Round, choose, explore, learn, replace
 from scoreinfer.problem import from_potential
 from scoreinfer.proposal import Weighted
@@ -251,7 +251,35 @@ def test_block_of_gibbs():
     assert abs(first.mean() - exact_mean_of_first_centre()) < SIGMAS * error
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(MALA, "sequential"), (MALA, "parallel"), (MALA, jax.vmap), (UnderdampedLangevin, "sequential")],
+    ids=["MALA", "MALA parallel", "MALA vmap", "underdamped"],
+)
+def test_langevin_block_of_gibbs(kind, method):
+    gibbs = pytest.importorskip("numpyro.infer.gibbs")
+    kernel = gibbs.Gibbs([(gibbs.DiscreteGibbs(clusters), ["c"]), (kind(clusters), ["mu"])])
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=1500, num_chains=2, chain_method=method, progress_bar=False)
+    mcmc.run(random.key(0), y=VALUES)
+    first = np.asarray(mcmc.get_samples(group_by_chain=True)["mu"], np.float64)[..., 0]
+    error = first.std() / np.sqrt(effective_sample_size(first))
+    assert error < 0.05
+    assert abs(first.mean() - exact_mean_of_first_centre()) < SIGMAS * error
+
+
+def test_langevin_block_is_refreshed():
+    """Density and gradient are those of the new values; then they are not computed again."""
+    kernel = MALA(location_scale)
+    state = kernel.init(random.key(0), 10, None, model_args=(Y1,), model_kwargs={})
+    new, fresh = kernel.refresh(state, (Y2,), {}), kernel.init(random.key(0), 10, state.z, (Y2,), {})
+    for name in ("potential_energy", "z_grad", "y", "z"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), getattr(new, name), getattr(fresh, name))
+    assert abs(new.potential_energy - state.potential_energy) > 1
+
+
 def test_only_a_model_can_be_a_block():
     gibbs = pytest.importorskip("numpyro.infer.gibbs")
+    with pytest.raises(ValueError, match="potential function"):
+        gibbs.Gibbs([(NUTS(clusters), ["mu"]), (MALA(potential_fn=two_modes), ["c"])])
     with pytest.raises(ValueError, match="potential function"):
         gibbs.Gibbs([(NUTS(clusters), ["mu"]), (ScoreSDE(potential_fn=two_modes), ["c"])])

@@ -577,6 +577,110 @@ def test_model_that_needs_numpy_values():
         problem.read((GROUP[::-1].copy(), np.ones(6)), {})
 
 
+# Data that a model takes from elsewhere than its arguments; each can be changed afterwards.
+
+OUTSIDE = np.array([0.5, 1.5, 2.5])
+NEW = np.array([1.0, 3.0, 4.0])
+
+
+class Holder:
+    """A model that is a method of the object that holds its data."""
+
+    def __init__(self, data, scale=1.0):
+        self.data, self.scale = data, scale
+
+    def __call__(self):
+        a = sample("a", dist.Normal())
+        sample("y", dist.Normal(a, self.scale).expand([3]).to_event(1), obs=self.data)
+
+    def logged(self):
+        a = sample("a", dist.Normal())
+        sample("y", dist.Normal(a, 1.0).expand([3]).to_event(1), obs=jnp.log(jnp.asarray(self.data)))
+
+    def walk(self):
+        a = sample("a", dist.Normal())
+
+        def step(last, data):
+            return sample("y", dist.Normal(last, 1.0), obs=data), None
+
+        scan(step, a, jnp.asarray(self.data))
+
+    def number(self):
+        a = sample("a", dist.Normal())
+        sample("y", dist.Normal(a, 1.0), obs=self.data)
+
+
+def rebind(holder):
+    holder.data = NEW
+
+
+def edit(holder):
+    holder.data[:] = NEW
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("__call__", rebind), ("__call__", edit), ("logged", rebind), ("walk", rebind)]
+)
+def test_data_outside_the_arguments_are_read_anew(name, change):
+    holder = Holder(OUTSIDE.copy())
+    problem = from_numpyro(getattr(holder, name))
+    expected = np.log if name == "logged" else np.asarray
+    np.testing.assert_allclose(problem.read((), {})["y"], expected(OUTSIDE), rtol=1e-6)
+    change(holder)
+    np.testing.assert_allclose(problem.read((), {})["y"], expected(NEW), rtol=1e-6)
+    inside = jax.jit(lambda x: x + problem.read((), {})["y"])
+    np.testing.assert_allclose(inside(0.0), expected(NEW), rtol=1e-6)
+
+
+def test_numbers_outside_the_arguments_are_read_anew():
+    holder = Holder(0.5)
+    problem = from_numpyro(holder.number)
+    for holder.data in (0.5, 1.5, np.float64(2.5), jnp.array(3.5)):
+        assert problem.read((), {})["y"] == np.float32(holder.data)
+
+
+def test_observed_values_inside_an_argument_are_read_anew():
+    """An object that is no pytree, and an array that is edited in place."""
+
+    def model(given):
+        a = sample("a", dist.Normal())
+        data = given.data if isinstance(given, Holder) else given
+        sample("y", dist.Normal(a, 1.0).expand([3]).to_event(1), obs=data)
+
+    for given in (Holder(OUTSIDE.copy()), OUTSIDE.copy()):
+        problem = from_numpyro(model, given)
+        np.testing.assert_allclose(problem.read((given,), {})["y"], OUTSIDE)
+        edit(given) if isinstance(given, Holder) else given.__setitem__(slice(None), NEW)
+        np.testing.assert_allclose(problem.read((given,), {})["y"], NEW)
+
+
+def test_covariates_outside_the_arguments_belong_to_the_design():
+    holder = Holder(OUTSIDE)
+    problem = from_numpyro(holder)
+    problem.read((), {})
+    for holder.scale in (2.0, np.float32(1.5), jnp.array(3.0)):
+        with pytest.raises(ValueError, match="give another model"):
+            problem.read((), {})
+    for holder.scale in (1.0, np.ones(3), jnp.ones(())):
+        problem.read((), {})
+
+
+def test_covariates_edited_in_place_do_not_reach_the_problem():
+    def model(x, y=None):
+        a = sample("a", dist.Normal())
+        sample("y", dist.Normal(a * x, 1.0).to_event(1), obs=y)
+
+    x, z = OUTSIDE.copy(), jnp.ones(1)
+    problem = from_numpyro(model, x)
+    y = problem.read((x, NEW), {})
+    before = problem.log_joint(z, y)
+    x[:] = NEW
+    assert jax.jit(problem.log_joint)(z, y) == problem.log_joint(z, y) == before
+    with pytest.raises(ValueError, match="give another model"):
+        problem.read((x, NEW), {})
+    problem.read((OUTSIDE, NEW), {})
+
+
 def test_reading_under_jit_and_vmap():
     problem, (_, args, data) = problem_of("hierarchical"), MODELS["hierarchical"]
     batch = np.stack([data, 2 * data])

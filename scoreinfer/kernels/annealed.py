@@ -10,7 +10,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from scoreinfer._typing import Key
-from scoreinfer.kernels.contract import layout, observe
+from scoreinfer.kernels.contract import Origin, Origins, layout, observe
 from scoreinfer.posterior import Posterior
 from scoreinfer.proposal import Proposal
 from scoreinfer.score import AbstractScore
@@ -22,11 +22,13 @@ class AnnealedState(NamedTuple):
     Args:
         i: iteration.
         z: unconstrained values of the latent sites; of a bare score, a vector.
+        origin: where the data come from.
         rng_key: random key of the chain.
     """
 
     i: Array
     z: PyTree
+    origin: Origin
     rng_key: Array
 
 
@@ -91,6 +93,7 @@ class AnnealedLangevin(MCMCKernel):
         self.posterior, self.score, self.dim = posterior, score, dim
         self.max_level, self.min_level, self.num_levels = max_level, min_level, num_levels
         self.num_steps, self.step_size = num_steps, step_size
+        self._origins = Origins()
 
     @property
     def model(self) -> Callable | None:
@@ -101,12 +104,15 @@ class AnnealedLangevin(MCMCKernel):
         self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> AnnealedState:
         """Make the first state, of one chain or (given a batch of keys) of all, with a draw of its own."""
+        model_kwargs, origin = model_kwargs or {}, Origin("")
+        if self.posterior is not None:
+            origin = self._origins.begin(self.posterior.problem, model_args, model_kwargs)
 
         def begin(key: Key) -> AnnealedState:
             key, for_draw = jax.random.split(key)
             # A zero that depends on the key: whatever NumPyro collects has a chain axis under any `vmap`.
             zero = 0 * jax.random.randint(key, (), 0, 1)
-            return AnnealedState(zero, self._draw(for_draw, model_args, model_kwargs or {}), key)
+            return AnnealedState(zero, self._draw(for_draw, model_args, model_kwargs), origin, key)
 
         return begin(rng_key) if is_prng_key(rng_key) else jax.vmap(begin)(rng_key)
 
@@ -115,7 +121,8 @@ class AnnealedLangevin(MCMCKernel):
 
         def draw(state: AnnealedState) -> AnnealedState:
             key, for_draw = jax.random.split(state.rng_key)
-            return AnnealedState(state.i + 1, self._draw(for_draw, model_args, model_kwargs or {}), key)
+            z = self._draw(for_draw, model_args, model_kwargs or {})
+            return state._replace(i=state.i + 1, z=z, rng_key=key)
 
         return draw(state) if is_prng_key(state.rng_key) else jax.vmap(draw)(state)
 
@@ -150,6 +157,7 @@ class AnnealedLangevin(MCMCKernel):
         if self.posterior is None:
             return lambda z: z
         problem = self.posterior.problem
+        self._origins.check(problem, args, kwargs or {})
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
     def get_diagnostics_str(self, state: AnnealedState) -> str:

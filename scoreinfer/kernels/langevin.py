@@ -6,12 +6,14 @@ first steps may be wild; afterwards they compute its probability as a diagnostic
 """
 
 import abc
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
@@ -23,10 +25,39 @@ from numpyro.util import is_prng_key
 
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import TARGET_ACCEPT_PROB, Factor, Point, ValueAndGrad, colour, langevin_proposal, metropolis
-from scoreinfer.kernels.contract import any_chain, flatten, layout, observe, same_bits
+from scoreinfer.correct import (
+    TARGET_ACCEPT_PROB,
+    Factor,
+    LogDensity,
+    Point,
+    ValueAndGrad,
+    colour,
+    derivatives,
+    differentiate,
+    langevin_proposal,
+    metropolis,
+)
+from scoreinfer.kernels.contract import (
+    NO_START,
+    Origin,
+    Origins,
+    any_chain,
+    flatten,
+    layout,
+    observe,
+    same_bits,
+    unconstrain,
+)
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
+from scoreinfer.simulation import blame
+
+CONDITIONED = "_gibbs_sites"
+"""The keyword by which `numpyro.infer.Gibbs` gives a block the values of all other sites."""
+
+
+def _placeholder(leaf: Any) -> Any:
+    return np.zeros(jnp.shape(leaf), jnp.result_type(leaf)) if is_traced(leaf) else leaf
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["num_warmup"])
@@ -53,6 +84,7 @@ class LangevinState(NamedTuple):
         settled: iterations since the mass matrix last changed.
         y: the observation for which ``potential_energy`` holds.
         schedule: length of the warm-up.
+        origin: where the data come from.
         rng_key: random key of the chain.
     """
 
@@ -68,6 +100,7 @@ class LangevinState(NamedTuple):
     settled: Array
     y: Sites
     schedule: Schedule
+    origin: Origin
     rng_key: Array
 
 
@@ -76,7 +109,7 @@ class Space(NamedTuple):
 
     flatten: Callable[[PyTree], Float[Array, " dim"]]
     unflatten: Callable[[Float[Array, " dim"]], PyTree]
-    log_density: Callable[[Float[Array, " dim"]], Float[Array, ""]]
+    log_density: LogDensity
 
 
 class AbstractLangevin(MCMCKernel):
@@ -98,6 +131,7 @@ class AbstractLangevin(MCMCKernel):
         dense_mass: bool = False,
         target_accept_prob: float | None = None,
         init_strategy: Callable = init_to_uniform,
+        forward_mode_differentiation: bool | None = None,
     ):
         if (model is None) == (potential_fn is None):
             raise ValueError("Expected either a `model` or a `potential_fn`, got both or neither.")
@@ -105,7 +139,10 @@ class AbstractLangevin(MCMCKernel):
         self.step_size, self.adapt_step_size = step_size, adapt_step_size
         self.target_accept_prob = self.default_target if target_accept_prob is None else target_accept_prob
         self.adapt_mass_matrix, self.dense_mass = adapt_mass_matrix, dense_mass
+        self.forward_mode_differentiation = forward_mode_differentiation
         self._problems: list[Problem] = []
+        self._origins = Origins()
+        self._is_block = False
         self._sample_fn: Callable[..., LangevinState] | None = None
 
     @abc.abstractmethod
@@ -129,13 +166,33 @@ class AbstractLangevin(MCMCKernel):
                 return problem, observe(problem, args, kwargs)
             except ValueError:
                 continue
-        if is_traced((args, kwargs)):
-            problem = from_numpyro(self.model, *args, **kwargs)
-        else:
-            with jax.ensure_compile_time_eval():
-                problem = from_numpyro(self.model, *args, **kwargs)
-            self._problems.append(problem)
+        given = kwargs
+        if self._is_block and CONDITIONED in kwargs:  # data, of which the problem needs shapes alone
+            given = kwargs | {CONDITIONED: jax.tree.map(_placeholder, kwargs[CONDITIONED])}
+        if is_traced((args, given)):
+            raise ValueError(
+                f"{type(self).__name__} cannot read its model from traced arguments: run it once outside `jit` and "
+                "`vmap`, on any data of this design."
+            )
+        problem = from_numpyro(self.model, *args, **given)
+        self._problems.append(problem)
         return problem, observe(problem, args, kwargs)
+
+    def _differentiate(self, log_density: LogDensity, x: Float[Array, " dim"]) -> ValueAndGrad:
+        return differentiate(log_density, x, self._in_forward_mode(log_density, x))
+
+    def _in_forward_mode(self, log_density: LogDensity, x: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> bool:
+        """Say whether to differentiate in forward mode: as told, or where that alone works."""
+        if self.forward_mode_differentiation is not None:
+            return self.forward_mode_differentiation
+        mode = derivatives(log_density, x)
+        if mode == "none":
+            raise ValueError(
+                f"{type(self).__name__} needs the gradient of the log density, which JAX can differentiate in neither "
+                "reverse nor forward mode (does the model call out of JAX?). Write that part in JAX, give it a "
+                "`jax.custom_jvp`, or use `ScoreSDE`, which does without."
+            )
+        return mode == "forward"
 
     def _space(self, problem: Problem | None, y: Sites, z: PyTree) -> Space:
         if problem is None:
@@ -162,20 +219,21 @@ class AbstractLangevin(MCMCKernel):
         if self.model is None and init_params is None:
             raise ValueError("Expected `init_params` beside `potential_fn`: they say where the chain starts.")
         problem, y = self._observe(model_args, model_kwargs)
+        origin = Origin("")
+        if problem is not None:
+            origin = self._origins.begin(problem, model_args, model_kwargs, self._problems.index(problem))
+            if init_params is None:
+                init_params = self._find_start(problem, y, rng_key, model_args, model_kwargs)
+            elif self._is_block:
+                init_params = unconstrain(problem, rng_key, init_params)
 
         def begin(key: Key, params: PyTree) -> LangevinState:
-            key, for_start, for_momentum, for_adaptation = random.split(key, 4)
-            if params is None:
-                info, *_ = initialize_model(
-                    for_start, self.model, init_strategy=self.init_strategy, model_args=model_args,
-                    model_kwargs=model_kwargs,
-                )  # fmt: skip
-                params = info.z
+            key, _, for_momentum, for_adaptation = random.split(key, 4)
             if problem is not None:
                 params = layout(problem).unflatten(flatten(problem, params))
             space = self._space(problem, y, params)
             x = space.flatten(params)
-            value, gradient = jax.value_and_grad(space.log_density)(x)
+            value, gradient = self._differentiate(space.log_density, x)(x)
             adapt_state = self._adapter(num_warmup)[0]((x,), for_adaptation, jnp.array(self.step_size, x.dtype))
             # A zero that depends on the key: whatever NumPyro collects has a chain axis under any `vmap`.
             zero = 0 * random.uniform(key, dtype=x.dtype)
@@ -192,12 +250,46 @@ class AbstractLangevin(MCMCKernel):
                 settled=jnp.zeros((), jnp.int32),
                 y=y,
                 schedule=Schedule(num_warmup),
+                origin=origin,
                 rng_key=key,
             )
 
         self._sample_fn = self.sample
         state = begin(rng_key, init_params) if is_prng_key(rng_key) else jax.vmap(begin)(rng_key, init_params)
+        self._check_start(problem, y, state)
         return state._replace(y=y)
+
+    def _find_start(self, problem: Problem, y: Sites, rng_key: Array, args: tuple, kwargs: dict[str, Any]) -> PyTree:
+        """Find where the density and its gradient are finite, as NumPyro's own kernels do."""
+        anywhere = jax.ShapeDtypeStruct((problem.dim,), jnp.result_type(float))
+        one = is_prng_key(rng_key)
+        keys = random.split(rng_key, 4)[1] if one else jax.vmap(lambda key: random.split(key, 4)[1])(rng_key)
+        try:
+            info, *_ = initialize_model(
+                keys, self.model, init_strategy=self.init_strategy, model_args=args, model_kwargs=kwargs,
+                forward_mode_differentiation=self._in_forward_mode(lambda x: problem.log_joint(x, y), anywhere),
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:  # NumPyro's, which names no site
+            x = random.uniform(keys if one else keys[0], (problem.dim,), minval=-2.0, maxval=2.0)
+            faults = blame(problem, x, y)
+            if not faults:
+                raise
+            raise RuntimeError(f"{NO_START} anywhere that was tried.{faults}") from error
+        return info.z
+
+    def _check_start(self, problem: Problem | None, y: Sites, state: LangevinState) -> None:
+        """Refuse to start where the density or its gradient is not finite: no step would ever be accepted."""
+        if is_traced((state, y)):
+            return
+        one = is_prng_key(state.rng_key)
+        starts = jax.tree.map(lambda leaf: leaf[None], state.z) if one else state.z
+        known = state.potential_energy, state.z_grad
+        rows = [np.asarray(leaf).reshape(1 if one else len(leaf), -1) for leaf in jax.tree.leaves(known)]
+        bad = np.flatnonzero(~np.isfinite(np.concatenate(rows, axis=1)).all(1))
+        if bad.size:
+            first = jax.tree.map(lambda leaf: leaf[bad[0]], starts)
+            faults = "" if problem is None else blame(problem, layout(problem).flatten(first), y)
+            raise RuntimeError(f"{NO_START} where {bad.size} of {len(rows[0])} chains start.{faults}")
 
     def sample(self, state: LangevinState, model_args: tuple, model_kwargs: dict | None) -> LangevinState:
         """Move one chain, or all chains of a vectorised state, by one iteration."""
@@ -205,15 +297,15 @@ class AbstractLangevin(MCMCKernel):
         move = partial(self._move, problem, y)
         if is_prng_key(state.rng_key):
             return move(state)
-        mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "schedule": None}
+        mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "schedule": None, "origin": None}
         axes = LangevinState(**mapped)
         return jax.vmap(move, in_axes=(axes,), out_axes=axes)(state)
 
     def _move(self, problem: Problem | None, y: Sites, state: LangevinState) -> LangevinState:
         space, num_warmup = self._space(problem, y, state.z), state.schedule.num_warmup
-        value_and_grad = jax.value_and_grad(space.log_density)
         rng_key, for_step, for_accept = random.split(state.rng_key, 3)
         x, tuned = space.flatten(state.z), state.adapt_state
+        value_and_grad = self._differentiate(space.log_density, x)
         known = -state.potential_energy, -space.flatten(state.z_grad)
         changed = ~jnp.array([same_bits(y[name], state.y[name]) for name in y], bool).all()
         fresh = lax.cond(any_chain(changed), lambda: value_and_grad(x), lambda: known)
@@ -264,11 +356,32 @@ class AbstractLangevin(MCMCKernel):
         """Compute the momentum after a rejection."""
         return momentum
 
+    def refresh(self, state: LangevinState, model_args: tuple, model_kwargs: dict | None) -> LangevinState:
+        """Compute density and gradient for other values of what the model is conditioned on, as `Gibbs` asks."""
+        problem, y = self._observe(model_args, model_kwargs or {})
+        space = self._space(problem, y, state.z)
+        x = space.flatten(state.z)
+        value, gradient = self._differentiate(space.log_density, x)(x)
+        return state._replace(potential_energy=-value, z_grad=space.unflatten(-gradient), y=y)
+
+    def wrap_model(self, wrapper: Callable) -> "AbstractLangevin":
+        """Copy the kernel with another model; `Gibbs` gives it constrained first values."""
+        if self.model is None:
+            raise ValueError(f"Only a {type(self).__name__} of a `model` can be a block of another kernel.")
+        kernel = copy.copy(self)
+        kernel.model, kernel._problems, kernel._origins = wrapper(self.model), [], Origins()
+        kernel._sample_fn, kernel._is_block = None, True
+        return kernel
+
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[PyTree], PyTree]:
         """Make the function from unconstrained values to constrained latent and deterministic sites."""
+        if self._is_block:  # asked without the values it is conditioned on, for its own sites alone
+            block = self._problems[-1]
+            return lambda z: block.latent_sites(layout(block).flatten(z))
         problem, _ = self._observe(args, kwargs or {})
         if problem is None:
             return lambda z: z
+        self._origins.check(problem, args, kwargs or {}, self._problems.index(problem))
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
     def get_diagnostics_str(self, state: LangevinState) -> str:
@@ -277,7 +390,7 @@ class AbstractLangevin(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the problems, which hold closures."""
-        return self.__dict__ | {"_problems": [], "_sample_fn": None}
+        return self.__dict__ | {"_problems": [], "_origins": Origins(), "_sample_fn": None}
 
 
 class AbstractOverdamped(AbstractLangevin):
@@ -303,6 +416,8 @@ class ULA(AbstractOverdamped):
         dense_mass: estimate all of Sigma, not its diagonal alone.
         target_accept_prob: see above; None: 0.95.
         init_strategy: where chains start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
+            depends on values, which have forward derivatives alone.
 
     Exactness: biased, however long the chain: a Gaussian of variance s^2 along an axis, in units of Sigma, is sampled
         with variance s^2 / (1 - e^2 / (4 s^2)). Steps to where the density is not finite are not taken.
@@ -326,6 +441,8 @@ class MALA(AbstractOverdamped):
         dense_mass: estimate all of Sigma, not its diagonal alone.
         target_accept_prob: None: 0.574, optimal in high dimension.
         init_strategy: where chains start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
+            depends on values, which have forward derivatives alone.
 
     Exactness: exact: leaves the posterior invariant.
 
@@ -353,6 +470,8 @@ class UnderdampedLangevin(AbstractLangevin):
         dense_mass: all of it, not its diagonal alone.
         target_accept_prob: None: 0.8 with the test (a rejection costs a turn), 0.95 without it.
         init_strategy: where chains start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
+            depends on values, which have forward derivatives alone.
 
     Exactness: exact with the test; without it biased by O(h^2), though a Gaussian's variance in x is exact.
 

@@ -26,7 +26,7 @@ from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.forward import Outliers
-from scoreinfer.kernels.contract import layout, observe
+from scoreinfer.kernels.contract import NO_START, Origins, check_density, layout, observe, unconstrain
 from scoreinfer.kernels.transition import ScoreSDEState, Weights, refresh, start, transition
 from scoreinfer.learning import Effort, Evidence, learn
 from scoreinfer.model import from_numpyro, read_again
@@ -152,6 +152,7 @@ class ScoreSDE(MCMCKernel):
         self.key, self.progress_bar = key, progress_bar
         self._fits = [] if posterior is None else [Fit(posterior.proposal, None, outliers=posterior.outliers)]
         self._latest = 0
+        self._origins = Origins()
         self._is_block = False
         self._sample_fn: Callable[..., ScoreSDEState] | None = None
 
@@ -177,12 +178,11 @@ class ScoreSDE(MCMCKernel):
             init_params: beside ``potential_fn``, an example of what it takes.
             **kwargs: the model's own keyword arguments.
         """
+        problem = self._read(args, kwargs, init_params)
+        y = observe(problem, args, kwargs)
+        num_particles = min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192)
+        effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
         with jax.ensure_compile_time_eval():
-            problem = self._read(args, kwargs, init_params)
-            y = observe(problem, args, kwargs)
-            effort = Effort(
-                num_particles=min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192), num_steps=10 * num_warmup
-            )
             proposer, evidence = learn(
                 key, problem, y, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
             )
@@ -288,17 +288,20 @@ class ScoreSDE(MCMCKernel):
         proposer, y = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
         if not proposer.problem.has_density:
             raise UnsupportedModel("The model has no density to correct with: use `posterior.sample` instead.")
+        check_density(proposer.problem, y, gradient=self.num_local_steps > 0)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
         begin = partial(start, proposer, y, *sizes, self.num_local_steps > 0)
         if self._is_block and init_params is not None:
-            unconstrain = partial(_unconstrain, proposer.problem)
-            init_params = unconstrain(init_params) if one else jax.vmap(unconstrain)(init_params)
+            init_params = unconstrain(proposer.problem, rng_key, init_params)
         state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
+        if init_params is not None and not is_traced(state.log_weight) and not np.isfinite(state.log_weight).all():
+            raise RuntimeError(f"{NO_START} where the chains were told to start, by `init_params`.")
         if self._fits[self._latest].arguments is None and not is_traced((model_args, model_kwargs)):
             self._fits[self._latest] = self._fits[self._latest]._replace(arguments=(model_args, model_kwargs))
         self._sample_fn = self.sample
         arrays = jax.tree.leaves(eqx.filter(proposer, eqx.is_array))
-        return state._replace(y=y, weights=Weights(tuple(arrays), self._latest))
+        origin = self._origins.begin(proposer.problem, model_args, model_kwargs)
+        return state._replace(y=y, weights=Weights(tuple(arrays), self._latest), origin=origin)
 
     def sample(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Move one chain, or all chains of a vectorised state, by one iteration."""
@@ -324,7 +327,7 @@ class ScoreSDE(MCMCKernel):
             raise ValueError("Only a ScoreSDE of a `model` alone can be a block of another kernel.")
         kernel = copy.copy(self)
         kernel.model, kernel._fits, kernel._sample_fn = wrapper(self.model), [], None
-        kernel._latest, kernel._is_block = 0, True
+        kernel._latest, kernel._is_block, kernel._origins = 0, True, Origins()
         return kernel
 
     def fit_of(self, state: ScoreSDEState) -> Fit:
@@ -340,6 +343,7 @@ class ScoreSDE(MCMCKernel):
             problem = self._fits[self._latest].proposer.problem
             return lambda z: problem.latent_sites(layout(problem).flatten(z))
         problem = self._find(args, kwargs or {}, any_data=True)[0].problem
+        self._origins.check(problem, args, kwargs or {})
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
     def get_diagnostics_str(self, state: ScoreSDEState) -> str:
@@ -354,7 +358,7 @@ class ScoreSDE(MCMCKernel):
         """Leave out the problems and their physics, which hold closures."""
         bare = [map_physics(with_problem(fit.proposer, None), PhysicsProcess.without_steps) for fit in self._fits]
         fits = [fit._replace(proposer=proposer, stripped=True) for fit, proposer in zip(self._fits, bare, strict=True)]
-        return self.__dict__ | {"_fits": fits, "_sample_fn": None}
+        return self.__dict__ | {"_fits": fits, "_origins": Origins(), "_sample_fn": None}
 
 
 def _same(y: Sites, other: Sites) -> bool:
@@ -364,14 +368,10 @@ def _same(y: Sites, other: Sites) -> bool:
     )
 
 
-def _unconstrain(problem: Problem, values: Sites) -> Sites:
-    return layout(problem).unflatten(problem.unconstrain(values))
-
-
 def _each_chain(move: Callable[[ScoreSDEState], ScoreSDEState], state: ScoreSDEState) -> ScoreSDEState:
     """Apply a move to one chain, or to all chains of a vectorised state."""
     if is_prng_key(state.rng_key):
         return move(state)
-    mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "weights": None}
+    mapped: dict[str, Any] = dict.fromkeys(state._fields, 0) | {"y": None, "weights": None, "origin": None}
     axes = ScoreSDEState(**mapped)
     return jax.vmap(move, in_axes=(axes,), out_axes=axes)(state)

@@ -33,8 +33,8 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import TARGET_ACCEPT_PROB, metropolis_langevin_step, spread
-from scoreinfer.kernels.contract import any_chain, flatten, layout, same_bits
+from scoreinfer.correct import TARGET_ACCEPT_PROB, differentiate, metropolis_langevin_step, spread
+from scoreinfer.kernels.contract import Origin, any_chain, flatten, layout, same_bits
 from scoreinfer.proposal import Proposer
 
 
@@ -71,7 +71,7 @@ class Weights:
 
 
 class ScoreSDEState(NamedTuple):
-    """State of one chain, or of all of them when vectorised (then ``y`` and ``weights`` alone have no chain axis).
+    """State of one chain, or of all of them when vectorised (then ``y`` and ``weights`` have no chain axis).
 
     Args:
         i: iteration.
@@ -85,6 +85,7 @@ class ScoreSDEState(NamedTuple):
         bank: proposals waiting to be tried.
         y: the observation for which ``log_weight`` and ``bank`` hold.
         weights: arrays of the learned sampler.
+        origin: where the data come from.
         rng_key: random key of the chain.
     """
 
@@ -99,6 +100,7 @@ class ScoreSDEState(NamedTuple):
     bank: Bank
     y: Sites
     weights: Weights
+    origin: Origin
     rng_key: Array
 
 
@@ -182,8 +184,8 @@ def local_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num
     Exactness: exact: MALA leaves pi(z) invariant and does not see u; drawing u anew from r(u | z) is a Gibbs step.
     """
     key_steps, key_path = random.split(key)
-    value_and_grad = jax.value_and_grad(lambda z: proposer.problem.log_joint(z, y))
     tuned, current = state.adapt_state, current_draw(proposer, state)
+    value_and_grad = differentiate(lambda z: proposer.problem.log_joint(z, y), current.z)
 
     def step(point: tuple[Array, Array, Array], key: Key) -> tuple[tuple[Array, Array, Array], Array]:
         return metropolis_langevin_step(key, value_and_grad, point, tuned.factor, tuned.step_size)
@@ -259,6 +261,7 @@ def start(
         bank=Bank(empty, jnp.array(bank_size, jnp.int32), random.key_data(key)),
         y=y,
         weights=Weights((), 0),
+        origin=Origin(""),
         rng_key=key,
     )
     return with_draw(proposer, state, draw)

@@ -96,7 +96,7 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
         (infinitely far below where the second explorer does not reach the posterior).
 
     Raises:
-        ValueError: where the kernel is another, or has not been run.
+        ValueError: where the kernel is another, or has not been run, or the data have changed since.
 
     Exactness: see `ChainCertificate`.
 
@@ -111,6 +111,8 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     for_draws, for_explorer, for_places, for_witnesses = random.split(random.fold_in(key, 0), 4)
     fit = kernel.fit_of(state)
     y = observe(fit.proposer.problem, mcmc._args, mcmc._kwargs)
+    if not all(np.allclose(y[name], state.y[name], rtol=1e-5, atol=1e-6, equal_nan=True) for name in y):
+        raise ValueError("The data have changed since this run, whose chains answer for the old ones. Run it again.")
     drawn = weighted_draws(for_draws, fit.proposer, y, 1024, None, 0, num)
     checks = [_witnessed(for_witnesses, for_places, kernel, fit, y, drawn)]
     evidences: tuple[float, ...] = ()

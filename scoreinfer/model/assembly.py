@@ -5,11 +5,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
+from scoreinfer._program import own
 from scoreinfer._tree import Layout
 from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.model.arguments import abstract_trace, fix_parameters, infer_observed
@@ -38,6 +40,7 @@ def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any 
 
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
     """Read a model with bound arguments: the problem, and what else `check` has to say."""
+    args, kwargs = jax.tree.map(own, (args, kwargs))
     base = needs_no_values(abstract_trace, functools.partial(model, *args, **kwargs))
     closed, fixed = fix_parameters(model, args, kwargs, base)
     run = functools.partial(closed, *args, **kwargs)

@@ -1,8 +1,11 @@
-"""Observed values from a model's own arguments, checked against the problem."""
+"""Observed values from a model's own arguments, or wherever else it takes them from, checked against the problem.
+
+The model is traced anew at every reading, so that what it closes over is seen as it is now. (JAX itself takes an array
+that is edited in place, and that went through its operations before, for what it was: assign a new one instead.)
+"""
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +14,16 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.handlers import seed, trace
 
-from scoreinfer._tree import is_array, is_traced, reaches, same_leaf
+from scoreinfer._program import Program, own, shapes_of, trace_afresh
+from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model.arguments import bind
-from scoreinfer.model.replay import NEEDS_VALUES, Open, Script, ahead_of_time, fixed_key, is_data
-from scoreinfer.model.survey import Survey, in_words, probe_keys
+from scoreinfer.model.replay import Open, Script, compiled, fixed_key, is_data
+from scoreinfer.model.survey import NUM_PROBES, Survey, in_words, probe_keys
 
 
 class _Seen(NamedTuple):
-    """Observed values in a model's arguments, and the shape of each site's distribution."""
+    """Observed values as a model has them, and the shape of each site's distribution."""
 
     values: Sites
     shapes: dict[str, tuple[int, ...]]
@@ -30,78 +34,9 @@ def look(run: Callable[[], Any], key: Key) -> _Seen:
     played = trace(seed(Open(run, frozenset()), key)).get_trace()
     data = {name: site for name, site in played.items() if is_data(site)}
     return _Seen(
-        {name: jnp.asarray(site["value"]) for name, site in data.items()},
+        {name: jnp.asarray(own(site["value"])) for name, site in data.items()},
         {name: tuple(site["fn"].shape()) for name, site in data.items()},
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Structure:
-    """Arguments with some arrays left open: what is compiled once and used for many data sets.
-
-    Args:
-        design: the problem that the arguments must fit.
-        rebuild: arrays to arguments.
-        arrays: shapes and dtypes of the arrays.
-        alike: whether the arguments differ from the problem's own in the values of arrays only.
-    """
-
-    design: "Design"
-    rebuild: Callable[[list[Any]], Callable[[], Any]]
-    arrays: list[jax.ShapeDtypeStruct]
-    alike: bool
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def observe(self, arrays: list[Any]) -> Sites:
-        """Take the observed values."""
-        return self._run(self._observe, lambda: self._observe_now, arrays)
-
-    def fits(self, arrays: list[Any]) -> bool:
-        """Say whether arguments with these arrays are of the design (traced ones are believed)."""
-        if self._feeds_observations_only:
-            return self._always_fits
-        return is_traced(arrays) or self.design.fits(self._run(self._terms, lambda: self._terms_now, arrays))
-
-    def _observe(self, arrays: list[Any], key: Key) -> Sites:
-        seen = look(self.rebuild(arrays), key)
-        self.shapes.update(seen.shapes)
-        return seen.values
-
-    def _terms(self, arrays: list[Any], key: Key) -> dict[str, Array]:
-        del key
-        return self.design.terms(self.rebuild(arrays))
-
-    @functools.cached_property
-    def _observe_now(self) -> Callable[..., Sites]:
-        return ahead_of_time(self._observe, self.arrays, fixed_key())
-
-    @functools.cached_property
-    def _terms_now(self) -> Callable[..., dict[str, Array]]:
-        return ahead_of_time(self._terms, self.arrays, fixed_key())
-
-    @functools.cached_property
-    def _feeds_observations_only(self) -> bool:
-        return not self.arrays or not reaches(lambda arrays: self._terms(arrays, fixed_key()), self.arrays)
-
-    @functools.cached_property
-    def _always_fits(self) -> bool:
-        zeros = [np.zeros(array.shape, array.dtype) for array in self.arrays]
-        return self.alike or self.design.fits(self._terms_now(zeros, fixed_key()))
-
-    def _run(self, traced: Callable[..., Any], now: Callable[[], Callable[..., Any]], arrays: list[Any]) -> Any:
-        if is_traced(arrays):
-            return traced(arrays, fixed_key())
-        if any(map(np.ma.is_masked, arrays)):
-            raise ValueError(
-                "Expected arrays, got a masked one: its masked entries are no data. Pass `y.filled(...)`, and put the "
-                "site under `numpyro.handlers.mask` with the mask as an argument of the model."
-            )
-        arrays = [np.asarray(given, array.dtype) for given, array in zip(arrays, self.arrays, strict=True)]
-        return now()(arrays, fixed_key())
-
-
-def _aval(leaf: Any) -> tuple[Any, Any]:
-    return (jnp.shape(leaf), jnp.result_type(leaf)) if is_array(leaf) else (None, None)
 
 
 def _agree(term: Array, own: np.ndarray) -> bool:
@@ -109,11 +44,25 @@ def _agree(term: Array, own: np.ndarray) -> bool:
     return term.shape == own.shape and np.allclose(term, own, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-class Design:
-    """The part of a model's arguments that is not data: it belongs to the problem and is fixed.
+def _compiled(program: Program) -> Callable[..., Any]:
+    return compiled(program, program.constants, *program.shapes)
 
-    Two sets of arguments are of one design if every site has the same log density, entry by entry, at a few
-    joint draws of the problem. Arguments that are the same by value need no such check.
+
+def _mapped(program: Program) -> Callable[..., Any]:
+    """Compile log densities for all draws; traced arguments do not matter to them."""
+    traced, row = program.shapes
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((NUM_PROBES, *leaf.shape), leaf.dtype), row)
+    nothing = [0.0] * len(traced)
+    mapped = lambda constants, rows: jax.lax.map(lambda row: program(constants, nothing, row), rows)  # noqa: E731
+    return compiled(mapped, program.constants, rows)
+
+
+class Design:
+    """What belongs to the problem and is fixed: the model and its arguments, but for the data.
+
+    What the model has been given, as arguments or from elsewhere, is of one design if every site has the same log
+    density, entry by entry, at a few joint draws of the problem. The same program with the same constants needs no
+    such check.
 
     Args:
         model: the model.
@@ -125,59 +74,51 @@ class Design:
 
     def __init__(self, model: Any, args: tuple, kwargs: dict[str, Any], script: Script, survey: Survey) -> None:
         self.model, self.script, self.survey = model, script, survey
-        paths, self.treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        self.leaves = dict(paths)
-        self._structure = functools.lru_cache(maxsize=16)(self._build_structure)
+        self._rows = (probe_keys(), survey.points, {name: survey.sites[name] for name in script.names})
+        self._compiled = functools.lru_cache(maxsize=16)(_compiled)
+        self._mapped = functools.lru_cache(maxsize=16)(_mapped)
+        self._agrees = functools.lru_cache(maxsize=64)(self._compare)
+        self._own = self._terms(args, kwargs).fingerprint
 
-    def terms(self, run: Callable[[], Any]) -> dict[str, Array]:
-        """Compute log densities at the problem's draws for other arguments."""
-        script = Script(run, self.script.names, self.script.shapes)
-        y = {name: self.survey.sites[name] for name in self.script.names}
-        return jax.lax.map(lambda row: script.terms(*row), (probe_keys(), self.survey.points, y))
+    def look(self, args: tuple, kwargs: dict[str, Any]) -> _Seen:
+        """Take the observed values as they are now."""
+        seen: list[_Seen] = []
 
-    def fits(self, terms: Mapping[str, Array]) -> bool:
+        def values(arguments: tuple[tuple, dict[str, Any]], key: Key) -> Sites:
+            seen.append(look(functools.partial(self.model, *arguments[0], **arguments[1]), key))
+            return seen[-1].values
+
+        program, arrays = trace_afresh(values, (args, kwargs), fixed_key())
+        now = program if program.is_trivial or is_traced((program.constants, arrays)) else self._compiled(program)
+        with jax.ensure_compile_time_eval():
+            values_now = now(program.constants, arrays, fixed_key())
+            return _Seen(jax.tree.map(jnp.asarray, values_now), seen[-1].shapes)
+
+    def fits(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Say whether log densities are those of the design now (traced covariates are believed)."""
+        program = self._terms(args, kwargs)
+        if any(program.uses[: len(program.shapes[0])]) or is_traced(program.constants):
+            return True
+        return program.fingerprint == self._own or self._agrees(program, program.fingerprint)
+
+    def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Program:
+        """Trace the log densities at one draw, with traced arguments as inputs."""
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        traced = [leaf for leaf in leaves if is_traced(leaf)]
+
+        def terms(traced: list[Any], row: tuple) -> dict[str, Array]:
+            rest = iter(traced)
+            args, kwargs = jax.tree.unflatten(treedef, [next(rest) if is_traced(leaf) else leaf for leaf in leaves])
+            script = Script(functools.partial(self.model, *args, **kwargs), self.script.names, self.script.shapes)
+            return script.terms(*row)
+
+        return Program(terms, shapes_of(traced), jax.tree.map(lambda leaf: leaf[0], self._rows))
+
+    def _compare(self, program: Program, _fingerprint: str) -> bool:
         """Compare log densities with the problem's own, as closely as the coarser precision of the two allows."""
-        own = self.survey.terms
+        with jax.ensure_compile_time_eval():
+            terms, own = self._mapped(program)(program.constants, self._rows), self.survey.terms
         return terms.keys() == own.keys() and all(_agree(terms[name], own[name]) for name in own)
-
-    def open(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Structure, list[Any]]:
-        """Split arguments into arrays that differ from the problem's own, and the structure around them."""
-        paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        parts: list[tuple[Any, str, Any, Any]] = []
-        arrays = []
-        for path, leaf in paths:
-            if path in self.leaves and same_leaf(self.leaves[path], leaf):
-                parts.append((path, "same", None, None))
-            elif is_array(leaf):
-                parts.append((path, "array", *_aval(leaf)))
-                arrays.append(leaf)
-            else:
-                parts.append((path, "static", type(leaf), leaf))
-        try:
-            return self._structure(treedef, tuple(parts)), arrays
-        except TypeError:  # a leaf that cannot be hashed
-            return self._build_structure(treedef, tuple(parts)), arrays
-
-    def _build_structure(self, treedef: Any, parts: tuple) -> _Structure:
-        is_open = [kind == "array" for _, kind, _, _ in parts]
-        own = [self.leaves.get(path) if kind == "same" else value for path, kind, _, value in parts]
-
-        def rebuild(arrays: list[Any]) -> Callable[[], Any]:
-            rest = iter(arrays)
-            leaves = [next(rest) if open_ else leaf for open_, leaf in zip(is_open, own, strict=True)]
-            args, kwargs = jax.tree.unflatten(treedef, leaves)
-            return functools.partial(self.model, *args, **kwargs)
-
-        arrays = [jax.ShapeDtypeStruct(shape, dtype) for _, kind, shape, dtype in parts if kind == "array"]
-        alike = treedef == self.treedef and all(
-            kind == "same" or (kind == "array" and _aval(self.leaves.get(path)) == (shape, dtype))
-            for path, kind, shape, dtype in parts
-        )
-        return _Structure(self, rebuild, arrays, alike)
-
-    def closed(self, args: tuple, kwargs: dict[str, Any]) -> _Structure:
-        """Arguments with nothing left open, for models that need their values; compiled for each data set."""
-        return _Structure(self, lambda _: functools.partial(self.model, *args, **kwargs), [], alike=False)
 
 
 def wrong_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> str:
@@ -189,33 +130,32 @@ def wrong_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> s
 
 
 class Reader:
-    """`Problem.read`: observed values from the model's own arguments, checked against the problem."""
+    """`Problem.read`: observed values as the model has them now, checked against the problem."""
 
     def __init__(self, design: Design, filled: Callable[[str, Array], Array]) -> None:
         self.design, self.filled = design, filled
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Sites:
-        """Read; where the model needs values of its arguments in Python, compile for these alone."""
+        """Read, from the arguments and from wherever else the model takes its data, what they are now."""
         args, kwargs, _ = bind(self.design.model, tuple(args), dict(kwargs), None)
-        structure, arrays = self.design.open(args, kwargs)
-        try:
-            return self._checked(structure, arrays)
-        except NEEDS_VALUES:
-            return self._checked(self.design.closed(args, kwargs), [])
-
-    def _checked(self, structure: _Structure, arrays: list[Any]) -> Sites:
+        if any(map(np.ma.is_masked, jax.tree.leaves((args, kwargs)))):
+            raise ValueError(
+                "Expected arrays, got a masked one: its masked entries are no data. Pass `y.filled(...)`, and put the "
+                "site under `numpyro.handlers.mask` with the mask as an argument of the model."
+            )
+        args, kwargs = jax.tree.map(own, (args, kwargs))
         survey, names = self.design.survey, self.design.script.names
-        values = structure.observe(arrays)
-        self._check_names(values)
-        values = {name: values[name] for name in survey.table if name in names}
+        seen = self.design.look(args, kwargs)
+        self._check_names(seen.values)
+        values = {name: seen.values[name] for name in survey.table if name in names}
         for name, value in values.items():
-            self._check_shape(name, jnp.shape(value), structure.shapes[name])
+            self._check_shape(name, jnp.shape(value), seen.shapes[name])
             if jnp.iscomplexobj(value):
                 raise ValueError(
                     f"Observed site {name!r} must be real or whole numbers, got {value.dtype}. Observe real and "
                     "imaginary parts as two sites."
                 )
-        if not structure.fits(arrays):
+        if not self.design.fits(args, kwargs):
             raise ValueError(
                 "These arguments give another model than the one this problem was made from: covariates, shapes, "
                 "constants or masks differ, not just the data. Call `from_numpyro` (or `fit`) again with them. (A mask "

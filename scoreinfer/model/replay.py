@@ -16,6 +16,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from scoreinfer._errors import UnsupportedModel
+from scoreinfer._program import NEEDS_VALUES
 from scoreinfer._typing import Key
 
 Trace = dict[str, dict[str, Any]]
@@ -23,13 +24,6 @@ Trace = dict[str, dict[str, Any]]
 Given = Mapping[str, Any]  # NumPy arrays too: constants must not become tracers
 
 LOG_DET = "__log_det"
-
-NEEDS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
 
 
 @dataclass

@@ -1,0 +1,157 @@
+"""Functions as they are now: traced anew, with what they close over as inputs of the program.
+
+A compiled function keeps the values that it closed over when it was traced. Where those may have changed since, the
+function is traced again, which is cheap; programs of the same text share one compilation, whatever their constants.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from scoreinfer._tree import is_array, is_traced
+
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+class Program:
+    """What a function does now: the operations that its outputs need, and the constants in them.
+
+    Programs are equal where their text is: then they differ in their constants at most.
+
+    Args:
+        function: the function; it is traced at once.
+        *args: its arguments, or their shapes and dtypes.
+
+    Attributes:
+        constants: the arrays that it closed over.
+        uses: whether the outputs need each leaf of the arguments.
+        shapes: shapes and dtypes of the arguments.
+        text: the operations.
+        fingerprint: a digest of text and constants.
+    """
+
+    def __init__(self, function: Callable[..., PyTree], *args: PyTree) -> None:
+        # A new function each time: JAX remembers what it has traced.
+        traced, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+        self._treedef = jax.tree.structure(shapes)
+        self.shapes = jax.eval_shape(lambda *args: args, *args)
+        equations, needed = _needed(traced.jaxpr)
+        constants = [pair for pair in zip(traced.jaxpr.constvars, traced.consts, strict=True) if id(pair[0]) in needed]
+        self.uses = [id(variable) in needed for variable in traced.jaxpr.invars]
+        self._jaxpr = traced.jaxpr.replace(
+            constvars=[variable for variable, _ in constants],
+            invars=[v for v, used in zip(traced.jaxpr.invars, self.uses, strict=True) if used],
+            eqns=equations,
+        )
+        # Copies: a constant may share memory with an array that is edited in place later.
+        self.constants = [value if isinstance(value, jax.Array) else np.array(value) for _, value in constants]
+        inner = [digest(value) for value in _inner_constants(self._jaxpr)]
+        self.text = f"{self._jaxpr} {self.uses} {len(constants)} {inner}"
+        self.fingerprint = _hash(" ".join([self.text, *map(digest, self.constants)]).encode())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether its outputs are inputs or constants as they are."""
+        return not self._jaxpr.eqns
+
+    def __call__(self, constants: list[Any], *args: PyTree) -> PyTree:
+        """Run it, with these constants."""
+        leaves = [leaf for leaf, used in zip(jax.tree.leaves(args), self.uses, strict=True) if used]
+        return jax.tree.unflatten(self._treedef, jax.core.eval_jaxpr(self._jaxpr, constants, *leaves))
+
+
+def trace_afresh(function: Callable[..., PyTree], tree: PyTree, *others: Any) -> tuple[Program, list[Any]]:
+    """Trace a function of a pytree with the arrays in it as inputs, or none where the function needs their values.
+
+    Args:
+        function: the function.
+        tree: its first argument.
+        *others: further arguments, which are inputs in any case.
+
+    Returns:
+        The program of arrays and further arguments, and the arrays.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    is_open = [is_array(leaf) and _is_numeric(leaf) for leaf in leaves]
+    arrays = [_canonical(leaf) for leaf, open_ in zip(leaves, is_open, strict=True) if open_]
+
+    def rebuilt(arrays: list[Any], *others: Any) -> PyTree:
+        rest = iter(arrays)
+        filled = [next(rest) if open_ else leaf for open_, leaf in zip(is_open, leaves, strict=True)]
+        return function(jax.tree.unflatten(treedef, filled), *others)
+
+    try:
+        return Program(rebuilt, shapes_of(arrays), *others), arrays
+    except NEEDS_VALUES:
+        return Program(lambda _, *others: function(tree, *others), [], *others), []
+
+
+def shapes_of(arrays: list[Any]) -> list[jax.ShapeDtypeStruct]:
+    """List the shapes and dtypes of arrays."""
+    return [jax.ShapeDtypeStruct(jnp.shape(array), jnp.result_type(array)) for array in arrays]
+
+
+def own(leaf: Any) -> Any:
+    """Copy a NumPy array, so that editing it in place does not change what was read.
+
+    (And so that the edit is seen: while JAX holds a converted copy of an array it takes that for the array.)
+    """
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def _canonical(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, jnp.result_type(leaf))
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) or leaf.dtype.kind in "biufc"
+
+
+def _needed(jaxpr: Any) -> tuple[list[Any], set[int]]:
+    """Find the outermost equations that the outputs need, and the variables in them."""
+    equations, needed = [], {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(variable) in needed for variable in equation.outvars):
+            equations.append(equation)
+            needed |= {id(variable) for variable in equation.invars}
+    return equations[::-1], needed
+
+
+def _inner_constants(jaxpr: Any) -> Iterator[Any]:
+    """Yield the constants of the functions that a program calls."""
+    for equation in jaxpr.eqns:
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda part: hasattr(part, "eqns")):
+            if hasattr(part, "eqns"):
+                yield from getattr(part, "consts", ())
+                yield from _inner_constants(getattr(part, "jaxpr", part))
+
+
+def digest(value: Any) -> str:
+    """Digest one array; of a tracer, whose values are not known, only what is."""
+    if is_traced(value):
+        return str(value)
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    value = np.asarray(value)
+    return f"{value.dtype}{value.shape}{_hash(value.tobytes())}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
