@@ -56,7 +56,7 @@ def misdrawn_data(problem: Problem) -> tuple[str, ...]:
     """
     if problem not in _OBSERVED:
         scores = np.zeros(0)
-        if problem.simulate_observation is not None and problem.pointwise_log_likelihood is not None:
+        if problem.observed and problem.simulate_observation and problem.pointwise_log_likelihood:
             scores = np.asarray(jax.jit(lambda key: _observed_scores(problem, key))(jax.random.key(1)))
         names = [site.name for site, score in zip(problem.observed, scores, strict=False) if score > MAX_Z]
         _OBSERVED[problem] = tuple(names[:1])

@@ -138,7 +138,7 @@ def test_learned_anew_for_changed_data(monkeypatch):
 
     def learn(key, problem, y, effort, **options):
         learned.append(np.asarray(y["y"]))
-        return Around(jnp.zeros(1), jnp.full(1, 0.4), problem), Evidence(y, jnp.zeros((1, 1)), 0.0, 0)
+        return Around(jnp.zeros(1), jnp.full(1, 0.4), problem), Evidence(y, jnp.zeros((1, 1)), 0.0, 0, 1.0)
 
     monkeypatch.setattr(score_sde, "learn", learn)
     model = Model(OLD.copy())

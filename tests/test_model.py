@@ -751,7 +751,7 @@ def test_reading_compiles_no_random_numbers(data, monkeypatch):
     monkeypatch.setattr(survey, "compiled", lambda *args: programs.append(args) or compiled(*args))
     problem = from_numpyro(model, data)
     assert len(programs) == 1
-    assert runs == ({"traced": 3, "drawn": 8} if data is None else {"traced": 2, "drawn": 11})
+    assert runs == ({"traced": 4, "drawn": 8} if data is None else {"traced": 3, "drawn": 11})
     runs["traced"] = 0
     problem.read((np.ones(20),), {})
     assert runs["traced"] <= 3
