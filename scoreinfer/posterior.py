@@ -501,7 +501,8 @@ def fit(
         depth: residual blocks of the score network.
         embedding: module from the standardised observed sites (a dictionary) to one vector. None: side by side.
         sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
-        target_score: use gradients of the joint density in training. None: where they pass Stein's identity.
+        target_score: use gradients of the joint density in training. None: where there are any, finite ones, that pass
+            Stein's identity.
         observed: names of the observed sites, where they cannot be told from the model without data.
         simulations: a store of foreign simulations (`scoreinfer.simulate`), or its folder; ``model`` is their prior.
             The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``. A store larger
@@ -598,6 +599,8 @@ def fit(
         )
     if stored is None:
         pilot = simulate(keys["pilot"], problem, num_simulations or NUM_PILOT, gradient=use_gradient)
+        if pilot.gradient is not None and target_score is None and not jnp.isfinite(pilot.gradient).all():
+            pilot, use_gradient = pilot._replace(gradient=None), False
     else:
         pilot = encoded(problem, stored.z, stored.y)
     check_finite(pilot)

@@ -977,3 +977,63 @@ def test_parameters_stay_at_their_initial_values():
     assert problem.has_density
     assert problem.log_prior(jnp.ones(1)) == problem.log_prior(jnp.ones(1))
     assert "fixed at their initial values (`param`): scale" in str(check(model, file=io.StringIO()))
+
+
+# -- gradients --------------------------------------------------------------------------------------------------
+
+
+def cube_root(x):
+    """Newton steps, as many as needed."""
+    return jax.lax.while_loop(lambda c: jnp.abs(c**3 - x) > 1e-4 * x, lambda c: c - (c - x / c**2) / 3, x + 0.5)
+
+
+def rooted(y=None):
+    a = sample("a", dist.LogNormal(0.0, 0.5))
+    sample("other", dist.Normal(a, 1.0))
+    sample("y", dist.Normal(cube_root(a), 0.1), obs=y)
+
+
+def unexposed(y=None):
+    b = sample("b", dist.Normal())
+    with plate("rows", 3):
+        sample("y", dist.Poisson(np.array([0.0, 1.0, 2.0]) * jnp.exp(b)), obs=y)
+
+
+def callback(y=None):
+    a = sample("a", dist.Normal())
+    shape = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    sample("y", dist.Normal(jax.pure_callback(lambda x: 2 * x, shape, a, vmap_method="expand_dims"), 1.0), obs=y)
+
+
+def called_density(y=None):
+    a = sample("a", dist.Normal())
+    shape = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    numpyro.factor("f", -jax.pure_callback(lambda x: x**2, shape, a, vmap_method="expand_dims"))
+
+
+LEARNS = "ScoreSDE(model), ...)` learns"
+
+
+@pytest.mark.parametrize(
+    ("model", "told", "kernels", "ok"),
+    [
+        (rooted, "! y: a gradient in forward mode alone", True, True),
+        (unexposed, "✗ y: the gradient is not finite at 8 of 8", False, True),
+        (callback, "✗ the model: no gradient", False, True),
+        (called_density, "cannot be used: no simulation and no gradient", False, False),
+    ],
+)
+def test_gradients_are_looked_at(model, told, kernels, ok):
+    report = check(model, file=io.StringIO())
+    assert told in str(report)
+    assert (LEARNS in str(report)) is kernels
+    assert report.ok is ok
+    assert "gradient" not in str(check(hierarchical, GROUP, file=io.StringIO()))
+
+
+def test_densities_that_are_not_finite_are_named():
+    def model(y=None):
+        a = sample("a", dist.Normal())
+        sample("y", dist.Normal(jnp.where(a > 0, a, jnp.nan), 1.0), obs=y)
+
+    assert "! y: its log density is not finite at" in str(check(model, file=io.StringIO()))

@@ -452,3 +452,33 @@ def test_unbiased_before_any_training(mixture):
     value, error = log_evidence(drawn.log_weight)
     assert effective_sample_size(drawn.log_weight) < 19_000
     assert abs(value - oracle.truth(oracle.data).log_evidence) < 5 * error
+
+
+def unexposed(y=None):
+    """Counts of which the first has no exposure: the gradient of its term is not a number."""
+    b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", 3):
+        numpyro.sample("y", dist.Poisson(np.array([0.0, 5.0, 9.0]) * jnp.exp(b)), obs=y)
+
+
+def called(y=None):
+    """The same rates from a program without derivatives."""
+    b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+    shape = jax.ShapeDtypeStruct((), jnp.result_type(float))
+    rate = jax.pure_callback(np.exp, shape, b, vmap_method="expand_dims")
+    with numpyro.plate("rows", 3):
+        numpyro.sample("y", dist.Poisson(np.array([0.0, 5.0, 9.0]) * rate), obs=y)
+
+
+@pytest.mark.parametrize("model", [unexposed, called])
+def test_fit_does_without_gradients_where_there_are_none(model):
+    y = np.array([0, 7, 15])
+    posterior = si.fit(jax.random.key(0), model, **SMALL | {"num_steps": 100})
+    draws = posterior.sample(jax.random.key(1), 4000, y=y)
+    grid = np.linspace(-4.0, 4.0, 4001)
+    weight = np.exp(y.sum() * grid - 14 * np.exp(grid) - grid**2 / 2)
+    exact = (weight * grid).sum() / weight.sum()
+    sd = np.sqrt((weight * (grid - exact) ** 2).sum() / weight.sum())
+    w = np.exp(np.asarray(draws.log_weight, np.float64) - np.max(draws.log_weight))
+    mean = (w * np.asarray(draws.sites["b"])).sum() / w.sum()
+    assert abs(mean - exact) < 5 * sd / np.sqrt(draws.certificate.ess)

@@ -5,14 +5,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from scoreinfer._errors import UnsupportedModel
+from scoreinfer._typing import Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
+from scoreinfer.correct import derivatives, differentiate
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
-from scoreinfer.model.survey import NUM_PROBES
+from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms
+from scoreinfer.model.survey import NUM_PROBES, map_probes
 from scoreinfer.problem import Problem, Site
+
+_WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need one; `fit` and weighted draws do without"
+_SOME_GRADIENT = "Langevin kernels may get stuck there; write the density so that it can be differentiated"
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,12 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
     messages = [f"{problem.dim} unconstrained dimensions"]
     messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
     messages += _say_agreement(problem)
+    lines, has_gradient = _say_gradient(problem, facts)
     fault = _data_fault(problem, facts, args, kwargs)
-    messages += [f"✗ data: {fault}"] if fault else _say_use(problem)
-    verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem)
-    return Report(not fault, problem, (*messages, verdict))
+    messages += [*lines, f"✗ data: {fault}"] if fault else [*lines, *_say_use(problem, has_gradient)]
+    usable = has_gradient or not problem.not_simulable
+    verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem, usable)
+    return Report(usable and not fault, problem, (*messages, verdict))
 
 
 def _say_observed(problem: Problem, facts: Facts) -> list[str]:
@@ -161,10 +172,60 @@ def _say_agreement(problem: Problem) -> list[str]:
     return [f"! {say_misdrawn(wrong)} `fit` learns from the draws, and weights mend it; `sbc` and `calibrate` refuse"]
 
 
-def _say_use(problem: Problem) -> list[str]:
+def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
+    """Differentiate the log joint density at the measured draws; say also whether kernels can use what comes out."""
+    if not problem.has_density:
+        return [], False
+    survey, script = facts.survey, facts.script
+    y = {site.name: survey.sites[site.name] for site in problem.observed}
+    z = np.asarray(jax.vmap(survey.layout.flatten)({name: jnp.asarray(survey.points[name]) for name in survey.latents}))
+    names = [name for name, row in survey.table.items() if row.type == "sample"]
+
+    def term(name: str) -> Callable[[Array, Sites], Array]:
+        own = {name, name + LOG_DET}
+        return lambda z, y: sum_terms(script.terms(fixed_key(), survey.layout.unflatten(z), y), own.__contains__)
+
+    def mode_of(function: Callable[[Array, Sites], Array]) -> str:
+        first = jax.tree.map(lambda value: value[0], y)
+        return derivatives(lambda z: function(z, first), jnp.asarray(z[0]))
+
+    def broken(function: Callable[[Array, Sites], Array]) -> int:
+        def slope(z: Array, y: Sites) -> Array:
+            return differentiate(lambda z: function(z, y), z)(z)[1]
+
+        return int((~np.isfinite(map_probes(slope, z, y)).reshape(NUM_PROBES, -1).all(1)).sum())
+
+    lines = [
+        f"! {name}: its log density is not finite at {count} of {NUM_PROBES} simulated draws"
+        for name in names
+        if (count := int((~np.isfinite(survey.terms[name]).reshape(NUM_PROBES, -1).all(1)).sum()))
+    ]
+    mode = mode_of(problem.log_joint)
+    if mode != "reverse":
+        guilty = _listed([name for name in names if mode_of(term(name)) == mode], names)
+    if mode == "none":
+        return [*lines, f"✗ {guilty}: no gradient. {_WITHOUT_GRADIENT}"], False
+    if mode == "forward":
+        lines.append(f"! {guilty}: a gradient in forward mode alone (a `while_loop`?), dear in many dimensions")
+    count = broken(problem.log_joint)
+    if not count:
+        return lines, True
+    guilty = _listed([name for name in names if broken(term(name))], names)
+    everywhere, mark = count == NUM_PROBES, "✗" if count == NUM_PROBES else "!"
+    told = f"{mark} {guilty}: the gradient is not finite at {count} of {NUM_PROBES} simulated draws."
+    return [*lines, f"{told} {_WITHOUT_GRADIENT if everywhere else _SOME_GRADIENT}"], not everywhere
+
+
+def _listed(guilty: list[str], names: list[str]) -> str:
+    return ", ".join(guilty) if 0 < len(guilty) < len(names) else "the model"
+
+
+def _say_use(problem: Problem, has_gradient: bool) -> list[str]:
     one, many = "`MCMC(ScoreSDE(model), ...)` learns this posterior", "`fit` learns those of all data of this design"
-    if problem.not_simulable or not problem.has_density:
-        return [f"✓ {one if problem.has_density else many}"]
+    if not has_gradient:
+        return [] if problem.not_simulable else [f"✓ {many}"]
+    if problem.not_simulable:
+        return [f"✓ {one}"]
     return [f"✓ {many} at once, from simulations; {one} alone, from its density"]
 
 
@@ -178,7 +239,9 @@ def _data_fault(problem: Problem, facts: Facts, args: tuple, kwargs: dict[str, A
     return ""
 
 
-def _verdict(problem: Problem) -> str:
+def _verdict(problem: Problem, usable: bool) -> str:
+    if not usable:
+        return "✗ verdict: this model cannot be used: no simulation and no gradient"
     if problem.not_simulable:
         return "✓ verdict: usable by its density alone"
     return "✓ verdict: usable" if problem.has_density else "✓ verdict: usable by simulation alone, without weights"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool
 from numpyro.distributions import biject_to, constraints
@@ -114,8 +115,9 @@ def draw_probes(function: Callable[[Key], Any], keys: Array) -> Any:
     with jax.ensure_compile_time_eval():
         rows = [keys[i] for i in range(len(keys))]
     run = compiled(function, rows[0]) if is_traced(jnp.zeros(())) else function
-    with dist.distribution.validation_enabled(False):  # a wild draw is measured, not refused
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *(jax.device_get(run(row)) for row in rows))
+    with numpyro.validation_enabled(False):  # as in compiled code: draws that are not finite are reported, not refused
+        drawn = [jax.device_get(run(row)) for row in rows]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
 
 
 def take_survey(script: Script) -> Survey:
