@@ -1037,3 +1037,35 @@ def test_densities_that_are_not_finite_are_named():
         sample("y", dist.Normal(jnp.where(a > 0, a, jnp.nan), 1.0), obs=y)
 
     assert "! y: its log density is not finite at" in str(check(model, file=io.StringIO()))
+
+
+# -- settings of JAX --------------------------------------------------------------------------------------------
+
+
+def test_reading_where_jit_is_disabled():
+    with jax.disable_jit():
+        report = check(hierarchical, GROUP, MODELS["hierarchical"][2], file=io.StringIO())
+        assert report.ok, report
+        problem = from_numpyro(one_prior(PRIORS["real"]))
+        y = problem.read((0.5,), {})
+        # x ~ N(1, 2), y ~ N(x, 1)
+        exact = -0.5 * (0.5**2 + 0.5**2) - np.log(2.0) - np.log(2 * np.pi)
+        np.testing.assert_allclose(problem.log_joint(jnp.zeros(1), y), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+def test_double_precision_arrays_in_a_single_precision_session(dtype):
+    """JAX warns of each operation on such an array, and warnings are errors here; NumPy's are quiet."""
+    with jax.enable_x64(True):
+        group, data = jnp.asarray(GROUP), jnp.linspace(-1.0, 2.0, 6).astype(dtype)
+    problem = from_numpyro(hierarchical, group)
+    assert problem.read((group, data), {})["y"].dtype == jnp.float32
+    assert problem.read((GROUP, np.asarray(data)), {})["y"].dtype == jnp.float32
+    assert check(hierarchical, group, data, file=io.StringIO()).ok
+
+
+@pytest.mark.parametrize("setting", [lambda: jax.debug_nans(True), lambda: jax.numpy_rank_promotion("raise")])
+def test_reading_under_strict_settings(setting):
+    with setting():
+        report = check(hierarchical, GROUP, MODELS["hierarchical"][2], file=io.StringIO())
+        assert report.ok, report

@@ -11,6 +11,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
+from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key
 from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data
 
@@ -18,8 +19,10 @@ from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data
 def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tuple[tuple, dict[str, Any], Any]:
     """Bind the arguments to the model's signature, so that positional, keyword and default are the same.
 
-    Returns the arguments, and the names of observed sites where they were given.
+    JAX arrays made in double precision become NumPy arrays where the session is in single precision: JAX would warn of
+    every operation on them. Returns the arguments, and the names of observed sites where they were given.
     """
+    args, kwargs = _in_session_precision(args), _in_session_precision(kwargs)
     try:
         signature = inspect.signature(model)
     except (TypeError, ValueError):
@@ -34,6 +37,16 @@ def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tupl
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.args, bound.kwargs, observed
+
+
+def _in_session_precision(arguments: Any) -> Any:
+    def too_wide(leaf: Any) -> bool:
+        number = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.number) and not is_traced(leaf)
+        return number and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+
+    if not any(map(too_wide, jax.tree.leaves(arguments))):
+        return arguments
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if too_wide(leaf) else leaf, arguments)
 
 
 class _Blank:
