@@ -1,8 +1,10 @@
 """Flat vectors and site dictionaries; batches; names of arrays in a pytree."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from scoreinfer._typing import Sites
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Layout(NamedTuple):
@@ -106,3 +111,23 @@ def _name(path: Any) -> str:
 def is_traced(tree: Any) -> bool:
     """Say whether any leaf is a tracer, whose values cannot be looked at."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def evaluated_at_once() -> contextlib.AbstractContextManager[None]:
+    """Evaluate what does not depend on tracers at once, inside jit too.
+
+    Outside jit that happens by itself, and JAX's own context would harm: programs traced in it fold constants, which
+    equinox's run-time checks and `jax.debug_nans` do not survive.
+    """
+    return jax.ensure_compile_time_eval() if is_traced(jnp.zeros(())) else contextlib.nullcontext()
+
+
+def own_broadcasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Let this package's arithmetic promote ranks, whatever the user's ``jax_numpy_rank_promotion`` says of theirs."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return inside

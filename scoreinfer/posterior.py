@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnsupportedModel
-from scoreinfer._tree import arrays_by_name, in_batches
+from scoreinfer._tree import arrays_by_name, in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_latents, say_misdrawn
 from scoreinfer.certificate import MAX_K_HAT, MAX_OUTLYING, ForwardCheck, certify
@@ -102,6 +102,7 @@ class Posterior(eqx.Module):
         """Compute the ``log_q`` of a given z (see `Proposal.log_q`)."""
         return self.proposal.log_q(key, context, z)
 
+    @own_broadcasting
     def focus(
         self, key: Key, *args: Any, num_steps: int = 4000, progress_bar: bool = False, **kwargs: Any
     ) -> "Posterior":
@@ -133,7 +134,7 @@ class Posterior(eqx.Module):
                 refined, new_share = refine(for_score, focused, y, num_steps, progress_bar=progress_bar)
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
-                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=2)
+                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=3)
         return dataclasses.replace(self, proposal=proposal)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -152,6 +153,7 @@ class Posterior(eqx.Module):
         """
         write_posterior(Path(path), Parts(self.proposal, self.outliers, self.history, self.validity))
 
+    @own_broadcasting
     def sample(
         self,
         key: Key,
@@ -252,6 +254,7 @@ class Posterior(eqx.Module):
         undone = None if self.validity is None else failure_weights(self.validity, draws.values)
         return draws._replace(log_weight=undone, log_joint=None)
 
+    @own_broadcasting
     def weigh(
         self,
         key: Key,
@@ -416,7 +419,7 @@ def _warn_of_outlier(distance_rank: float) -> None:
             f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
             "data). The model may be misspecified: compare the data with simulations before trusting any posterior."
         )
-        warnings.warn(message, MisspecificationWarning, stacklevel=4)
+        warnings.warn(message, MisspecificationWarning, stacklevel=5)
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
@@ -456,6 +459,7 @@ def fit(key: Key, model: Callable | Problem, *args: Any, process: None = None, *
 def fit(key: Key, model: Callable, *args: Any, process: Physics, **kwargs: Any) -> PathPosterior: ...
 
 
+@own_broadcasting
 def fit(
     key: Key,
     model: Callable | Problem,
@@ -700,7 +704,7 @@ def _stored(
         warnings.warn(
             f"{num_bad} of {num} simulations are left out: the posterior is biased towards where the simulator works.",
             TrainingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return stored
 

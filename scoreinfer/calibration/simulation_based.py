@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from scoreinfer._errors import UnsupportedModel
-from scoreinfer._tree import in_batches
+from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.calibration.uniformity import Row, judge
@@ -115,6 +115,7 @@ class References(NamedTuple):
     spread: Float[Array, " dim"]
 
 
+@own_broadcasting
 def sbc(
     key: Key,
     posterior: Any,

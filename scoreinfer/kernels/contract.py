@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from numpyro.util import is_prng_key
 
 from scoreinfer._program import digest, trace_afresh
-from scoreinfer._tree import Layout, is_traced
+from scoreinfer._tree import Layout, evaluated_at_once, is_traced
 from scoreinfer._typing import Sites
 from scoreinfer.correct import differentiate
 from scoreinfer.problem import Problem
@@ -28,7 +28,7 @@ NO_START = "Cannot find valid initial parameters: the log density or its gradien
 def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
     """Read the observation, as arrays without weak types; values that are known are looked at while tracing too."""
     y = problem.read(args, kwargs)
-    with jax.ensure_compile_time_eval():
+    with evaluated_at_once():
         return {name: jnp.array(value, jnp.result_type(value)) for name, value in y.items()}
 
 

@@ -23,7 +23,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from scoreinfer._errors import UnsupportedModel
-from scoreinfer._tree import is_traced
+from scoreinfer._tree import evaluated_at_once, is_traced, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.forward import Outliers
 from scoreinfer.kernels.contract import NO_START, Origins, check_density, layout, observe, unconstrain
@@ -156,15 +156,17 @@ class ScoreSDE(MCMCKernel):
         self._is_block = False
         self._sample_fn: Callable[..., ScoreSDEState] | None = None
 
+    @own_broadcasting
     def fit(self, key: Key, *args: Any, **kwargs: Any) -> Any:
         """Fit the amortised `Posterior` for these model arguments now; later runs with the same covariates use it."""
         if self.model is None:
             raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
-        with jax.ensure_compile_time_eval():
+        with evaluated_at_once():
             posterior = fit(key, self.model, *args, progress_bar=self.progress_bar, **kwargs)
         self._keep(Fit(posterior.proposal, (args, kwargs), outliers=posterior.outliers))
         return posterior
 
+    @own_broadcasting
     def learn(self, key: Key, num_warmup: int, *args: Any, init_params: PyTree = None, **kwargs: Any) -> None:
         """Learn the posterior of these model arguments now, as ``num_warmup`` iterations of warm-up would.
 
@@ -182,7 +184,7 @@ class ScoreSDE(MCMCKernel):
         y = observe(problem, args, kwargs)
         num_particles = min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192)
         effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
-        with jax.ensure_compile_time_eval():
+        with evaluated_at_once():
             proposer, evidence = learn(
                 key, problem, y, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
             )
@@ -215,7 +217,7 @@ class ScoreSDE(MCMCKernel):
         fit = self._fits[number]
         if fit.stripped:
             args, kwargs = fit.arguments or (args, kwargs)
-            with jax.ensure_compile_time_eval():
+            with evaluated_at_once():
                 if self.potential_fn is not None:
                     problem = from_potential(self.potential_fn, *args)
                 elif self.model is not None:
@@ -278,6 +280,7 @@ class ScoreSDE(MCMCKernel):
             self.learn(key if first else key[0], num_warmup, *args, init_params=example, **kwargs)
             return self._find(args, kwargs, any_data=self._is_block)
 
+    @own_broadcasting
     def init(
         self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> ScoreSDEState:
@@ -303,6 +306,7 @@ class ScoreSDE(MCMCKernel):
         origin = self._origins.begin(proposer.problem, model_args, model_kwargs)
         return state._replace(y=y, weights=Weights(tuple(arrays), self._latest), origin=origin)
 
+    @own_broadcasting
     def sample(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Move one chain, or all chains of a vectorised state, by one iteration."""
         model_kwargs = model_kwargs or {}
@@ -316,6 +320,7 @@ class ScoreSDE(MCMCKernel):
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), state.weights.arrays)
         return eqx.combine(arrays, static), observe(proposer.problem, args, kwargs)
 
+    @own_broadcasting
     def refresh(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Weigh the current draw for other values of what the model is conditioned on, as `Gibbs` asks."""
         proposer, y = self._restore(state, model_args, model_kwargs or {})

@@ -78,7 +78,7 @@ class ScoreSDEState(NamedTuple):
         num_warmup: iteration at which step sizes freeze.
         z: unconstrained values of the latent sites (of a bare density: what it takes).
         potential_energy: minus log p(z, y) in the unconstrained space.
-        log_weight: log p(z, y) - log_q of the current draw; minus infinity before the first.
+        log_weight: log p(z, y) - log_q of the current draw; the lowest number before the first.
         accept_prob: acceptance probability of the last global move.
         mean_accept_prob: its mean since the start, or since the end of warm-up.
         adapt_state: tuning of the local moves.
@@ -171,7 +171,7 @@ def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, nu
     current = current._replace(log_weight=jnp.where(changed, -jnp.inf, current.log_weight))
     other_key = ~same_bits(state.bank.key_bits, random.key_data(state.rng_key))
     bank = refill(key_bank, proposer, y, state.bank, changed | other_key | (state.bank.used >= size))
-    ahead, fresh = jnp.arange(size) - bank.used, current.log_weight == -jnp.inf
+    ahead, fresh = jnp.arange(size) - bank.used, current.log_weight <= jnp.finfo(current.log_weight.dtype).min
     tried = jnp.where(fresh | (ahead >= 0) & (ahead < num), bank.proposals.log_weight, -jnp.inf)
     draw, accept_prob = select(key_select, bank.proposals._replace(log_weight=tried), current)
     bank = bank._replace(used=jnp.where(fresh, size, bank.used + num))
@@ -244,8 +244,10 @@ def start(
     shapes = jax.eval_shape(lambda key: draw_proposals(key, proposer, y, bank_size), key)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # Zeros that depend on the key, so that whatever NumPyro collects has a chain axis under any `vmap` from the start.
+    # No weight yet is the lowest number, since NumPyro multiplies it by zero, which `jax.debug_nans` would not like.
     zero = 0 * random.uniform(key, dtype=empty.log_weight.dtype)
-    draw = Weighed(empty.z[0] + zero.astype(empty.z.dtype), zero - jnp.inf, empty.log_joint[0] + zero - jnp.inf)
+    nothing = zero + jnp.finfo(zero.dtype).min
+    draw = Weighed(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_joint[0] + zero)
     if sites is not None:
         draw = weigh_anew(key_path, proposer, y, flatten(proposer.problem, sites).astype(empty.z.dtype))
     factor = preconditioner(key_factor, proposer, y) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)

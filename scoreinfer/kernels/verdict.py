@@ -13,6 +13,7 @@ from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
+from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
 from scoreinfer.drawing import weigh_rows, weighted_draws
@@ -75,6 +76,7 @@ class ChainCertificate(NamedTuple):
         )
 
 
+@own_broadcasting
 def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     """Judge the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
 
