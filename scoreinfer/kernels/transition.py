@@ -168,10 +168,11 @@ def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, nu
     size = state.bank.proposals.log_weight.size
     changed = ~jnp.array([same_bits(y[name], state.y[name]) for name in y], bool).all()
     current = current_draw(proposer, state)
-    current = current._replace(log_weight=jnp.where(changed, -jnp.inf, current.log_weight))
+    first = current.log_weight <= jnp.finfo(current.log_weight.dtype).min
+    current = current._replace(log_weight=jnp.where(changed | first, -jnp.inf, current.log_weight))
     other_key = ~same_bits(state.bank.key_bits, random.key_data(state.rng_key))
     bank = refill(key_bank, proposer, y, state.bank, changed | other_key | (state.bank.used >= size))
-    ahead, fresh = jnp.arange(size) - bank.used, current.log_weight <= jnp.finfo(current.log_weight.dtype).min
+    ahead, fresh = jnp.arange(size) - bank.used, current.log_weight == -jnp.inf
     tried = jnp.where(fresh | (ahead >= 0) & (ahead < num), bank.proposals.log_weight, -jnp.inf)
     draw, accept_prob = select(key_select, bank.proposals._replace(log_weight=tried), current)
     bank = bank._replace(used=jnp.where(fresh, size, bank.used + num))
