@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
@@ -34,6 +35,7 @@ _LATENTS: _Cache = weakref.WeakKeyDictionary()
 _OBSERVED: _Cache = weakref.WeakKeyDictionary()
 
 
+@own_broadcasting
 def misdrawn_latents(problem: Problem) -> tuple[str, ...]:
     """Name the latent sites whose prior draws the prior density does not describe; none where there are no draws.
 
@@ -49,6 +51,7 @@ def misdrawn_latents(problem: Problem) -> tuple[str, ...]:
     return _LATENTS[problem]
 
 
+@own_broadcasting
 def misdrawn_data(problem: Problem) -> tuple[str, ...]:
     """Name the first observed site whose simulated data its density does not describe; none where it has none.
 

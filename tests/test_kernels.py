@@ -316,7 +316,7 @@ def learned(monkeypatch):
         assert float(problem.log_joint(jnp.zeros(problem.dim), y)) < 0
         done.append(effort)
         proposal = Regression(jnp.full(problem.dim, 0.1), jnp.full(problem.dim, 1.5), problem)
-        return proposal, Evidence(y, jnp.zeros((1, problem.dim)), 0.0, 0)
+        return proposal, Evidence(y, jnp.zeros((1, problem.dim)), 0.0, 0, 1.0)
 
     monkeypatch.setattr(score_sde, "learn", learn)
     return done

@@ -186,7 +186,7 @@ def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
         return lambda z, y: sum_terms(script.terms(fixed_key(), survey.layout.unflatten(z), y), own.__contains__)
 
     def mode_of(function: Callable[[Array, Sites], Array]) -> str:
-        first = jax.tree.map(lambda value: value[0], y)
+        first = jax.tree.map(lambda value: jnp.asarray(value[0]), y)
         return derivatives(lambda z: function(z, first), jnp.asarray(z[0]))
 
     def broken(function: Callable[[Array, Sites], Array]) -> int:
