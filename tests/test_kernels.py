@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import scipy.stats
 from jax import random
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, Predictive, log_likelihood
@@ -20,6 +21,7 @@ from scoreinfer.kernels import ScoreSDE, score_sde, transition
 from scoreinfer.kernels.transition import ScoreSDEState
 from scoreinfer.learning import Evidence
 from scoreinfer.model import from_numpyro
+from scoreinfer.problem import Problem
 
 SIGMAS = 5
 
@@ -502,3 +504,39 @@ def test_pickle(kernel, nested):
     copy = pickle.loads(pickle.dumps(copy))
     copy.run(random.key(5), Y2)
     assert abs(copy.get_samples()["mu"].mean() - grid_moments(Y2)["mu"][0]) < 0.5
+
+
+class Cut(eqx.Module):
+    """Proposals that never exceed one: N(.7, 1) cut off there."""
+
+    problem: Problem = eqx.field(static=True)
+    proposal = property(lambda self: self)
+    outliers = property(lambda self: None)
+
+    def context(self, y):
+        return None
+
+    def propose(self, key, context):
+        z = 0.7 + random.truncated_normal(key, -jnp.inf, 0.3, (1,))
+        return z, self.log_q(key, context, z)
+
+    def log_q(self, key, context, z):
+        log_q = jax.scipy.stats.norm.logpdf(z[0], 0.7) - jax.scipy.stats.norm.logcdf(0.3)
+        return jnp.where(z[0] < 1.0, log_q, -jnp.inf)
+
+
+def test_local_moves_reach_where_proposals_never_come():
+    """The weight there is infinite: global moves stay, local ones come and go. The posterior is N(.7, 1/2)."""
+
+    def model(y=None):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    kernel = ScoreSDE(posterior=Cut(from_numpyro(model)), num_local_steps=3, bank_size=64)
+    mcmc = MCMC(
+        kernel, num_warmup=300, num_samples=3000, num_chains=4, chain_method="vectorized", progress_bar=False
+    )  # fmt: skip
+    mcmc.run(random.key(0), 1.4)
+    beyond = (np.asarray(mcmc.get_samples(group_by_chain=True)["a"]) > 1.0).astype(float)
+    exact = 1 - scipy.stats.norm.cdf(0.3 * np.sqrt(2))
+    assert abs(beyond.mean() - exact) < 5 * np.sqrt(exact * (1 - exact) / effective_sample_size(beyond))

@@ -105,10 +105,11 @@ class ScoreSDEState(NamedTuple):
 
 
 def weigh(proposer: Proposer, y: Sites, z: Float[Array, " dim"], log_q: Float[Array, ""]) -> Weighed:
-    """Compute log w = log p(z, y) - log q, minus infinity where it is not finite."""
+    """Compute log w = log p(z, y) - log q: infinite where the proposals never come, minus infinity where it fails."""
     log_joint = proposer.problem.log_joint(z, y)
     log_weight = log_joint - log_q
-    return Weighed(z, jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf), log_joint)
+    fails = jnp.isnan(log_weight) | ~jnp.isfinite(log_joint)
+    return Weighed(z, jnp.where(fails, -jnp.inf, log_weight), log_joint)
 
 
 def weigh_anew(key: Key, proposer: Proposer, y: Sites, z: Float[Array, " dim"]) -> Weighed:
@@ -180,7 +181,9 @@ def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, nu
 
 
 def local_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num: int) -> ScoreSDEState:
-    """Move ``z`` by ``num`` MALA steps and weigh it over a fresh path; undo a move to what cannot be weighed.
+    """Move ``z`` by ``num`` MALA steps and weigh it over a fresh path; undo a move to where the density fails.
+
+    Where the proposals never come the weight is infinite, and only further local moves lead away from there.
 
     Exactness: exact: MALA leaves pi(z) invariant and does not see u; drawing u anew from r(u | z) is a Gibbs step.
     """
@@ -251,6 +254,8 @@ def start(
     draw = Weighed(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_joint[0] + zero)
     if sites is not None:
         draw = weigh_anew(key_path, proposer, y, flatten(proposer.problem, sites).astype(empty.z.dtype))
+        lost = draw.log_weight == jnp.inf  # where the proposals never come: the chain starts from one of these instead
+        draw = draw._replace(log_weight=jnp.where(lost, -jnp.inf, draw.log_weight))
     factor = preconditioner(key_factor, proposer, y) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)
     state = ScoreSDEState(
         i=jnp.zeros((), jnp.int32),
