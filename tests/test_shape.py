@@ -83,7 +83,7 @@ def test_tails_are_bent_and_modes_are_not(funnel):
 def test_moves_leave_a_funnel_where_it_is(funnel):
     target, values, gradient = funnel
     zero = jnp.float32(0.0)
-    particles = Particles(values, gradient, zero + 1, zero, zero, zero)
+    particles = Particles(values, gradient, zero + 1, zero, zero, zero, jnp.arange(len(values)))
     log_density = jax.tree_util.Partial(lambda z: -target.potential(z))
     reference = Overdispersed(jnp.zeros(4), jnp.ones(4))
     for key in jax.random.split(KEY, 3):
