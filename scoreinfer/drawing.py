@@ -48,7 +48,8 @@ class Defence(NamedTuple):
 
 
 @eqx.filter_jit
-def _other_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
+def reference_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
+    """Draw these rows of the endless stream of a density's draws that belongs to ``key``."""
     return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)
 
 
@@ -87,7 +88,7 @@ def weighted_draws(
     ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_others, from_others))
 
     def other_rows(i: Int[Array, " num"]) -> Weighted:
-        values = _other_rows(for_others, defence.density, theirs[i])
+        values = reference_rows(for_others, defence.density, theirs[i])
         return weigh_rows(for_paths, proposal, y, theirs[i], values)
 
     sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, other_rows))

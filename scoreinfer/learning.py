@@ -35,6 +35,7 @@ from scoreinfer.tempering import (
     Prior,
     advance,
     begin,
+    particles_at,
 )
 from scoreinfer.train import Budget, train
 from scoreinfer.whitening import Affine
@@ -261,16 +262,16 @@ def explore(
 
     Exactness: consistent as the particles grow (`scoreinfer.tempering.advance`).
     """
-    key, for_begin, for_first, for_rows = jax.random.split(key, 4)
-    particles = begin(for_begin, reference, effort.num_particles)
-    first = draw_first(for_first, reference, target, particles.values.shape[1])
+    key, _, for_first, for_rows = jax.random.split(key, 4)
+    first = draw_first(for_first, reference, target)
     if not bool(jnp.isfinite(first.log_ratio).any()):
         where = "the prior" if isinstance(reference, Prior) else "a t distribution of `start_scale` around zero"
         raise FloatingPointError(
             f"The density is finite at none of the explorer's {first.num} first draws, which come from {where}."
         )
     power = first_power(first, effort.num_particles)
-    particles = particles._replace(**resample_first(for_rows, reference, first, power, effort.num_particles)._asdict())
+    begun = resample_first(for_rows, reference, first, power, effort.num_particles)
+    particles = particles_at(begun.values)._replace(**begun._asdict())
     with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
         for passes in range(1, MAX_TEMPERATURES + 1):
             key, for_pass = jax.random.split(key)

@@ -298,7 +298,7 @@ class PathPosterior(eqx.Module):
         for_witnesses, for_weights = jax.random.split(key)
         reference = KnownEnd(proposal, proposal.context(y)) if known else reference_of(problem)
         target = jax.tree_util.Partial(problem.log_joint, y=y)
-        witnesses = gather(for_witnesses, reference, target, problem.dim, thorough=thorough)
+        witnesses = gather(for_witnesses, reference, target, thorough=thorough)
         near = self._near(y)
         if seen(witnesses.num_informative) > MAX_UNSEEN:
             return Judged(drawn, certify(drawn.log_weight, near), drawn.num)

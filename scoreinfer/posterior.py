@@ -346,7 +346,7 @@ class Posterior(eqx.Module):
         if problem.simulate is None:
             return Judged(drawn, certify(drawn.log_weight, outlying), drawn.num)
         target = jax.tree_util.Partial(problem.log_joint, y=y)
-        witnesses = gather(streams.witnesses, reference_of(problem), target, problem.dim, thorough=thorough)
+        witnesses = gather(streams.witnesses, reference_of(problem), target, thorough=thorough)
         return judge(streams.judging, self.proposal, y, drawn, witnesses, defence, again, outlying)
 
 

@@ -110,10 +110,14 @@ class Particles(NamedTuple):
 @eqx.filter_jit
 def begin(key: Key, reference: AbstractReference, num: int) -> Particles:
     """Draw the population from the reference."""
-    values = jax.vmap(reference.sample)(jax.random.split(key, num))
+    return particles_at(jax.vmap(reference.sample)(jax.random.split(key, num)))
+
+
+def particles_at(values: Float[Array, "num dim"]) -> Particles:
+    """Make a population that has not moved yet, at draws of the reference."""
     zero = jnp.zeros((), values.dtype)
     first = -jnp.log(jnp.asarray(values.shape[1], values.dtype)) / 6
-    return Particles(values, jnp.zeros_like(values), zero, first, zero, zero, jnp.arange(num))
+    return Particles(values, jnp.zeros_like(values), zero, first, zero, zero, jnp.arange(len(values)))
 
 
 @eqx.filter_jit

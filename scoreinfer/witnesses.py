@@ -26,8 +26,8 @@ from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.certificate import Certificate, ForwardCheck, certify
-from scoreinfer.correct import LogDensity, effective_sample_size, metropolis
-from scoreinfer.drawing import Defence, batch_shape, mixed, weigh_rows
+from scoreinfer.correct import LogDensity, effective_sample_size, log_evidence, metropolis
+from scoreinfer.drawing import Defence, batch_shape, mixed, reference_rows, weigh_rows
 from scoreinfer.kernel_estimate import kernel_estimate
 from scoreinfer.problem import Problem
 from scoreinfer.proposal import Proposer, Weighted
@@ -84,7 +84,7 @@ def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
         return Overdispersed(0 * ones, scale * ones)
     if not misdrawn_latents(problem):
         return Prior(problem)
-    drawn = _draw(jax.random.key(0), Prior(problem), jnp.arange(BATCH))
+    drawn = reference_rows(jax.random.key(0), Prior(problem), jnp.arange(BATCH))
     return Overdispersed(drawn.mean(axis=0), 2.0 * drawn.std(axis=0))
 
 
@@ -121,22 +121,19 @@ class Tempered(NamedTuple):
     log_evidence: Float[Array, ""]
 
 
-def gather(
-    key: Key, reference: AbstractReference, target: LogDensity, dim: int, *, thorough: bool = False
-) -> Witnesses:
+def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorough: bool = False) -> Witnesses:
     """Gather witnesses of a density.
 
     Args:
         key: random key.
         reference: where the first draws come from.
         target: log density up to a constant; a pytree (`jax.tree_util.Partial`) compiles once for all data.
-        dim: dimension.
         thorough: take 16 times as many first draws, and three times as many moves.
 
     Exactness: consistent as first draws and moves grow in number; no gradient is asked for.
     """
     for_first, for_rows, *for_attempts = jax.random.split(key, 4)
-    first = draw_first(for_first, reference, target, dim, times=THOROUGH if thorough else 1)
+    first, dim = draw_first(for_first, reference, target, times=THOROUGH if thorough else 1), _dim_of(reference)
     of_prior = 0 if isinstance(reference, Overdispersed) else first.num
     ess = effective_sample_size(first.log_ratio)
     if ess == 0.0:
@@ -151,10 +148,14 @@ def gather(
     return witnesses._replace(num_first=of_prior)
 
 
-def draw_first(key: Key, reference: AbstractReference, target: LogDensity, dim: int, times: int = 1) -> FirstDraws:
+def draw_first(key: Key, reference: AbstractReference, target: LogDensity, times: int = 1) -> FirstDraws:
     """Draw from the reference, 65,536 times and fewer only of long vectors, and weigh each draw by the target."""
-    num = max(min(NUM_FIRST * times, MAX_NUMBERS // dim), 4 * NUM_WITNESSES)
+    num = max(min(NUM_FIRST * times, MAX_NUMBERS // _dim_of(reference)), 4 * NUM_WITNESSES)
     return FirstDraws(key, in_batches(lambda rows: _log_ratios(key, reference, target, rows), num, BATCH))
+
+
+def _dim_of(reference: AbstractReference) -> int:
+    return jax.eval_shape(reference.sample, jax.random.key(0)).size
 
 
 def resample_first(
@@ -163,7 +164,7 @@ def resample_first(
     """Resample ``num`` of the first draws by a power of their weights."""
     log_weight = power * first.log_ratio
     rows = resample(key, log_weight)[(np.arange(num) * first.num) // num]
-    values = _draw(first.key, reference, rows)
+    values = reference_rows(first.key, reference, rows)
     return Tempered(values, rows, power, jax.nn.logsumexp(log_weight) - math.log(first.num))
 
 
@@ -184,27 +185,21 @@ def _temper(key: Key, reference: AbstractReference, target: LogDensity, first: F
         power = next_power(drawn.power, log_ratio, KEPT_SHARE)
         log_weight = (power - drawn.power) * log_ratio
         rows = resample(for_rows, log_weight)
-        log_evidence = drawn.log_evidence + jax.nn.logsumexp(log_weight) - math.log(NUM_WITNESSES)
-        drawn = Tempered(values[rows], drawn.ancestors[rows], power, log_evidence)
+        increment = jax.nn.logsumexp(log_weight) - math.log(NUM_WITNESSES)
+        drawn = Tempered(values[rows], drawn.ancestors[rows], power, drawn.log_evidence + increment)
     return Witnesses(drawn.values, 0.0, first.num, float(drawn.log_evidence))
 
 
 def num_ancestors(ancestors: Int[Array, " num"]) -> float:
     """Compute 1 / sum of squared shares by ancestor, the number of independent ones."""
-    counts = np.unique(np.asarray(ancestors), return_counts=True)[1]
-    return float(counts.sum() ** 2 / (counts.astype(float) ** 2).sum())
-
-
-@eqx.filter_jit
-def _draw(key: Key, reference: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
-    return jax.vmap(lambda row: reference.sample(jax.random.fold_in(key, row)))(rows)
+    return effective_sample_size(np.log(np.unique(np.asarray(ancestors), return_counts=True)[1]))
 
 
 @eqx.filter_jit
 def _log_ratios(
     key: Key, reference: AbstractReference, target: LogDensity, rows: Int[Array, " num"]
 ) -> Float[Array, " num"]:
-    return jax.vmap(lambda z: _densities(reference, target, z)[1])(_draw(key, reference, rows))
+    return jax.vmap(lambda z: _densities(reference, target, z)[1])(reference_rows(key, reference, rows))
 
 
 def _densities(
@@ -272,8 +267,7 @@ def hold_against(
     size = batch_shape(len(values), NUM_HELD)
     weighed = in_batches(lambda i: weigh_rows(key, proposal, y, i, values[i]), len(values), size)
     weighed = weighed if defence is None else mixed(defence, weighed)
-    log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
-    log_excess = weighed.log_weight - (jax.nn.logsumexp(log_weight) - jnp.log(drawn.num))
+    log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
     return ForwardCheck(log_excess, np.nan, source, witnesses.num_informative, witnesses.num_first)
 
 

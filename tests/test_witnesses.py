@@ -25,7 +25,7 @@ SIGMAS = 5.0
 def witnesses_of(model, data, key=jax.random.key(0)):
     problem = si.from_numpyro(model, **data)
     target = jax.tree_util.Partial(problem.log_joint, y=problem.read((), data))
-    return problem, gather(key, Prior(problem), target, problem.dim)
+    return problem, gather(key, Prior(problem), target)
 
 
 @pytest.mark.parametrize("oracle", [skewed(), linear_gaussian(10)], ids=["direct", "tempered"])
@@ -62,7 +62,7 @@ def test_nothing_informative_is_said_to_be():
 
     problem = si.from_numpyro(model)
     target = jax.tree_util.Partial(problem.log_joint, y={"y": jnp.asarray(40.0)})
-    found = gather(jax.random.key(0), Prior(problem), target, 1)
+    found = gather(jax.random.key(0), Prior(problem), target)
     assert found.num_informative == 0.0 and found.log_evidence == -np.inf and len(found.values) == 0
 
 

@@ -16,6 +16,7 @@ from numpyro.util import is_prng_key
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.certificate import Certificate, ForwardCheck, certify as certify_weights
+from scoreinfer.correct import log_evidence
 from scoreinfer.drawing import weigh_rows, weighted_draws
 from scoreinfer.kernels.contract import observe
 from scoreinfer.kernels.score_sde import Fit, ScoreSDE
@@ -150,8 +151,7 @@ def _witnessed(
     """Hold witnesses from the prior against the proposals; from the explorer's start where there is no prior."""
     problem = fit.proposer.problem
     reference, target = reference_of(problem, kernel.start_scale), jax.tree_util.Partial(problem.log_joint, y=y)
-    check = hold_against(for_weights, fit.proposer, y, drawn, gather(for_witnesses, reference, target, problem.dim))
-    return check
+    return hold_against(for_weights, fit.proposer, y, drawn, gather(for_witnesses, reference, target))
 
 
 def _explored(
@@ -183,8 +183,7 @@ def _explored(
         parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
     places = jnp.concatenate(parts)
     weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
-    log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
-    log_excess = weighed.log_weight - (jax.nn.logsumexp(log_weight) - jnp.log(drawn.num))
+    log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
     # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
     counts = (weighed.log_joint >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
     log_excess = jnp.where(counts, log_excess, jnp.nan)
