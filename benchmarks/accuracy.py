@@ -8,6 +8,7 @@
     python benchmarks/accuracy.py --suite deceived
     python benchmarks/accuracy.py --suite honesty
     python benchmarks/accuracy.py --suite corners
+    python benchmarks/accuracy.py --suite reading
     python benchmarks/accuracy.py --suite k2_24
     python benchmarks/accuracy.py --suite lynx_hare
     python benchmarks/accuracy.py --suite smdp
@@ -332,6 +333,35 @@ def run_unimodal(args) -> Iterator[Row]:
         yield task.name, figures
 
 
+def run_reading(args) -> Iterator[Row]:
+    """Read a model of 150 sites and its data, beside NumPyro's own preparation of the same."""
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer.util import initialize_model
+
+    num = 150
+
+    def observed(y=None):
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        for i in range(num):
+            numpyro.sample(f"y{i}", dist.Normal(a, 1.0), obs=None if y is None else y[i])
+
+    def latent(y=None):
+        total = sum(numpyro.sample(f"a{i}", dist.Normal(0.0, 1.0)) for i in range(num))
+        numpyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+    data = np.random.default_rng(args.seed).normal(size=num)
+    for model, y in ((observed, data), (latent, data[0])):
+        if not _chosen(model.__name__, args.tasks):
+            continue
+        with Clock() as ours:
+            si.from_numpyro(model, y=y).read((), {"y": y})
+        with Clock() as theirs:
+            jax.block_until_ready(initialize_model(jax.random.key(args.seed), model, model_kwargs={"y": y}).param_info)
+        seconds = ours.times.wall, theirs.times.wall
+        yield model.__name__, {"read_s": seconds[0], "numpyro_s": seconds[1], "ratio": seconds[0] / seconds[1]}
+
+
 def run_honesty(args) -> Iterator[Row]:
     """Count false certificates among sabotaged posteriors, and certificates among healthy ones."""
     import honesty
@@ -522,7 +552,8 @@ def run_cost(args) -> Iterator[Row]:
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
-    "corners": run_corners, "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
+    "corners": run_corners, "reading": run_reading,
+    "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
 }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def test_ancestors_are_counted_by_their_shares():
     assert num_ancestors(jnp.array([7, 7, 7, 7])) == 1.0
     assert num_ancestors(jnp.arange(8)) == 8.0
     assert num_ancestors(jnp.array([0, 0, 1, 1])) == 2.0
+    assert num_ancestors(jnp.array([0, 0, 0, 1])) == pytest.approx(1.6)
 
 
 def test_kernel_estimate_is_normalised_and_draws_what_it_says():
