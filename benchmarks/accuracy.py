@@ -75,7 +75,7 @@ def run_oracles(args) -> Iterator[Row]:
 def run_untrained(args) -> Iterator[Row]:
     """Weigh draws of random networks that saw no training: the mean weight is the evidence all the same."""
     import oracles
-    from scoreinfer.correct import log_evidence
+    from scoreinfer.montecarlo.weights import log_evidence
 
     oracle, num_networks = oracles.gaussian_mixture(), 20
     posterior = si.fit(jax.random.key(args.seed), oracle.model, num_steps=1, progress_bar=False)

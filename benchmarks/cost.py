@@ -18,9 +18,9 @@ import numpyro
 import numpyro.distributions as dist
 
 import scoreinfer as si
-from scoreinfer.backward import LearnedBackward, draw_path, linear_frame, through_time
 from scoreinfer.model import read_physics
-from scoreinfer.path_losses import Transitions, Windows, rollout_loss, transition_loss
+from scoreinfer.paths import LearnedBackward, draw_path, linear_frame, through_time
+from scoreinfer.paths.losses import Transitions, Windows, rollout_loss, transition_loss
 
 NUM_PATHS, NUM_DRAWS = 16, 256
 

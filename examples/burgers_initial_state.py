@@ -32,7 +32,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.infer import MCMC, NUTS
 
 import scoreinfer as si
-from scoreinfer.backward import draw_path
+from scoreinfer.paths import draw_path
 from scoreinfer.process.physics import hartley
 
 VISCOSITY, NOISE, END_TIME, NUM_SUBSTEPS = 0.1, 0.1, 1.0, 2

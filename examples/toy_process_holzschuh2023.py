@@ -32,11 +32,11 @@ import numpyro
 import numpyro.distributions as dist
 
 import scoreinfer as si
-from scoreinfer.backward import LearnedScore, ReverseEuler, draw_path, linear_frame, probability_flow
 from scoreinfer.model import read_physics
 from scoreinfer.nets import ConditionalMLP
-from scoreinfer.path_losses import implicit_score_loss
-from scoreinfer.train import Budget, train
+from scoreinfer.paths import LearnedScore, ReverseEuler, draw_path, linear_frame, probability_flow
+from scoreinfer.paths.losses import implicit_score_loss
+from scoreinfer.training.loop import Budget, train
 
 RATE, NOISE, BLUR = 7.0, 0.03, 0.01
 TS = np.linspace(0.0, 10.0, 501)

@@ -3,23 +3,24 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreinfer._errors import MisspecificationWarning, TrainingWarning, UnreadableFile, UnsupportedModel
+from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import SBC, CalibrationReport, c2st, calibrate, predictive_check, sbc
-from scoreinfer.certificate import Certificate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
-from scoreinfer.export import to_arviz
-from scoreinfer.foreign import simulate
-from scoreinfer.kernels import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
+from scoreinfer.evidence.certificate import Certificate
+from scoreinfer.mcmc import MALA, ULA, AnnealedLangevin, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 from scoreinfer.model import PhysicsPath, check, from_numpyro
 from scoreinfer.nets import ConvNet, DeepSet, Series
-from scoreinfer.path_losses import Windows
-from scoreinfer.paths import PathPosterior
-from scoreinfer.posterior import Posterior, fit, load
+from scoreinfer.paths.losses import Windows
+from scoreinfer.posterior.amortised import Posterior
+from scoreinfer.posterior.fit import fit, load
+from scoreinfer.posterior.paths import PathPosterior
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics
-from scoreinfer.recorded import record
-from scoreinfer.sampling import ProbabilityFlow, ReverseSDE
-from scoreinfer.store import Store
+from scoreinfer.samplers.diffusion import ProbabilityFlow, ReverseSDE
+from scoreinfer.simulators.record import record
+from scoreinfer.simulators.run import simulate
+from scoreinfer.simulators.store import Store
 
 try:
     __version__ = version("scoreinfer")

@@ -17,8 +17,8 @@ from numpyro.primitives import Messenger
 
 from scoreinfer._tree import named_leaves
 from scoreinfer._typing import Key
-from scoreinfer.export import file_name, in_file_names
-from scoreinfer.kernels import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
+from scoreinfer.arviz import file_name, in_file_names
+from scoreinfer.mcmc import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
 
 Arrays = Mapping[str, Any]
 """Site names to arrays."""

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites, Values
-from scoreinfer.correct import pareto_smooth, resample_indices
+from scoreinfer.montecarlo.resampling import resample_indices
+from scoreinfer.montecarlo.weights import pareto_smooth
 
 
 class Draws(NamedTuple):

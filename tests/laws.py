@@ -30,29 +30,31 @@ from doubles import GaussianProposal
 from modes import UnknownRate, ornstein_uhlenbeck
 from oracles import Oracle, counts, gaussian_mixture
 from scoreinfer._typing import Sites
-from scoreinfer.backward import Frame, Moments, ReverseEuler
-from scoreinfer.change import Chain
-from scoreinfer.correct import spread
-from scoreinfer.drawing import Defence, mixed, weigh_rows, weighted_draws
-from scoreinfer.focus import FocusedProposal
-from scoreinfer.kernel_estimate import kernel_estimate
-from scoreinfer.kernels.contract import layout
+from scoreinfer.bijections.affine import Affine, identity
+from scoreinfer.bijections.asinh import Tails
+from scoreinfer.bijections.base import Chain, spread
+from scoreinfer.bijections.noncentring import Scales
+from scoreinfer.mcmc.contract import layout
 from scoreinfer.model import from_numpyro
+from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
+from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.nets import Concatenate, ConditionalMLP
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.particles import ResampledPaths
+from scoreinfer.paths import Frame, Moments, ReverseEuler
+from scoreinfer.paths.build import read_reversal, samplers, untrained
+from scoreinfer.paths.particles import ResampledPaths
+from scoreinfer.paths.proposal import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
 from scoreinfer.problem import Problem, from_potential
-from scoreinfer.proposal import Proposal, Proposer, SingleProposal, Weighted
-from scoreinfer.refinement import RefinedProposal
-from scoreinfer.reversal import read_reversal, samplers, untrained
-from scoreinfer.sampling import AbstractSampler
-from scoreinfer.scales import Scales
+from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.samplers.base import Proposer, Weighted
+from scoreinfer.samplers.batches import Defence, mixed, weigh_rows, weighted_draws
+from scoreinfer.samplers.diffusion import AbstractSampler
+from scoreinfer.samplers.focused import FocusedProposal
+from scoreinfer.samplers.refined import RefinedProposal
+from scoreinfer.samplers.single import SingleProposal
 from scoreinfer.score import NeuralScore
-from scoreinfer.simulation import Standardiser, encode
-from scoreinfer.smoothing import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
-from scoreinfer.tails import Tails
-from scoreinfer.tempering import Prior
-from scoreinfer.whitening import Affine, Whitening, identity, whitening_network
+from scoreinfer.training.simulations import Standardiser, encode
+from scoreinfer.training.whitening import Whitening, whitening_network
 
 BRIDGES = (0.2, 1.0, 5.0)
 """The functions h are bounded: c / (c + w / Z) times sines and cosines of z; with larger c they tend to 1."""

@@ -8,7 +8,7 @@ from numpyro.infer import NUTS
 
 from doubles import Y1, fake_posterior, grid_moments, location_scale
 from scoreinfer.comparison import compare
-from scoreinfer.kernels import MALA, ScoreSDE
+from scoreinfer.mcmc import MALA, ScoreSDE
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import laws
-from scoreinfer.focus import FocusedProposal, _mix
+from scoreinfer.samplers.focused import FocusedProposal, _mix
 
 SIGMAS = 5
 

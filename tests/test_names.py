@@ -12,7 +12,7 @@ import pytest
 from numpyro.infer import MCMC, NUTS
 
 import scoreinfer as si
-from scoreinfer.export import in_file_names, to_prior_sbc
+from scoreinfer.arviz import in_file_names, to_prior_sbc
 
 X = np.linspace(-1.0, 1.0, 5)
 Y = 0.5 * X

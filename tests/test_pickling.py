@@ -13,7 +13,7 @@ import pytest
 import scoreinfer as si
 from doubles import Y1, location_scale
 from modes import UnknownRate, ornstein_uhlenbeck
-from scoreinfer.stored import with_likelihood, with_outputs
+from scoreinfer.simulators.dataset import with_likelihood, with_outputs
 
 QUIET = {"progress_bar": False}
 TINY = {"num_steps": 20, "width": 8, "depth": 1, "batch_size": 64, **QUIET}

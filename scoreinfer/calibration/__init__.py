@@ -1,8 +1,8 @@
 """Calibration: whether posteriors mean what they say, tested on data sets whose truth is known."""
 
 from scoreinfer.calibration.predictive import Discrepancy, predictive_check
+from scoreinfer.calibration.ranks import SBC, sbc
 from scoreinfer.calibration.report import CalibrationReport, calibrate
-from scoreinfer.calibration.simulation_based import SBC, sbc
 from scoreinfer.calibration.two_sample import c2st
 from scoreinfer.calibration.uniformity import Row
 

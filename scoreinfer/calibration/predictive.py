@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.correct import pareto_smooth, resample_indices
 from scoreinfer.draws import Draws
+from scoreinfer.montecarlo.resampling import resample_indices
+from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
 
 STATISTICS: dict[str, Callable[[Array], Array]] = {"mean": jnp.mean, "sd": jnp.std, "min": jnp.min, "max": jnp.max}

@@ -12,12 +12,12 @@ from jaxtyping import Integer
 
 from scoreinfer._typing import Key
 from scoreinfer.calibration.predictive import Discrepancy, predictive_check
-from scoreinfer.calibration.simulation_based import SBC, sbc
-from scoreinfer.certificate import MAX_OUTLYING, Certificate
+from scoreinfer.calibration.ranks import SBC, sbc
 from scoreinfer.draws import Draws
+from scoreinfer.evidence.certificate import MAX_OUTLYING, Certificate
+from scoreinfer.files import write_file
 from scoreinfer.problem import Problem
-from scoreinfer.storage import write_file
-from scoreinfer.store import Store
+from scoreinfer.simulators.store import Store
 
 SUSPICIOUS = 0.01
 """Predictive p-value below which a statistic of the data is named."""

@@ -13,11 +13,11 @@ from jaxtyping import Array
 from scoreinfer._errors import UnsupportedModel
 from scoreinfer._typing import Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
-from scoreinfer.correct import derivatives, differentiate
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
 from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms
 from scoreinfer.model.survey import NUM_PROBES, map_probes
+from scoreinfer.montecarlo.langevin import derivatives, differentiate
 from scoreinfer.problem import Problem, Site
 
 _WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need one; `fit` and weighted draws do without"

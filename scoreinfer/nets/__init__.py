@@ -1,7 +1,7 @@
 """Backbones and embeddings; none of them knows an SDE."""
 
+from scoreinfer.nets.convnet import ConvNet
 from scoreinfer.nets.embedding import Concatenate, DeepSet, Embedding, Series
-from scoreinfer.nets.fields import ConvNet
 from scoreinfer.nets.mlp import ConditionalMLP, ResidualMLP
 
 __all__ = ["Concatenate", "ConditionalMLP", "ConvNet", "DeepSet", "Embedding", "ResidualMLP", "Series"]

@@ -1,10 +1,14 @@
 """The learned score: a network preconditioned so that it predicts a quantity of unit variance at every level."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from scoreinfer._typing import Key, Sites
+from scoreinfer.nets import ConditionalMLP, Embedding
 from scoreinfer.score.base import AbstractScore
 
 
@@ -46,3 +50,26 @@ class NeuralScore(AbstractScore):
     def moments(self, level, x, y=None):
         """Compute D and the learned marginal variances of x_0 given x."""
         return self._denoise(level, x, y)
+
+
+class ConditionalScore(NamedTuple):
+    """The trained pair: observation -> context, and (level, u, context) -> denoised u."""
+
+    embedding: Embedding
+    score: NeuralScore
+
+
+def score_module(
+    key: Key,
+    dim: int,
+    embedding: Embedding,
+    x: Sites,
+    *,
+    width: int = 96,
+    depth: int = 3,
+    octaves: tuple[int, ...] = (),
+) -> ConditionalScore:
+    """Make an untrained score for contexts of these standardised observations (draw axis first)."""
+    context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
+    network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, octaves=octaves)
+    return ConditionalScore(embedding, NeuralScore(network))

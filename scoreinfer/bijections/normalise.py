@@ -1,0 +1,24 @@
+"""Shape: the change of variables through which funnels and heavy tails look like a normal density."""
+
+from jaxtyping import Array, Float
+
+from scoreinfer.bijections.asinh import Tails, fit_tails
+from scoreinfer.bijections.base import Chain, pull
+from scoreinfer.bijections.noncentring import fit_scales
+
+
+def fit_shape(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]) -> Chain:
+    """Undo what coordinates do to the scales of others, then draw heavy tails in; w -> z.
+
+    Args:
+        values: draws.
+        gradient: gradient of their log density.
+    """
+    scales = fit_scales(values, gradient)
+    w = scales.inverse(values)
+    return Chain((fit_tails(w, pull(scales, w, gradient)), scales))
+
+
+def has_tails(chain: Chain) -> bool:
+    """Tell whether heavy tails have been found and drawn in."""
+    return any(bool((change.bend > 0).any()) for change in chain.changes if isinstance(change, Tails))

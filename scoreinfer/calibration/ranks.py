@@ -1,0 +1,298 @@
+"""Simulation-based calibration: the ranks of known truths among posterior draws of the data they made.
+
+If (z*, y) come from the model and draws from p(z | y), then z* is one more such draw: its rank is uniform for every
+quantity that may depend on z and y. Beside the components of every site two joint quantities are ranked: the log
+joint density, which sees a posterior that ignores its data, and the distance to a reference point that moves with the
+data (TARP).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm.auto import tqdm
+
+from scoreinfer._errors import UnsupportedModel
+from scoreinfer._tree import in_batches, own_broadcasting
+from scoreinfer._typing import Key, Sites
+from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
+from scoreinfer.arviz import to_prior_sbc
+from scoreinfer.calibration.uniformity import Row, judge
+from scoreinfer.mcmc.conditioning import chain_sampler, is_kernel
+from scoreinfer.model import from_numpyro
+from scoreinfer.montecarlo.weights import log_effective_share
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import Proposer, draw
+from scoreinfer.simulators.dataset import stored_simulations
+from scoreinfer.simulators.store import Store
+from scoreinfer.training.simulations import Simulations, Standardiser, encode, encoded, simulate, standardiser
+
+AT_ONCE = 8192
+"""Proposals drawn at once, over all data sets of a batch."""
+MIN_REFERENCES = 50
+"""Rows of a store that are kept apart for reference points."""
+ALARM = 0.01
+"""Share of calibrated posteriors that the verdict refuses."""
+
+
+class SBC(NamedTuple):
+    """Ranks of known truths, and what they say.
+
+    Args:
+        ranks: rank of every component of every latent site, ``(num_simulations, *site shape)``.
+        joint: ranks of ``tarp`` and, where there is a density, of ``log_joint``: ``(num_simulations,)``.
+        num_draws: draws that each truth was ranked among; ranks run from 0 to this number.
+        effective_share: effective share of each data set's weighted proposals; None where nothing was weighed.
+        seconds: wall time.
+    """
+
+    ranks: dict[str, np.ndarray]
+    joint: dict[str, np.ndarray]
+    num_draws: int
+    effective_share: np.ndarray | None
+    seconds: float
+
+    @property
+    def num_simulations(self) -> int:
+        """Number of data sets."""
+        return len(self.joint["tarp"])
+
+    def columns(self) -> Iterator[tuple[str, np.ndarray, str]]:
+        """Yield label, ranks and kind (empty for components of sites) of every quantity."""
+        yield from ((name, values, name) for name, values in self.joint.items())
+        for name, values in self.ranks.items():
+            for index in np.ndindex(values.shape[1:]):
+                yield f"{name}{list(index) if index else ''}", values[(slice(None), *index)], ""
+
+    def rows(self) -> list[Row]:
+        """Test every quantity."""
+        return [judge(name, values, self.num_draws, kind) for name, values, kind in self.columns()]
+
+    @property
+    def p_value(self) -> float:
+        """Smallest p-value of all quantities, times their number (Bonferroni)."""
+        rows = self.rows()
+        return min(1.0, len(rows) * min(row.p_value for row in rows))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether nothing speaks against calibration: wrongly False for at most 1 % of calibrated posteriors."""
+        return self.p_value > ALARM
+
+    def to_arviz(self) -> Any:
+        """Return the ranks as the group ``prior_sbc``, which `arviz_plots.plot_ecdf_pit` draws."""
+        return to_prior_sbc(self.ranks)
+
+    def __str__(self) -> str:
+        head = "calibrated as far as told" if self.calibrated else "not calibrated"
+        lines = [f"{head}: p = {self.p_value:.3g} over all quantities, {self.num_simulations} simulations"]
+        width = max(len(row.name) for row in self.rows())
+        for row in self.rows():
+            inside = " ".join(f"{share:6.1%}" for share in row.coverage)
+            lines.append(f"  {row.name:<{width}}  p = {row.p_value:<8.3g}  in 50/80/95 %: {inside}  {row.finding}")
+        return "\n".join(lines)
+
+
+class References(NamedTuple):
+    """Simulations apart from the tested ones: where TARP takes its reference points from.
+
+    Args:
+        standardiser: scale of the observations.
+        x: their standardised features.
+        z: their truths.
+        spread: standard deviation of each component of the truths.
+    """
+
+    standardiser: Standardiser
+    x: Float[Array, "num features"]
+    z: Float[Array, "num dim"]
+    spread: Float[Array, " dim"]
+
+
+@own_broadcasting
+def sbc(
+    key: Key,
+    posterior: Any,
+    model: Callable | Problem | Store,
+    num_simulations: int,
+    *args: Any,
+    num_draws: int = 63,
+    num_proposals: int = 256,
+    corrected: bool = True,
+    num_warmup: int = 500,
+    thinning: int = 10,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> SBC:
+    """Rank known truths among posterior draws of the data that they made.
+
+    An amortised posterior answers for batches of data sets in one compiled call. A NumPyro kernel is run on each data
+    set; its program is compiled once.
+
+    Args:
+        key: random key; simulation i depends on ``key`` and i alone.
+        posterior: a fitted posterior, or a NumPyro kernel.
+        model: the model, or `Problem`, that truths and data come from; or a `Store` of foreign simulations other than
+            those the posterior was trained on, whose valid rows are ranked among the learned draws.
+        num_simulations: number of data sets.
+        *args: the model's own arguments; data may be left out, and are not looked at.
+        num_draws: draws that each truth is ranked among.
+        num_proposals: weighted proposals of a fitted posterior, of which ``num_draws`` are picked by weight.
+        corrected: weigh; False tests the learned draws themselves, and so does a model without a density.
+        num_warmup: warm-up steps of a kernel.
+        thinning: steps of a kernel between two draws: ranks are uniform for independent draws only.
+        progress_bar: show a progress bar on a terminal.
+        **kwargs: the model's own keyword arguments.
+
+    Returns:
+        The ranks; print them for a table.
+
+    Raises:
+        UnsupportedModel: where the model cannot be simulated, or draws what its density does not describe. (A model
+            with the same sites that draws what the posterior's density describes may be given in its place.)
+
+    Exactness: exact for exact independent draws, as for the learned ones without weights. Picking by weight is
+        consistent as ``num_proposals`` grows, like the answers it tests; thinned chains are as thinning grows.
+
+    References: Talts et al. 2020, arXiv 1804.06788; Modrak et al. 2023, arXiv 2211.02383 (quantities that depend on
+    the data); Lemos et al. 2023, arXiv 2302.03026 (TARP); Hermans et al. 2022, arXiv 2110.06581 (expected coverage).
+    """
+    start = time.perf_counter()
+    for_references, for_rows = jax.random.split(key)
+    pairs: tuple[Array, Sites] | None = None
+    if isinstance(model, Store):
+        problem, pairs, references = _stored_pairs(for_references, posterior, model, num_simulations)
+    else:
+        problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
+        if problem.simulate is None:
+            raise UnsupportedModel(f"Calibration simulates data, and this model has none: {problem.not_simulable}")
+        weighs = is_kernel(posterior) or (corrected and problem.has_density)
+        if weighs and (wrong := misdrawn_latents(problem) + misdrawn_data(problem)):
+            raise UnsupportedModel(f"Calibration ranks what the model draws, and {say_misdrawn(wrong)}")
+        references = _references(simulate(for_references, problem, max(num_simulations, 100)))
+    with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
+        if is_kernel(posterior):
+            sampler = chain_sampler(posterior, problem, args, kwargs, num_warmup, num_draws, thinning)
+            told = _rank_chains(for_rows, problem, references, sampler, num_simulations, num_draws, bar.update)
+            share = None
+        else:
+            weighed = corrected and problem.has_density
+            sizes = num_proposals if weighed else num_draws, num_draws, weighed
+
+            def rank(rows: Int[Array, " size"]) -> Any:
+                return _rank_rows(for_rows, posterior.proposal, problem, references, sizes, pairs, rows)
+
+            told, share = in_batches(rank, num_simulations, max(1, AT_ONCE // sizes[0]), bar.update)
+            share = np.asarray(share) if weighed else None
+    sites, joint = jax.tree.map(np.asarray, told)
+    return SBC(sites, joint, num_draws, share, time.perf_counter() - start)
+
+
+def _references(simulations: Simulations) -> References:
+    scale = standardiser(simulations.x)
+    features = jax.vmap(lambda x: flatten(scale(x)))(simulations.x)
+    return References(scale, features, simulations.z, simulations.z.std(axis=0) + 1e-12)
+
+
+def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Problem, tuple[Array, Sites], References]:
+    """Take tested truths with their data, and references, from different rows of a store."""
+    if is_kernel(posterior):
+        raise ValueError("Expected a fitted posterior beside a store of simulations, got a kernel.")
+    stored = stored_simulations(key, posterior.problem, store)
+    if len(stored.z) < num + MIN_REFERENCES:
+        raise ValueError(
+            f"Expected {num + MIN_REFERENCES} valid rows, {MIN_REFERENCES} more than `num_simulations`, got "
+            f"{len(stored.z)}. Simulate more, or test fewer."
+        )
+    rest = jax.tree.map(lambda leaf: leaf[num:], (stored.z, stored.y))
+    return stored.problem, (stored.z, stored.y), _references(encoded(stored.problem, *rest))
+
+
+@eqx.filter_jit
+def _rank_rows(
+    key: Key,
+    proposal: Proposer,
+    problem: Problem,
+    references: References,
+    sizes: tuple[int, int, bool],
+    pairs: tuple[Array, Sites] | None,
+    rows: Array,
+) -> tuple[tuple[Sites, Sites], Float[Array, " num"]]:
+    """Simulate or take these data sets, draw for each, and rank its truth."""
+    num_proposals, num_draws, weighed = sizes
+
+    def one(row):
+        for_pair, for_draws, for_pick, for_ties = jax.random.split(jax.random.fold_in(key, row), 4)
+        z, y = cast(Any, problem.simulate)(for_pair) if pairs is None else jax.tree.map(lambda leaf: leaf[row], pairs)
+        context = proposal.context(y)
+        keys = jax.random.split(for_draws, num_proposals)
+        if not weighed:
+            values = jax.vmap(lambda k: proposal.propose(k, context)[0])(keys)
+            return _ranks(for_ties, problem, references, z, y, values), jnp.ones(())
+        drawn = jax.vmap(lambda k: draw(k, proposal, context, y))(keys)
+        log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
+        picked = jax.random.categorical(for_pick, log_weight, shape=(num_draws,))
+        share = jnp.exp(log_effective_share(log_weight))
+        return _ranks(for_ties, problem, references, z, y, drawn.values[picked]), share
+
+    return jax.vmap(one)(rows)
+
+
+def _ranks(
+    key: Key, problem: Problem, references: References, z: Array, y: Sites, values: Float[Array, "draws dim"]
+) -> tuple[Sites, Sites]:
+    """Rank the truth among draws: every site; then the log joint density and the distance to a reference point."""
+    x = flatten(references.standardiser(encode(problem, y)))
+    reference = references.z[jnp.argmin(jnp.linalg.norm(references.x - x, axis=1))]
+
+    def quantities(z: Array) -> tuple[Sites, Sites]:
+        joint = {"tarp": jnp.linalg.norm((z - reference) / references.spread)}
+        joint |= {"log_joint": problem.log_joint(z, y)} if problem.has_density else {}
+        return dict(problem.latent_sites(z)), joint
+
+    truth, drawn = quantities(z), jax.vmap(quantities)(values)
+    leaves, tree = jax.tree.flatten(truth)
+    ranks = [_rank(k, *pair) for k, *pair in
+             zip(jax.random.split(key, len(leaves)), leaves, jax.tree.leaves(drawn), strict=True)]  # fmt: skip
+    return jax.tree.unflatten(tree, ranks)
+
+
+def _rank(key: Key, truth: Array, drawn: Array) -> Int[Array, "*shape"]:
+    """Count the draws below the truth; ties, which rounding makes, are broken at random."""
+    below, ties = (drawn < truth).sum(axis=0), (drawn == truth).sum(axis=0)
+    return below + jax.random.randint(key, jnp.shape(truth), 0, ties + 1)
+
+
+def _rank_chains(
+    key: Key,
+    problem: Problem,
+    references: References,
+    sampler: Callable[[Key, Sites], Sites],
+    num_simulations: int,
+    num_draws: int,
+    done: Callable[[int], Any],
+) -> tuple[Sites, Sites]:
+    """Run a kernel on every data set and rank its truth."""
+
+    @jax.jit
+    def simulate_one(key):
+        return cast(Any, problem.simulate)(key)
+
+    @jax.jit
+    def rank_one(key, z, y, sites):
+        return _ranks(key, problem, references, z, y, jax.vmap(problem.unconstrain)(sites))
+
+    told = []
+    for row in range(num_simulations):
+        for_pair, for_chain, for_ties = jax.random.split(jax.random.fold_in(key, row), 3)
+        z, y = simulate_one(for_pair)
+        sites = sampler(for_chain, y)
+        told.append(rank_one(for_ties, z, y, {site.name: sites[site.name][-num_draws:] for site in problem.latents}))
+        done(1)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)

@@ -1,0 +1,19 @@
+"""NumPyro kernels: what `numpyro.infer.MCMC` can drive."""
+
+from scoreinfer.mcmc.annealed import AnnealedLangevin
+from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify
+from scoreinfer.mcmc.langevin import MALA, ULA, LangevinState, UnderdampedLangevin
+from scoreinfer.mcmc.score_sde import ScoreSDE
+from scoreinfer.mcmc.transition import ScoreSDEState
+
+__all__ = [
+    "MALA",
+    "ULA",
+    "AnnealedLangevin",
+    "ChainCertificate",
+    "LangevinState",
+    "ScoreSDE",
+    "ScoreSDEState",
+    "UnderdampedLangevin",
+    "certify",
+]

@@ -1,0 +1,1 @@
+"""Monte Carlo on densities alone: weights, resampling, Langevin moves, tempering. Nothing here knows a score."""

@@ -1,0 +1,89 @@
+"""References: normalised densities that can be drawn from, where populations of particles start."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import gammaln
+from jaxtyping import Array, Float, Int
+
+from scoreinfer._typing import Key
+from scoreinfer.agreement import misdrawn_latents
+from scoreinfer.problem import Problem
+
+NUM_LOCATED = 4096
+"""Draws that say where a prior lies whose density does not describe its draws."""
+
+
+class AbstractReference(eqx.Module):
+    """Where the particles start: a normalised density that can be drawn from."""
+
+    @abc.abstractmethod
+    def sample(self, key: Key) -> Float[Array, " dim"]:
+        """Draw one z."""
+
+    @abc.abstractmethod
+    def log_density(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the log density of z."""
+
+
+class Prior(AbstractReference):
+    """The prior of a problem that can be simulated."""
+
+    problem: Problem = eqx.field(static=True)
+
+    def sample(self, key):
+        """Draw from the prior."""
+        assert self.problem.simulate is not None
+        return self.problem.simulate(key)[0]
+
+    def log_density(self, z):
+        """Compute the log prior."""
+        return self.problem.log_prior(z)
+
+
+class Overdispersed(AbstractReference):
+    """A wide multivariate t, where there is no prior to draw from or another start is wanted.
+
+    Its tails are heavy, so that those of the target may be heavy too: particles from a Gaussian would have to walk
+    out to them.
+    """
+
+    centre: Float[Array, " dim"]
+    scale: Float[Array, " dim"]
+    degrees: float = eqx.field(static=True, default=3.0)
+
+    def sample(self, key):
+        """Draw from the t distribution."""
+        for_radius, for_direction = jax.random.split(key)
+        chi_squared = 2 * jax.random.gamma(for_radius, self.degrees / 2, (), self.scale.dtype)
+        normal = jax.random.normal(for_direction, self.scale.shape, self.scale.dtype)
+        return self.centre + self.scale * normal * jnp.sqrt(self.degrees / chi_squared)
+
+    def log_density(self, z):
+        """Compute its log density."""
+        dim, degrees = self.scale.size, self.degrees
+        square = (((z - self.centre) / self.scale) ** 2).sum()
+        constant = gammaln((degrees + dim) / 2) - gammaln(degrees / 2) - 0.5 * dim * jnp.log(degrees * jnp.pi)
+        return constant - jnp.log(self.scale).sum() - 0.5 * (degrees + dim) * jnp.log1p(square / degrees)
+
+
+@eqx.filter_jit
+def reference_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
+    """Draw these rows of the endless stream of a density's draws that belongs to ``key``."""
+    return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)
+
+
+def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
+    """Choose where first draws come from: the prior, where there are draws of it that its density describes.
+
+    Else a t distribution: around such draws, or where there are none around zero, of this scale.
+    """
+    if problem.simulate is None:
+        ones = jnp.ones(problem.dim, jnp.result_type(float))
+        return Overdispersed(0 * ones, scale * ones)
+    if not misdrawn_latents(problem):
+        return Prior(problem)
+    drawn = reference_rows(jax.random.key(0), Prior(problem), jnp.arange(NUM_LOCATED))
+    return Overdispersed(drawn.mean(axis=0), 2.0 * drawn.std(axis=0))

@@ -1,0 +1,166 @@
+"""Reversal: what a model's physics in reverse consists of, as read from the model and built around its kernels.
+
+Fitting trains what is built here, and loading fills it with what was saved.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.model import NoisyEnd, from_numpyro, noisy_end, read_physics, sees_path
+from scoreinfer.nets import ConditionalMLP, ResidualMLP
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.paths import Frame, LearnedBackward, OnWaves, elapsed
+from scoreinfer.paths.proposal import END_STATE, PathProposal, StartedPaths, beginning, pinned
+from scoreinfer.problem import Problem
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import add_noise_stage
+from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.training.simulations import Standardiser
+
+
+class Reversal(NamedTuple):
+    """A model whose physics is to be run in reverse.
+
+    Args:
+        problem: the model.
+        site: name of its physics site.
+        free: the physics.
+        end: the site that observes the last state with Gaussian noise, where one does, and nothing else is observed.
+        conditioned: whether the observation sees earlier states, so that kernels are conditioned on it.
+    """
+
+    problem: Problem
+    site: str
+    free: PhysicsProcess
+    end: NoisyEnd | None
+    conditioned: bool
+
+    @property
+    def physics(self) -> PhysicsProcess:
+        """The physics, with the noise of an observation of the end as its last step."""
+        return self.free if self.end is None else add_noise_stage(self.free, self.end.scale)
+
+    @property
+    def num_parameters(self) -> int:
+        """Unconstrained dimensions of other latent sites than the physics."""
+        return sum(latent.size for latent in self.problem.latents if latent.name != self.site)
+
+    @property
+    def start_site(self) -> str | None:
+        """What the kernels start from where something is drawn before them: an observed site; None: a drawn state."""
+        if not self.problem.observed:
+            return END_STATE
+        return None if self.end is None else self.end.site
+
+    @property
+    def start_problem(self) -> Problem | None:
+        """The problem of what is drawn before the path, parameters and last state; None where there is no such."""
+        whole = self.problem if self.problem.observed else pinned(self.problem)
+        if not self.num_parameters and (self.end is not None or not self.problem.observed):
+            return None
+        return beginning(whole, self.physics, self.site, self.start_site)
+
+
+class Samplers(NamedTuple):
+    """The samplers around learned kernels.
+
+    Args:
+        paths: for what the model observes (for a model without observations: for known ends).
+        known_end: for ends known exactly, where these kernels start from such.
+    """
+
+    paths: PathProposal | StartedPaths
+    known_end: PathProposal | StartedPaths | None
+
+
+def read_reversal(
+    process: Physics, model: Callable, *args: Any, observed: tuple[str, ...] | None = None, **kwargs: Any
+) -> Reversal:
+    """Read a model and its physics.
+
+    Raises:
+        UnsupportedModel: where the model cannot be read, or its physics is no process in time.
+    """
+    problem = from_numpyro(model, *args, observed=observed, **kwargs)
+    physics = read_physics(process, model, *args, **kwargs)
+    simulable = problem.simulate is not None
+    end = noisy_end(process.site, model, *args, **kwargs) if simulable and len(problem.observed) == 1 else None
+    conditioned = simulable and end is None and sees_path(problem, process.site, physics.num_steps + 1)
+    return Reversal(problem, process.site, physics, end, conditioned)
+
+
+def samplers(
+    reversal: Reversal, backward: LearnedBackward, standardiser: Standardiser, start: Proposal | None
+) -> Samplers:
+    """Build the samplers around learned kernels, and around what draws their start where `start_problem` has it."""
+    problem, site = reversal.problem, reversal.site
+
+    def started(whole: Problem) -> StartedPaths:
+        assert start is not None
+        return StartedPaths(start, backward, standardiser, reversal.start_site, site, whole)
+
+    known: PathProposal | StartedPaths | None = None
+    if not reversal.num_parameters and not reversal.conditioned:
+        known = PathProposal(backward, END_STATE, pinned(problem))
+    elif not problem.observed:
+        known = started(pinned(problem))
+    if reversal.end is not None and not reversal.num_parameters:
+        return Samplers(PathProposal(backward, reversal.end.site, problem), known)
+    if problem.observed:
+        return Samplers(started(problem), known)
+    assert known is not None
+    return Samplers(known, known)
+
+
+def untrained(
+    key: Key,
+    process: PhysicsProcess,
+    frame: Frame,
+    usual: Float[Array, " context"],
+    net: Callable | None,
+    width: int,
+    depth: int,
+) -> LearnedBackward:
+    """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own.
+
+    Raises:
+        ValueError: where ``net`` does not fit the state.
+    """
+    separate = process.source is not None and process.source.separate
+    if net is None:
+        net = ConditionalMLP(key, process.dim, 1 + usual.size, 2 * process.dim, width=width, depth=depth)
+        return LearnedBackward(process, frame, net, usual, separate=separate)
+    backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False), separate)
+    first = jnp.zeros((), int)
+    fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
+
+    def output() -> Array:
+        log_time, time = elapsed(process, first)
+        return net(backward.features(first, frame.centre[0]), log_time, jnp.concatenate([time, usual]))
+
+    try:
+        returned = jax.eval_shape(output)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
+    if returned.shape != (2 * process.dim,):
+        raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
+    if process.waves:
+        on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
+        backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
+    return backward
+
+
+@eqx.filter_jit
+def features_of(proposal: PathProposal | StartedPaths, y: Sites) -> Float[Array, " features"]:
+    """Standardise what is known of an end, to tell a far one by."""
+    if isinstance(proposal, StartedPaths):
+        return flatten(proposal.start.features(y))
+    assert isinstance(proposal.backward, LearnedBackward)
+    frame = proposal.backward.frame
+    return frame.standardise(proposal.num_steps - 1, proposal.context(y)).astype(jnp.float32)

@@ -1,0 +1,211 @@
+"""Frames: what linear regression says of every step, of simulated paths and of what else is known of each."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from scoreinfer.montecarlo.langevin import colour
+from scoreinfer.paths.gaussian import LOG_2PI, State
+from scoreinfer.process import PhysicsProcess
+
+Context = Float[Array, " context"]
+"""Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
+
+
+class Moments(eqx.Module):
+    """Gaussians with the moments of a state at every step, their means linear in what kernels are conditioned on.
+
+    Args:
+        centre: mean where the conditions are zero.
+        spread: standard deviation of what the conditions leave.
+        lean: regression on the conditions; None: on nothing.
+        root: square root of the correlation of what is left; None: components apart.
+    """
+
+    centre: Float[Array, "*steps dim"]
+    spread: Float[Array, "*steps dim"]
+    lean: Float[Array, "*steps dim context"] | None = None
+    root: Float[Array, "*steps dim dim"] | None = None
+
+    def log_density(self, k: Int[Array, ""] | int, x: State, context: Context) -> Float[Array, ""]:
+        """Compute the log density of a state.
+
+        Exactness: biased, as far as the state's distribution is not such a Gaussian.
+        """
+        centre = self.centre[k] if self.lean is None else self.centre[k] + self.lean[k] @ context
+        v, log_det = (x - centre) / self.spread[k], jnp.log(self.spread[k]).sum()
+        if self.root is not None:
+            v = jax.scipy.linalg.solve_triangular(self.root[k], v, lower=True)
+            log_det += jnp.log(self.root[k].diagonal()).sum()
+        return -0.5 * (v**2 + LOG_2PI).sum() - log_det
+
+
+class Frame(eqx.Module):
+    """What linear regression says of every step, for a network to start from and to see its numbers scaled by.
+
+    Args:
+        centre: mean of the state at the end of the step.
+        spread: its standard deviation.
+        shift: mean of x_k minus the reverse physics.
+        slope: its regression on the standardised state; a vector per step where components are regressed on
+            themselves alone.
+        factor: square root of the covariance of what is left (a vector: of its variances).
+        tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
+        before: moments of the state at the beginning of the step, given what the conditions say of it beyond the state
+            at its end (see `linear_frame`); None: nobody asked.
+        after: moments of the state at the end of the step, given the same.
+    """
+
+    centre: Float[Array, "*steps dim"]
+    spread: Float[Array, "*steps dim"]
+    shift: Float[Array, "*steps dim"]
+    slope: Float[Array, "*steps dim dim"] | Float[Array, "*steps dim"]
+    factor: Float[Array, "*steps dim dim"] | Float[Array, "*steps dim"]
+    tilt: Float[Array, "*steps dim context"] | None = None
+    before: Moments | None = None
+    after: Moments | None = None
+
+    def standardise(self, k: Int[Array, ""] | int, x: State) -> State:
+        """Compute the standardised state at the end of step k."""
+        return (x - self.centre[k]) / self.spread[k]
+
+    def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
+        """Compute how far out a kernel's mean may lie."""
+        reach = FARTHEST * self.spread[k]
+        return self.centre[k] - reach, self.centre[k] + reach
+
+    def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State, context: Context) -> State:
+        """Compute reverse physics plus regression."""
+        mean = process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
+        return mean if self.tilt is None else mean + self.tilt[k] @ context
+
+
+FARTHEST = 10.0
+"""Standard deviations of the simulated states at which kernels' means are stopped: paths
+that run away from them are lost anyway, and take physics with them to where it is not finite."""
+MAX_DENSE = 64
+"""Largest dimension in which every component is regressed on all others."""
+ENOUGH_PATHS = 4000
+"""Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
+ENOUGH_WAVES = 100
+"""The same for Fourier coefficients, each regressed on itself alone."""
+SURE = 3.5
+"""Standard errors below which an entry of the regression counts as zero."""
+MAX_CONTEXT = 256
+"""Largest number of conditions that regression takes in; more are left to the network."""
+FAINT = 0.1
+"""Share of a kernel's spread below which what observations say of its mean is left out of the states' moments."""
+
+
+@eqx.filter_jit
+def linear_frame(
+    process: PhysicsProcess,
+    paths: Float[Array, "num times dim"],
+    contexts: Float[Array, "num context"] | None = None,
+    num_parameters: int = 0,
+    known: Float[Array, "num steps dim"] | None = None,
+) -> Frame:
+    """Make the frame of simulated paths, and of what else is known of each, parameters before observations.
+
+    ``known`` are control variates, with which what regression learns the means from has less noise (`path_controls`).
+    Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
+
+    The moments `Frame.before` and `Frame.after` are made for p(x_k | x_{k+1}, c) = p(x_k | c_k) f(x_{k+1} | x_k) /
+    p(x_{k+1} | c_k). That is Bayes' formula where c_k are the parameters and those observations that see no later state
+    than x_k. Without being told which, regression knows what they say of x_k beyond x_{k+1}, which is as good: the
+    observations times their tilt.
+    """
+    num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
+    few = num < (ENOUGH_WAVES if process.waves else ENOUGH_PATHS)
+    conditions = jnp.zeros((num, 0)) if contexts is None or few or contexts.shape[1] > MAX_CONTEXT else contexts
+    usual = conditions.mean(0)
+    parameters, observed = jnp.split(conditions - usual, [num_parameters], axis=1)
+
+    def one(k: Array) -> Frame:
+        old, new = paths[:, k], paths[:, k + 1]
+        rest = old - jax.vmap(lambda x: process.reverse(k, x))(new)
+        centre, spread = new.mean(0), jnp.maximum(new.std(0), process.scale[k])
+        quiet = rest if known is None else rest + known[:, k]
+        v, shift = (new - centre) / spread, quiet.mean(0)
+        tilt = jnp.zeros((process.dim, usual.size))
+        if few:
+            shift = slope = jnp.zeros(process.dim)
+            factor = process.scale[k]
+        elif dense:
+            regressors = jnp.concatenate([v, conditions - usual], axis=1)
+            slopes = _regress(regressors, quiet - shift)
+            slope, tilt = slopes[:, : process.dim], slopes[:, process.dim :]
+            factor = _root(process, k, rest - shift - regressors @ slopes.T)
+        else:
+            slope = (v * (quiet - shift)).mean(0) / jnp.maximum((v**2).mean(0), 1e-6)
+            error = rest - shift - slope * v
+            tilt = _regress(conditions - usual, error)
+            left = (error - (conditions - usual) @ tilt.T).std(0)
+            factor = jnp.maximum(left, 1e-3 * process.scale[k])
+
+        def moments(x: Float[Array, "num dim"], floor: Float[Array, " dim"]) -> Moments:
+            lean = _lean(x - x.mean(0), parameters, observed, tilt[:, num_parameters:], factor)
+            left = x - x.mean(0) - (conditions - usual) @ lean.T
+            sd = jnp.maximum(left.std(0), floor)
+            v = left / sd
+            correlation = jnp.eye(process.dim) if few else v.T @ v / num + 1e-4 * jnp.eye(process.dim)
+            root = jnp.linalg.cholesky(correlation) if dense else None
+            return Moments(x.mean(0) - lean @ usual, sd, lean if usual.size else None, root)
+
+        before, after = moments(old, 1e-3 * process.scale[k]), moments(new, process.scale[k])
+        tilted = tilt if usual.size else None
+        return Frame(centre, spread, shift - tilt @ usual, slope, factor, tilted, before, after)
+
+    return jax.lax.map(one, jnp.arange(process.num_steps))
+
+
+def _lean(
+    x: Float[Array, "num dim"],
+    parameters: Float[Array, "num parameters"],
+    observed: Float[Array, "num observed"],
+    tilt: Float[Array, "dim observed"],
+    factor: Float[Array, "dim dim"] | Float[Array, " dim"],
+) -> Float[Array, "dim context"]:
+    """Regress a state on parameters and on what observations say of the kernel's mean, observed @ tilt.T; all centred.
+
+    Where observations say little, less than `FAINT` of the kernel's spread, nothing is made of it.
+    """
+    if not observed.shape[1]:
+        return _regress(parameters, x)
+    said = observed @ tilt.T
+    of_x, of_said = _regress(parameters, x), _regress(parameters, said)
+    x, said = x - parameters @ of_x.T, said - parameters @ of_said.T
+    change = jnp.concatenate([-of_said, tilt], axis=1)
+    if factor.ndim == 1:
+        gain = (x * said).mean(0) / ((said**2).mean(0) + (FAINT * factor) ** 2)
+        change = gain[:, None] * change
+    else:
+        noise = len(x) * FAINT**2 * factor @ factor.T
+        change = x.T @ said @ jnp.linalg.solve(said.T @ said + noise, change)
+    return change.at[:, : of_x.shape[1]].add(of_x)
+
+
+def _root(process: PhysicsProcess, k: Array, error: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
+    """Compute a square root of the covariance of what regression leaves."""
+    num = len(error)
+    covariance = error.T @ error / num
+    sd = jnp.sqrt(covariance.diagonal())
+    certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
+    floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
+    factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
+    # Without its uncertain entries a covariance may no longer be one.
+    whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
+    return jnp.where(jnp.isfinite(factor).all(), factor, whole)
+
+
+def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
+    """Regress on centred numbers; entries that could be noise are zero."""
+    num = v.shape[0]
+    if not v.shape[1]:
+        return jnp.zeros((rest.shape[1], 0))
+    inverse = jnp.linalg.inv(v.T @ v / num + 1e-5 * jnp.eye(v.shape[1]))
+    slope = rest.T @ v / num @ inverse
+    variance = (rest - v @ slope.T).var(0)
+    error = jnp.sqrt(variance[:, None] * inverse.diagonal() / num)
+    return jnp.where(jnp.abs(slope) > SURE * error, slope, 0.0)

@@ -1,0 +1,1 @@
+"""Posteriors: what a training leaves, to draw from, certify and save."""

@@ -1,0 +1,1 @@
+"""Samplers: learned proposals, with the exact weight of every draw."""

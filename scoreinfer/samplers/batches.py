@@ -1,0 +1,108 @@
+"""Drawing: weighted draws of one observation in batches of bounded memory, each row tied to its own key."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scoreinfer._tree import in_batches
+from scoreinfer._typing import Key, Sites, Values
+from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
+from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import Proposer, Weighted, draw, weigh
+
+SMALLEST_BATCH = 512
+"""Smaller requests are rounded up to this many rows: few shapes are ever compiled."""
+
+
+def batch_shape(num: int, batch_size: int) -> int:
+    """Choose the number of rows per compiled call: a power of two for small requests."""
+    return min(batch_size, max(SMALLEST_BATCH, 1 << max(num - 1, 1).bit_length()))
+
+
+@eqx.filter_jit
+def draw_rows(key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"]) -> Weighted:
+    """Draw and weigh these rows of the endless stream of draws that belongs to ``key``."""
+    context = proposal.context(y)
+    return jax.vmap(lambda row: draw(jax.random.fold_in(key, row), proposal, context, y))(rows)
+
+
+@eqx.filter_jit
+def weigh_rows(
+    key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"], values: Float[Array, "num dim"]
+) -> Weighted:
+    """Weigh given values, as these rows of the stream."""
+    context = proposal.context(y)
+    return jax.vmap(lambda row, z: weigh(jax.random.fold_in(key, row), proposal, context, y, z))(rows, values)
+
+
+class Defence(NamedTuple):
+    """A second source of draws beside a proposal: a density, and the share of the draws that come from it."""
+
+    density: AbstractReference
+    share: float
+
+
+@eqx.filter_jit
+def mixed(defence: Defence, drawn: Weighted) -> Weighted:
+    """Weigh draws under the mixture of a proposal, which has weighed them, and its defence."""
+    density, share = defence
+    log_other = jax.vmap(density.log_density)(drawn.values)
+    return drawn._replace(log_q=jnp.logaddexp(jnp.log1p(-share) + drawn.log_q, jnp.log(share) + log_other))
+
+
+def weighted_draws(
+    key: Key,
+    proposal: Proposer,
+    y: Sites,
+    batch_size: int,
+    defence: Defence | None,
+    first: int,
+    count: int,
+    done: Callable[[int], Any] = lambda count: None,
+) -> Weighted:
+    """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``.
+
+    Exactness: with a ``defence`` the weights are those of the mixture, exact in the same sense as the proposal's.
+
+    References: Hesterberg 1995, Technometrics 37(2) (defensive mixtures).
+    """
+
+    def batches(function, num):
+        return in_batches(function, num, batch_shape(num, batch_size), done)
+
+    if defence is None:
+        return batches(lambda i: draw_rows(key, proposal, y, first + i), count)
+    for_draws, for_paths, for_others = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
+    from_others = _is_other(defence.share, first, count)
+    ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_others, from_others))
+
+    def other_rows(i: Int[Array, " num"]) -> Weighted:
+        values = reference_rows(for_others, defence.density, theirs[i])
+        return weigh_rows(for_paths, proposal, y, theirs[i], values)
+
+    sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, other_rows))
+    parts = [batches(function, rows.size) for rows, function in sources if rows.size]
+    drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(jnp.concatenate([ours, theirs]))], *parts)
+    return mixed(defence, drawn)
+
+
+def _is_other(share: float, first: int, count: int) -> np.ndarray:
+    """Flag the rows taken from the second source: evenly spread, the exact share of any long run."""
+    edges = np.floor(share * np.arange(first, first + count + 1))
+    return np.diff(edges) > 0
+
+
+@eqx.filter_jit
+def _constrain(problem, values):
+    return jax.vmap(problem.constrain)(values)
+
+
+def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Values:
+    """Compute latent and deterministic sites of every row, in batches of bounded memory."""
+    num = values.shape[0]
+    return in_batches(lambda i: _constrain(problem, values[i]), num, batch_shape(num, batch_size))

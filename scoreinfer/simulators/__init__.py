@@ -1,0 +1,1 @@
+"""Simulators: programs outside JAX, run on prior draws, their outcomes kept on disk."""

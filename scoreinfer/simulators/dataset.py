@@ -1,0 +1,242 @@
+"""Stored simulations: the rows of a store as learning wants them, by themselves or as data with a known likelihood."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from scoreinfer._errors import UnreadableFile, UnsupportedModel
+from scoreinfer._tree import in_batches
+from scoreinfer._typing import Key, Sites
+from scoreinfer.model import read_likelihood
+from scoreinfer.problem import Problem, Site
+from scoreinfer.simulators.outputs import real_numbers
+from scoreinfer.simulators.store import Rows, Store, select
+
+FOREIGN = "its simulator is foreign."
+BATCH = 4096
+NUM_EXAMPLES = 64
+"""Rows on which a likelihood is looked at."""
+
+
+def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Problem:
+    """Make the problem of a prior and a foreign simulator with outputs of these shapes.
+
+    The data are given by name: ``posterior.sample(key, num, y=data)``.
+    """
+
+    def read(args: tuple, kwargs: dict[str, Any]) -> Sites:
+        if args or kwargs.keys() != shapes.keys():
+            raise ValueError(
+                f"Expected data for {', '.join(shapes)} by name, as the simulator returns them; got "
+                f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}."
+            )
+        values = {name: real_numbers(f"Data {name!r}", kwargs[name]).values for name in shapes}
+        for name, value in values.items():
+            if value.shape != shapes[name]:
+                raise ValueError(f"Data {name!r} must have shape {shapes[name]}, got {value.shape}.")
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
+                    "not (masked entries are none). Fit the posterior of the entries that there are."
+                )
+        with jax.ensure_compile_time_eval():
+            return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
+
+    sites = tuple(Site(name, shape, str(jnp.result_type(float)), "real") for name, shape in shapes.items())
+    recipe = partial(with_outputs, problem, shapes)
+    return _foreign(problem, observed=sites, encode=lambda y: y, read=read, recipe=recipe)
+
+
+def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, outputs: Sites) -> Problem:
+    """Make the problem of a prior, a foreign simulator, and a likelihood of the data given what it returns.
+
+    Args:
+        problem: the prior.
+        likelihood: ``likelihood(parameters, outputs, ...data)``, a NumPyro model.
+        z: parameters at which the simulator was run.
+        outputs: what it returned there.
+    """
+    few = slice(None, NUM_EXAMPLES)
+    z, outputs = z[few], {name: value[few] for name, value in outputs.items()}
+    observation = read_likelihood(likelihood, jax.jit(jax.vmap(problem.latent_sites))(z), outputs)
+    if observation.simulate_observation is None:
+        raise UnsupportedModel(f"Learning draws data from the likelihood: {observation.not_simulable}")
+    return _foreign(
+        problem, observed=observation.observed, encode=observation.encode, read=observation.read,
+        observation=observation, recipe=partial(with_likelihood, problem, likelihood, z, outputs),
+    )  # fmt: skip
+
+
+def _foreign(problem: Problem, **observed: Any) -> Problem:
+    """Make a problem whose data come from a simulator that cannot be run here."""
+
+    def log_likelihood(z: Array, y: Sites) -> Array:
+        raise ValueError("A foreign simulator has no density (`Problem.has_density` is False).")
+
+    return dataclasses.replace(
+        problem, log_likelihood=log_likelihood, constrain=problem.latent_sites, simulate=None,
+        simulate_observation=None, has_density=False, not_simulable=FOREIGN, pointwise_log_likelihood=None, **observed,
+    )  # fmt: skip
+
+
+def _row(problem: Problem, z: Float[Array, " dim"], outputs: Sites) -> Float[Array, " size"]:
+    return ravel_pytree((problem.latent_sites(z), outputs))[0]
+
+
+def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "num dim"], Float[Array, " num"]]:
+    """Compute the log density of the data ``y`` given what each row of a store says, in order: z, log density.
+
+    Minus infinity where the simulator failed.
+    """
+    parts = []
+    for part in store.parts():
+        told = np.full(len(part.number), -np.inf)
+        if part.valid.any():
+            pair = _on_device(select(part, part.valid))
+            size = 1 << (len(pair[0]) - 1).bit_length()  # few shapes are ever compiled
+            told[part.valid] = _in_batches_of(pair, size, partial(_log_likelihoods, problem, y))
+        parts.append((part.number, part.z, told))
+    if not parts:
+        return jnp.zeros((0, problem.dim)), jnp.zeros(0)
+    numbers, z, log_likelihood = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(numbers)
+    return jnp.asarray(z[order], float), jnp.asarray(log_likelihood[order], float)
+
+
+@eqx.filter_jit
+def _log_likelihoods(
+    problem: Problem, y: Sites, rows: Array, z: Float[Array, "num dim"], outputs: Sites
+) -> Float[Array, " num"]:
+    del rows
+    observation = problem.observation
+    assert observation is not None
+    return jax.vmap(lambda z, outputs: observation.log_likelihood(_row(problem, z, outputs), y))(z, outputs)
+
+
+@eqx.filter_jit
+def _simulate_data(key: Key, problem: Problem, rows: Array, z: Float[Array, "num dim"], outputs: Sites) -> Sites:
+    simulate: Any = problem.observation.simulate_observation  # type: ignore[union-attr]
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    return jax.vmap(lambda key, z, outputs: simulate(key, _row(problem, z, outputs)))(keys, z, outputs)
+
+
+def _data(key: Key, problem: Problem, z: Array, outputs: Sites) -> Sites:
+    """Take the outputs for the data, or draw data from their likelihood."""
+    if problem.observation is None:
+        return outputs
+    return _in_batches_of((z, outputs), len(z), partial(_simulate_data, key, problem))
+
+
+def _in_batches_of(pair: tuple[Array, Sites], size: int, function: Callable[..., Any]) -> Any:
+    """Call a function on (numbers of rows, z, outputs), so many rows at a time."""
+    return in_batches(
+        lambda rows: function(rows, *jax.tree.map(lambda leaf: leaf[rows], pair)), len(pair[0]), min(size, BATCH)
+    )
+
+
+class StoredSimulations(NamedTuple):
+    """Rows of a store as fitting wants them.
+
+    Args:
+        problem: the problem of the prior and the foreign simulator.
+        z: parameters of the valid rows, or of as many as the store's ``memory`` holds.
+        y: their data.
+        all_z: parameters of all rows.
+        valid: whether each of all rows is valid.
+        renew: from a random key to rows other than the first tenth of ``z``, for one more epoch of training; None
+            where there are no others than these.
+    """
+
+    problem: Problem
+    z: Array
+    y: Sites
+    all_z: Array
+    valid: np.ndarray
+    renew: Callable[[Key], tuple[Array, Sites]] | None = None
+
+    @property
+    def num_held_out(self) -> int:
+        """Number of rows, the first of ``z``, that no step of training ever sees."""
+        return max(len(self.z) // 10, 1)
+
+
+def stored_simulations(
+    key: Key, prior: Problem, store: Store | str | os.PathLike[str], likelihood: Callable[..., Any] | None = None
+) -> StoredSimulations:
+    """Read the rows of a store for the prior that its parameters were drawn from.
+
+    Args:
+        key: random key of data drawn from a likelihood.
+        prior: the problem of the prior, or one that this function made of it.
+        store: the store, or its folder.
+        likelihood: NumPyro model of the data given parameters and outputs; None: the outputs are the data.
+
+    Raises:
+        ValueError: where no row is valid, or the prior has other sites than the store's.
+        UnreadableFile: where the store is damaged.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    own = [f"{site.name} {site.shape} {site.support}" for site in prior.latents]
+    if own != store.manifest["latents"]:
+        raise ValueError(
+            f"The store's parameters are {', '.join(store.manifest['latents'])}, this prior's are {', '.join(own)}. "
+            "Pass the prior that the simulations were made with."
+        )
+    _check_bounds(prior, store)
+    index = store.index()
+    if not index.valid.any():
+        raise ValueError(f"No simulation in `{store.path}` is valid: {store}. Nothing can be learned.")
+    numbers = index.number[index.valid]
+    z, outputs = _on_device(store.take(numbers[: store.capacity(index)]))
+    problem = prior
+    if likelihood is not None:
+        problem = with_likelihood(prior, likelihood, z, outputs)
+    elif prior.observation is None:
+        problem = with_outputs(prior, {name: value.shape[1:] for name, value in outputs.items()})
+    simulations = StoredSimulations(
+        problem, z, _data(key, problem, z, outputs), jnp.asarray(index.z, float), index.valid
+    )
+    kept = simulations.num_held_out
+
+    def renew(key: Key) -> tuple[Array, Sites]:
+        for_rows, for_data = jax.random.split(key)
+        new_z, new_outputs = z[kept:], {name: value[kept:] for name, value in outputs.items()}
+        if len(numbers) > len(z):
+            seed = np.asarray(jax.random.bits(for_rows, (4,)))
+            new_z, new_outputs = _on_device(store.pool(seed, numbers[kept:], len(z) - kept))
+        return new_z, _data(for_data, problem, new_z, new_outputs)
+
+    changes = problem.observation is not None or len(numbers) > len(z)
+    return simulations._replace(renew=renew if changes else None)
+
+
+def _on_device(rows: Rows) -> tuple[Array, Sites]:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (rows.z, rows.outputs))
+
+
+def _check_bounds(prior: Problem, store: Store) -> None:
+    """Refuse a prior whose parameters differ from the store's at the same places of the unconstrained space."""
+    try:
+        places = np.asarray(store.manifest["first"][0], float).reshape(-1, prior.dim)
+        told = {site.name: np.asarray(store.manifest["parameters"][site.name], float) for site in prior.latents}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UnreadableFile(
+            store.path, f"its manifest does not say what the first parameters are ({error!r})"
+        ) from error
+    for name, values in jax.vmap(prior.latent_sites)(jnp.asarray(places, float)).items():
+        stored = told[name]
+        if values.shape != stored.shape or not np.allclose(values, stored, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"The store's first parameters are {name} = {stored}, under this prior they would be "
+                f"{np.asarray(values).tolist()}: its bounds are others. Pass the prior that the "
+                "simulations were made with."
+            )

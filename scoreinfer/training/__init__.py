@@ -1,0 +1,1 @@
+"""Training: simulations, losses and the one loop that minimises them."""

@@ -1,0 +1,230 @@
+"""The one training loop: optax, averaged weights, validation, early stop, and a clear end whatever happens."""
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+from tqdm.auto import tqdm
+
+from scoreinfer._errors import TrainingWarning
+from scoreinfer._typing import Key
+from scoreinfer.training.losses import mean_loss
+from scoreinfer.training.resume import Progress, keep_progress, resume_progress
+
+KEEP_SECONDS = 2.0
+"""Least time between two writings of a run to disk."""
+Loss = Callable[[PyTree, PyTree, Key], Float[Array, ""]]
+
+
+class History(NamedTuple):
+    """What happened in a training run, one entry per epoch.
+
+    Args:
+        loss: mean training loss of each epoch.
+        validation: validation loss of the averaged weights after each epoch.
+        num_steps: optimiser steps done.
+        num_simulations: simulations drawn (online) or held (fixed budget).
+        seconds: wall time, compilation included.
+        stopped: why it ended: ``finished``, ``early``, ``interrupted``, ``loss not finite`` or
+            ``simulations not finite``.
+    """
+
+    loss: np.ndarray
+    validation: np.ndarray
+    num_steps: int
+    num_simulations: int
+    seconds: float
+    stopped: str
+
+
+class Budget(NamedTuple):
+    """How long and how to train.
+
+    Args:
+        num_steps: optimiser steps.
+        batch_size: simulations per step.
+        epoch_steps: steps per compiled scan, and per fresh pool of simulations.
+        learning_rate: peak of the warm-up and cosine schedule.
+        patience: epochs without a better validation loss after which a fixed budget stops; None: never.
+    """
+
+    num_steps: int
+    batch_size: int = 512
+    epoch_steps: int = 250
+    learning_rate: float = 2e-3
+    patience: int | None = None
+
+
+class TrainingHistory(NamedTuple):
+    """The two training runs behind a posterior: the whitening map, then the score.
+
+    Args:
+        whitening: what happened to the whitening map.
+        score: what happened to the score.
+        budget: how the score was to be trained.
+    """
+
+    whitening: History
+    score: History
+    budget: Budget | None = None
+
+    @property
+    def num_simulations(self) -> int:
+        """Number of simulations that trained the score."""
+        return self.score.num_simulations
+
+
+class _State(NamedTuple):
+    weights: PyTree
+    average: PyTree
+    optimiser: PyTree
+    step: Float[Array, ""]
+
+
+def _optimiser(budget: Budget) -> optax.GradientTransformation:
+    warmup = min(100, budget.num_steps // 10 + 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, budget.learning_rate, warmup, max(budget.num_steps, warmup + 1), 0.01 * budget.learning_rate
+    )
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99)))
+
+
+def train(
+    key: Key,
+    module: PyTree,
+    loss: Loss,
+    pools: Callable[[Key], PyTree],
+    validation: PyTree,
+    budget: Budget,
+    *,
+    progress_bar: bool = True,
+    title: str = "training",
+    checkpoint: Path | None = None,
+) -> tuple[PyTree, History]:
+    """Minimise ``loss`` over minibatches of pools of simulations; return the best averaged weights.
+
+    Args:
+        key: random key; the same key gives the same weights.
+        module: what to train: a pytree whose inexact arrays are the weights.
+        loss: ``(module, batch, key) -> scalar``.
+        pools: ``key -> batch``: the simulations of one epoch, fresh (online) or always the same (fixed budget).
+        validation: simulations no step ever sees.
+        budget: length and manner of training.
+        progress_bar: show a progress bar with the loss (never when standard error is not a terminal).
+        title: the progress bar's label.
+        checkpoint: file in which the run is kept, and from which it goes on where it is there.
+
+    Raises:
+        KeyboardInterrupt: where ``checkpoint`` is given, after keeping the run; else an interrupted run returns the
+            best weights so far, with a warning.
+        FloatingPointError: when the loss is not finite before any epoch has ended well.
+    """
+    weights = eqx.filter(module, eqx.is_inexact_array)
+    num_epochs = -(-budget.num_steps // budget.epoch_steps)
+    for_validation = jax.random.fold_in(key, num_epochs)
+    state = _State(weights, weights, _optimiser(budget).init(weights), jnp.zeros((), jnp.float32))
+    progress = Progress(state, weights)
+    if checkpoint is not None:
+        progress = resume_progress(checkpoint, progress)
+
+    def next_epoch(progress: Progress) -> Progress:
+        """Train for one epoch, which depends on nothing but the progress so far and the epoch's own key."""
+        epoch = len(progress.loss)
+        for_pool, for_epoch = jax.random.split(jax.random.fold_in(key, epoch))
+        pool = pools(for_pool)
+        if not bool(_all_finite(pool)):
+            return progress._replace(stopped="simulations not finite")
+        state, mean = _run_epoch(loss, budget, module, progress.state, pool, for_epoch)
+        value = float(_validate(loss, module, state.average, validation, for_validation))
+        progress = progress._replace(
+            state=state,
+            loss=(*progress.loss, float(mean)),
+            validation=(*progress.validation, value),
+            num_simulations=progress.num_simulations + jax.tree.leaves(pool)[0].shape[0],
+        )
+        if not np.isfinite(progress.loss[-1] + value):
+            return progress._replace(stopped="loss not finite")
+        if value < progress.best_value:
+            progress = progress._replace(best=state.average, best_value=value, best_epoch=epoch)
+        if budget.patience is not None and epoch - progress.best_epoch >= budget.patience:
+            return progress._replace(stopped="early")
+        return progress._replace(stopped="finished") if epoch + 1 >= num_epochs else progress
+
+    kept = began = time.perf_counter()
+    spent = progress.seconds
+    bar = tqdm(
+        total=num_epochs, initial=len(progress.loss), desc=title, disable=None if progress_bar else True, leave=False
+    )
+    try:
+        while not progress.stopped:
+            progress = next_epoch(progress)
+            now = time.perf_counter()
+            progress = progress._replace(seconds=spent + now - began)
+            bar.set_postfix_str(" ".join(f"{value:.4f}" for value in (*progress.loss[-1:], *progress.validation[-1:])))
+            bar.update()
+            if checkpoint is not None and (progress.stopped or now - kept > KEEP_SECONDS):
+                keep_progress(checkpoint, progress)
+                kept = time.perf_counter()
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            keep_progress(checkpoint, progress)
+            raise
+        progress = progress._replace(stopped="interrupted")
+    finally:
+        bar.close()
+    num_done = len(progress.loss)
+    history = History(
+        np.array(progress.loss), np.array(progress.validation), num_done * budget.epoch_steps,
+        progress.num_simulations, progress.seconds, progress.stopped,
+    )  # fmt: skip
+    if history.stopped not in ("finished", "early"):
+        message = f"{title} ended after {num_done} of {num_epochs} epochs: {history.stopped}."
+        if not np.isfinite(progress.best_value):
+            raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
+        warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=2)
+    return eqx.combine(progress.best, module), history
+
+
+@eqx.filter_jit
+def _run_epoch(
+    loss: Loss, budget: Budget, module: PyTree, state: _State, pool: PyTree, key: Key
+) -> tuple[_State, Float[Array, ""]]:
+    """Take ``epoch_steps`` optimiser steps over shuffled passes through the pool."""
+    optimiser = _optimiser(budget)
+    size = jax.tree.leaves(pool)[0].shape[0]
+    for_order, for_steps = jax.random.split(key)
+    need = budget.epoch_steps * budget.batch_size
+    repeats = -(-need // size)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(for_order, repeats))
+    rows = orders.ravel()[:need].reshape(budget.epoch_steps, budget.batch_size)
+
+    def step(state, inputs):
+        rows, key = inputs
+        batch = jax.tree.map(lambda leaf: leaf[rows], pool)
+        value, gradient = jax.value_and_grad(lambda w: loss(eqx.combine(w, module), batch, key))(state.weights)
+        updates, memory = optimiser.update(gradient, state.optimiser, state.weights)
+        new = optax.apply_updates(state.weights, updates)
+        decay = jnp.minimum(0.999, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(new, state.average, 1.0 - decay)
+        return _State(new, average, memory, state.step + 1), value
+
+    state, values = jax.lax.scan(step, state, (rows, jax.random.split(for_steps, budget.epoch_steps)))
+    return state, values.mean()
+
+
+@eqx.filter_jit
+def _validate(loss: Loss, module: PyTree, average: PyTree, validation: PyTree, key: Key) -> Float[Array, ""]:
+    return mean_loss(loss, eqx.combine(average, module), validation, key)
+
+
+@eqx.filter_jit
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -1,0 +1,71 @@
+"""Whitening: the affine map, chosen by the observation, that makes a posterior roughly standard normal.
+
+A posterior is often far narrower than its prior, and its centre moves with the observation. The denoiser need not
+learn that: u = L(x)^{-1} (z - m(x)) is learned first, by Gaussian maximum likelihood, and the score lives in the
+space of u. It starts from the linear regression of z on x, which is already the answer for linear-Gaussian models.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer._typing import Key, Sites
+from scoreinfer.bijections.affine import Affine
+from scoreinfer.nets import Embedding, ResidualMLP
+from scoreinfer.nets.embedding import flatten
+
+MAX_FULL = 64
+"""Largest dimension for which the network modulates the whole Cholesky factor, not just its diagonal."""
+
+
+class Whitening(eqx.Module):
+    """The learned affine map of each observation.
+
+    Exactness: an invertible change of variables whatever the network says; its Jacobian enters every weight.
+    """
+
+    slope: Float[Array, "dim features"]
+    intercept: Float[Array, " dim"]
+    residual: Float[Array, "dim dim"]
+    embedding: Embedding
+    network: ResidualMLP
+
+    def __call__(self, x: Sites) -> Affine:
+        """Compute the affine map for one standardised observation."""
+        dim = self.intercept.size
+        slope, intercept, residual = jax.lax.stop_gradient((self.slope, self.intercept, self.residual))
+        output = self.network(self.embedding(x))
+        shift, log_scale, lower = output[:dim], output[dim : 2 * dim], output[2 * dim :]
+        triangle = jnp.diag(jnp.exp(4.0 * jnp.tanh(log_scale / 4.0)))
+        if dim > 1 and lower.size:
+            triangle = triangle.at[jnp.tril_indices(dim, -1)].set(lower)
+        mean = intercept + slope @ flatten(x) + residual @ shift
+        return Affine(mean, residual @ triangle)
+
+
+def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth: int) -> ResidualMLP:
+    """Make the untrained network: shift, log scales and, up to `MAX_FULL` dimensions, what is below the diagonal."""
+    num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
+    return ResidualMLP(key, num_context, num_out, width=width, depth=depth)
+
+
+@eqx.filter_jit
+def linear_whitening(
+    key: Key, z: Float[Array, "num dim"], x: Sites, embedding: Embedding, *, width: int, depth: int
+) -> Whitening:
+    """Make a whitening from the ridge regression of z on the standardised observations (draw axis first)."""
+    dim = z.shape[1]
+    features = jax.vmap(flatten)(x)
+    centre, middle = features.mean(0), z.mean(0)
+    f, r = features - centre, z - middle
+    gram = f.T @ f / z.shape[0] + 1e-4 * jnp.eye(f.shape[1], dtype=f.dtype)
+    slope = jnp.linalg.solve(gram, f.T @ r / z.shape[0]).T
+    error = r - f @ slope.T
+    covariance = error.T @ error / z.shape[0]
+    floor = 1e-8 * jnp.diagonal(r.T @ r / z.shape[0]) + 1e-12
+    residual = jnp.linalg.cholesky(covariance + jnp.diag(floor))
+    context = embedding(jax.tree.map(lambda leaf: leaf[0], x))
+    network = whitening_network(key, dim, context.size, width=width, depth=depth)
+    slope, intercept, residual = (jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual))
+    return Whitening(slope, intercept, residual, embedding, network)

@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import oracles
+from scoreinfer.bijections.affine import Affine
+from scoreinfer.bijections.asinh import Tails, fit_tails
+from scoreinfer.bijections.base import Chain, fisher_product, pull, push
+from scoreinfer.bijections.noncentring import Scales, fit_scales
+from scoreinfer.montecarlo.reference import Overdispersed
+from scoreinfer.montecarlo.tempering import Particles, advance
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def funnel():
+    """Draws of a funnel, and the gradients of its log density."""
+    target = oracles.funnel(4)
+    values = jnp.asarray(target.sample(np.random.default_rng(0), 8192), jnp.float32)
+    return target, values, -jax.vmap(jax.grad(target.potential))(values)
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    """Draws of groups' effects about their mean, shifted and scaled by it and by their log spread, and gradients."""
+
+    def log_density(z):
+        mean, log_spread, effects = z[0], z[1], z[2:]
+        unit = (effects - mean) * jnp.exp(-log_spread)
+        return -0.5 * ((mean / 3) ** 2 + log_spread**2 + (unit**2).sum()) - effects.size * log_spread
+
+    mean, log_spread, *unit = np.random.default_rng(1).normal(size=(6, 8192)) * np.array([[3.0], *[[1.0]] * 5])
+    values = jnp.asarray(np.stack([mean, log_spread, *(mean + np.exp(log_spread) * unit)], axis=1), jnp.float32)
+    return values, jax.vmap(jax.grad(log_density))(values)
+
+
+def test_map_is_a_change_of_variables():
+    affine = Affine(jnp.array([0.1, -0.3, 0.2]), jnp.array([[1.3, 0.0, 0.0], [0.4, 0.6, 0.0], [-0.2, 0.1, 0.8]]))
+    tails = Tails(jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 2.0, 0.5]))
+    mean, log_scale = jnp.array([[0.3, 0.0, -0.2], [0.1, 0.0, 0.6]]), jnp.array([[0.1, 0.0, 0.2], [-0.7, 0.0, 0.4]])
+    chain = Chain((affine, tails, Scales(jnp.array([1]), jnp.array([0.5]), jnp.array([2.0]), mean, log_scale)))
+    u, g = jnp.array([0.5, -1.2, 2.0]), jnp.array([0.3, -0.7, 1.1])
+    jacobian = jax.jacfwd(chain.forward)(u)
+    assert np.allclose(chain.inverse(chain.forward(u)), u, rtol=1e-4)
+    assert np.allclose(chain.log_det(u), jnp.linalg.slogdet(jacobian)[1], rtol=1e-5)
+    pulled = pull(chain, u, g)
+    assert np.allclose(pulled, g @ jacobian + jax.grad(chain.log_det)(u), rtol=1e-4)
+    assert np.allclose(push(chain, u, pulled), g, rtol=1e-4)
+
+
+def test_scales_of_a_funnel_and_of_a_hierarchy_are_undone(funnel, hierarchy):
+    """What is left is normal and independent: of that the product of variance and Fisher information is 1."""
+    for values, gradient in (funnel[1:], hierarchy):
+        scales = jax.jit(fit_scales)(values, gradient)
+        w = scales.inverse(values)
+        assert fisher_product(values, gradient).max() > 10
+        assert np.allclose(fisher_product(w, pull(scales, w, gradient)), 1.0, atol=0.15)
+        assert np.allclose(scales.forward(w), values, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_of_separate_modes_are_left_alone():
+    fit = jax.jit(fit_scales)
+    for density in oracles.densities()[:2]:
+        values = jnp.asarray(density.sample(np.random.default_rng(0), 4096), jnp.float32)
+        scales = fit(values, -jax.vmap(jax.grad(density.potential))(values))
+        assert (np.asarray(scales.inverse(values)) == values).all()
+
+
+def test_tails_are_bent_and_modes_are_not(funnel):
+    _, values, gradient = funnel
+    tails = jax.jit(fit_tails)(values, gradient)
+    assert (np.asarray(tails.bend) > 0).tolist() == [False, True, True, True]
+    w = tails.inverse(values)
+    before, after = (np.asarray(fisher_product(v, g)) for v, g in ((values, gradient), (w, pull(tails, w, gradient))))
+    assert (after[1:] < 0.02 * before[1:]).all()
+    two_modes = oracles.gaussian_mixture_density("two", np.array([[-1.0, 0.0], [30.0, 5.0]]), 0.3, 30.0)
+    values = jnp.asarray(two_modes.sample(np.random.default_rng(0), 2000), jnp.float32)
+    assert (np.asarray(fit_tails(values, -jax.vmap(jax.grad(two_modes.potential))(values)).bend) == 0).all()
+
+
+def test_moves_leave_a_funnel_where_it_is(funnel):
+    target, values, gradient = funnel
+    zero = jnp.float32(0.0)
+    particles = Particles(values, gradient, zero + 1, zero, zero, zero, jnp.arange(len(values)))
+    log_density = jax.tree_util.Partial(lambda z: -target.potential(z))
+    reference = Overdispersed(jnp.zeros(4), jnp.ones(4))
+    for key in jax.random.split(KEY, 3):
+        particles = advance(key, reference, log_density, particles, 20)
+    assert np.allclose(
+        particles.gradient, -jax.vmap(jax.grad(target.potential))(particles.values), rtol=1e-2, atol=1e-2
+    )
+    # All starts are independent and exact, so all ends are.
+    v, unit = np.asarray(particles.values[:, 0]), np.asarray(particles.values[:, 1:])
+    assert np.abs(v - values[:, 0]).mean() > 0.5  # they have moved
+    bound = 5 / np.sqrt(len(v))
+    assert abs(v.mean()) < 3 * bound
+    assert abs(v.std() / 3 - 1) < bound / np.sqrt(2)
+    unit = unit * np.exp(-v[:, None] / 2)
+    assert np.abs(unit.mean(0)).max() < bound
+    assert np.abs(unit.std(0) - 1).max() < bound / np.sqrt(2)
+
+
+def test_overdispersed_is_a_multivariate_t():
+    reference = Overdispersed(jnp.array([1.0, -2.0]), jnp.array([2.0, 0.5]))
+    z = np.array([[0.0, 0.0], [30.0, -2.5]])
+    known = stats.multivariate_t.logpdf(z, [1.0, -2.0], np.diag([4.0, 0.25]), 3.0)
+    assert np.allclose(jax.vmap(reference.log_density)(jnp.asarray(z, jnp.float32)), known, rtol=1e-4)
+    draws = np.asarray(jax.vmap(reference.sample)(jax.random.split(KEY, 4000)), np.float64)
+    marginals = (draws - [1.0, -2.0]) / [2.0, 0.5]
+    assert min(stats.kstest(column, stats.t(3).cdf).pvalue for column in marginals.T) > 1e-4
