@@ -57,7 +57,7 @@ def run_oracles(args) -> Iterator[Row]:
         jax.clear_caches()
         key = jax.random.fold_in(jax.random.key(args.seed), i)
         with Clock() as training:
-            posterior = si.fit(key, oracle.model, progress_bar=args.progress, **_options(args))
+            posterior = si.NPSE(oracle.model, progress_bar=args.progress, **_options(args)).fit(key)
         with Clock() as drawing:
             draws = posterior.sample(key, NUM_DRAWS, **oracle.data)
         truth = oracle.truth(oracle.data)
@@ -78,9 +78,12 @@ def run_untrained(args) -> Iterator[Row]:
     from scoreinfer.montecarlo.weights import log_evidence
 
     oracle, num_networks = oracles.gaussian_mixture(), 20
-    posterior = si.fit(jax.random.key(args.seed), oracle.model, num_steps=1, progress_bar=False)
+    posterior = si.NPSE(oracle.model, num_steps=1, progress_bar=False).fit(jax.random.key(args.seed))
     truth = oracle.truth(oracle.data).log_evidence
-    for name, sampler in (("flow", si.ProbabilityFlow(num_steps=8)), ("sde", si.ReverseSDE(num_steps=24))):
+    for name, sampler in (
+        ("flow", si.samplers.ProbabilityFlow(num_steps=8)),
+        ("sde", si.samplers.ReverseSDE(num_steps=24)),
+    ):
         errors, shares = [], []
         for key in jax.random.split(jax.random.key(args.seed + 1), num_networks):
             proposal = dataclasses.replace(
@@ -118,26 +121,26 @@ def run_sbibm(args) -> Iterator[Row]:
             continue
         key = jax.random.fold_in(jax.random.key(args.seed), i)
         with Clock() as training:
-            posterior = si.fit(key, task.model, progress_bar=args.progress, **_options(args))
+            posterior = si.NPSE(task.model, progress_bar=args.progress, **_options(args)).fit(key)
         for number in args.observations:
             y, own = task.observation(number), jax.random.fold_in(key, number)
             with Clock() as drawing:
                 draws = posterior.sample(own, NUM_DRAWS, y=y)
             with Clock() as correcting:
                 focused = not draws.certificate.certified
-                source = posterior.focus(own, y=y) if focused else posterior
-                corrected = source.sample(own, NUM_DRAWS, y=y, max_proposals=20 * NUM_DRAWS, num_moves=100)
+                source = posterior.condition(y=y).focus(own).posterior if focused else posterior
+                corrected = source.condition(y=y).sample(own, NUM_DRAWS, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:
                 reference = task.reference(number)
                 if not args.only_after:
                     raw = plain(posterior, 32 if args.published_budget else None).sample(own, NUM_DRAWS, y=y)
-                    figures["before"] = si.c2st(own, reference, raw.sites["theta"])
-                figures["after"] = si.c2st(own, reference, values)
+                    figures["before"] = si.calibration.c2st(own, reference, raw.sites["theta"])
+                figures["after"] = si.calibration.c2st(own, reference, values)
             figures |= _verdict(draws)
             figures |= {"certified_after": float(corrected.certificate.certified), "focused": float(focused)}
-            figures |= {"num_proposals": corrected.info["num_proposals"], "ess_after": float(corrected.certificate.ess)}
+            figures |= {"num_proposals": corrected.info.num_proposals, "ess_after": float(corrected.certificate.ess)}
             yield (
                 f"{task.name}/{number}",
                 figures | _seconds(training, drawing) | {"correct_s": correcting.times.wall},
@@ -180,7 +183,7 @@ def _targets(args) -> Iterator[Target]:
     for i, target in enumerate(oracles.densities()):
         potential = target.potential
         kernel = si.ScoreSDE(potential_fn=potential, start_scale=target.start_scale, num_proposals=8)
-        rivals = {"nuts": NUTS(potential_fn=potential), "mala": si.MALA(potential_fn=potential)}
+        rivals = {"nuts": NUTS(potential_fn=potential), "mala": si.mcmc.MALA(potential_fn=potential)}
         first = 2.0 * jax.random.normal(jax.random.fold_in(jax.random.key(args.seed), i), (4, target.dim))
         yield Target(
             target.name, None, kernel, rivals, {"init_params": first}, target.mode_of, target.modes,
@@ -193,7 +196,7 @@ def _targets(args) -> Iterator[Target]:
     for task in TASKS:
         if task.name in modes_of and _chosen(task.name, args.tasks):
             kernel = si.ScoreSDE(task.model, num_proposals=8)
-            rivals = {"nuts": NUTS(task.model), "mala": si.MALA(task.model)}
+            rivals = {"nuts": NUTS(task.model), "mala": si.mcmc.MALA(task.model)}
             mode_of, reference = modes_of[task.name], task.reference(1)
             modes = np.bincount(mode_of(reference), minlength=2) / len(reference)
             yield Target(
@@ -224,7 +227,7 @@ def run_multimodal(args) -> Iterator[Row]:
         figures |= {"ess_share": found.weights.ess / NUM_DRAWS, "k_hat": found.weights.k_hat, "r_hat": found.r_hat}
         figures |= {"certified": float(found.certified), "accept_prob": found.accept_prob}
         if not args.no_classifier:
-            figures["c2st"] = si.c2st(key, target.reference(), draws)
+            figures["c2st"] = si.calibration.c2st(key, target.reference(), draws)
         rivals = si.compare(key, target.model, target.rivals, seconds=running.times.wall, **budget, **target.arguments)
         for name, result in rivals.results.items():
             numbers = target.mode_of(_only(rivals.mcmc[name].get_samples()))
@@ -414,11 +417,11 @@ def run_lynx_hare(args) -> Iterator[Row]:
     reference = json.loads((HERE / "data" / "lynx_hare_reference.json").read_text())["parameters"]
     key = jax.random.key(args.seed)
     with Clock() as training:
-        posterior = si.fit(
-            key, lynx_hare.model, target_score=False, progress_bar=args.progress, **{"num_steps": 8000} | _options(args)
-        )
+        posterior = si.NPSE(
+            lynx_hare.model, target_score=False, progress_bar=args.progress, **{"num_steps": 8000} | _options(args)
+        ).fit(key)
     with Clock() as drawing:
-        posterior = posterior.focus(key, pelts=lynx_hare.PELTS)
+        posterior = posterior.condition(pelts=lynx_hare.PELTS).focus(key).posterior
         draws = posterior.sample(key, NUM_DRAWS, pelts=lynx_hare.PELTS)
     yield "batch", _verdict(draws) | _seconds(training, drawing)
     values = draws.resample(key, NUM_DRAWS)
@@ -455,10 +458,15 @@ def run_smdp(args) -> Iterator[Row]:
         end = np.sqrt(modes.covariances()[:, -1, -1]) * np.linspace(-1.5, 1.2, len(modes.rates))
         reverse = (lambda t0, t1, x: x) if name == "heat" else None
         with Clock() as training:
-            posterior = si.fit(
-                key, modes.model, process=si.Physics("x", reverse), progress_bar=args.progress, width=32, depth=2,
+            posterior = si.SMDP(
+                modes.model,
+                "x",
+                reverse=reverse,
+                progress_bar=args.progress,
+                width=32,
+                depth=2,
                 **{"num_steps": 2000} | _options(args),
-            )  # fmt: skip
+            ).fit(key)
         with Clock() as drawing:
             draws = posterior.sample(key, NUM_DRAWS, y=jax.numpy.asarray(end, jax.numpy.float32))
         figures = {
@@ -471,10 +479,9 @@ def run_smdp(args) -> Iterator[Row]:
         one = ornstein_uhlenbeck()._replace(rates=np.ones(1), start_sd=np.ones(1))
         rate, y = UnknownRate(one, (0, 2, 4, 6, 8)), np.array([[1.2], [0.3], [0.6], [-0.2], [0.1]], np.float32)
         with Clock() as training:
-            posterior = si.fit(
-                key, rate.model, process=si.Physics("x"), progress_bar=args.progress, width=32, depth=1,
-                **{"num_steps": 1000} | _options(args),
-            )  # fmt: skip
+            posterior = si.SMDP(
+                rate.model, "x", progress_bar=args.progress, width=32, depth=1, **{"num_steps": 1000} | _options(args)
+            ).fit(key)
         with Clock() as drawing:
             draws = posterior.sample(key, NUM_DRAWS, y=y)
         centre, sd, log_evidence, mean, covariance = rate.truth(y)

@@ -45,9 +45,9 @@ def run_scoreinfer(seed: int, y: np.ndarray) -> tuple[dict, np.ndarray, np.ndarr
     problem = si.from_numpyro(two_moons)
     options = {"num_simulations": NUM, "num_steps": 6000, "width": 64, "progress_bar": False}
     with Clock() as first_training:
-        si.fit(key, problem, **options)
+        si.NPSE(problem, **options).fit(key)
     with Clock() as training:
-        posterior = si.fit(key, problem, **options)
+        posterior = si.NPSE(problem, **options).fit(key)
     with Clock() as first:
         posterior.sample(key, NUM, y=y)
     with Clock() as drawing:
@@ -55,7 +55,7 @@ def run_scoreinfer(seed: int, y: np.ndarray) -> tuple[dict, np.ndarray, np.ndarr
     with Clock() as other:
         posterior.sample(key, NUM, y=y + 0.01)
     with Clock() as moving:
-        moved = posterior.sample(key, NUM, max_proposals=10 * NUM, y=y)
+        moved = posterior.condition(y=y).sample(key, NUM, max_proposals=10 * NUM)
     figures = {
         "first_train_cpu_s": first_training.times.cpu,
         "train_cpu_s": training.times.cpu,
@@ -89,8 +89,11 @@ def main() -> int:
     theirs, their_draws = run_sbi(args.sbi_python, args.seed, args.core)
     ours, raw, corrected = run_scoreinfer(args.seed, task.observation(1))
     reference, split = task.reference(1), jax.random.key(1)
-    theirs["c2st"] = si.c2st(split, reference, their_draws)
-    ours |= {"before": si.c2st(split, reference, raw), "after": si.c2st(split, reference, corrected)}
+    theirs["c2st"] = si.calibration.c2st(split, reference, their_draws)
+    ours |= {
+        "before": si.calibration.c2st(split, reference, raw),
+        "after": si.calibration.c2st(split, reference, corrected),
+    }
     ours |= {
         "train_ratio": ours["train_cpu_s"] / theirs["train_cpu_seconds"],
         "first_train_ratio": ours["first_train_cpu_s"] / theirs["train_cpu_seconds"],

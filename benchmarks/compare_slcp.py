@@ -34,8 +34,8 @@ def main():
     kernels = {
         "score": si.ScoreSDE(slcp),
         "nuts": NUTS(slcp),
-        "mala": si.MALA(slcp),
-        "underdamped": si.UnderdampedLangevin(slcp),
+        "mala": si.mcmc.MALA(slcp),
+        "underdamped": si.mcmc.UnderdampedLangevin(slcp),
     }
     comparison = si.compare(
         jax.random.key(args.seed), slcp, kernels, y=task.observation(args.observation), num_warmup=args.num_warmup,

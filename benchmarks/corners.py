@@ -172,17 +172,16 @@ def outcomes(key, kind: str, corner: Corner) -> Iterator[Outcome]:
         return
     if kind == "paths":
         model = path_model(corner)
-        process = si.Physics("x")
-        posterior: Any = si.fit(key, model, process=process, num_steps=1000, width=32, depth=2, progress_bar=False)
+        posterior: Any = si.SMDP(model, "x", num_steps=1000, progress_bar=False).fit(key)
         yield from (_drawn(jax.random.fold_in(key, p.seed), p, posterior, "x") for p in observations)
         return
     options = {"num_simulations": BUDGET} if kind == "budget" else {}
-    posterior = si.fit(key, corner.model, num_steps=STEPS, progress_bar=False, **options)
+    posterior = si.NPSE(corner.model, num_steps=STEPS, progress_bar=False, **options).fit(key)
     yield from (_drawn(jax.random.fold_in(key, p.seed), p, posterior, "z") for p in observations)
     if corner in FOCUSED:
         for p in observations:
             own = jax.random.fold_in(key, p.seed)
-            focused = posterior.focus(own, num_steps=500, y=corner.observation(p.share, p.seed))
+            focused = posterior.condition(y=corner.observation(p.share, p.seed)).focus(own, num_steps=500).posterior
             yield _drawn(own, p._replace(kind="focused"), focused, "z")
 
 

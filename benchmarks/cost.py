@@ -21,6 +21,7 @@ import scoreinfer as si
 from scoreinfer.model import read_physics
 from scoreinfer.paths import LearnedBackward, draw_path, linear_frame, through_time
 from scoreinfer.paths.losses import Transitions, Windows, rollout_loss, transition_loss
+from scoreinfer.process import Physics
 
 NUM_PATHS, NUM_DRAWS = 16, 256
 
@@ -33,9 +34,9 @@ def setting(size, num_steps):
 
     ts = np.linspace(0.0, 1.0, num_steps + 1)
     path = si.PhysicsPath(step, 0.1, ts, dist.Normal(jnp.zeros(size)).to_event(1))
-    process = read_physics(si.Physics("x"), lambda: numpyro.sample("x", path))
+    process = read_physics(Physics("x"), lambda: numpyro.sample("x", path))
     paths = path.sample(jax.random.key(0), (NUM_PATHS,))
-    network = si.ConvNet(jax.random.key(1), (size,), width=16, dilations=(1, 2), physics=False)
+    network = si.nets.ConvNet(jax.random.key(1), (size,), width=16, dilations=(1, 2), physics=False)
     return LearnedBackward(process, linear_frame(process, paths), network), paths
 
 

@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     """What the certificate said, and what the known answers say."""
 
     case: Case
-    found: si.ChainCertificate
+    found: si.mcmc.ChainCertificate
     evidence_error: float
     mode_error: float
 

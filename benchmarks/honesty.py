@@ -102,7 +102,7 @@ def healthy(key, num_observations: int = 10, names=tuple(FACTORIES)) -> Iterator
     """Train properly."""
     for i, name in enumerate(names):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(oracle), num_steps=HEALTHY_STEPS, progress_bar=False)
+        posterior = si.NPSE(read(oracle), num_steps=HEALTHY_STEPS, progress_bar=False).fit(own)
         for data in observations(oracle, own, num_observations):
             yield Case("healthy", oracle, data, posterior)
 
@@ -111,7 +111,7 @@ def undertrained(key) -> Iterator[Case]:
     """Train for a moment."""
     for i, name in enumerate(FACTORIES):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(oracle), num_steps=HASTY_STEPS, progress_bar=False)
+        posterior = si.NPSE(read(oracle), num_steps=HASTY_STEPS, progress_bar=False).fit(own)
         for data in observations(oracle, own, 2):
             yield Case("undertrained", oracle, data, posterior)
 
@@ -127,7 +127,7 @@ def dropped_mode(key) -> Iterator[Case]:
             first = jnp.ravel(problem.latent_sites(z)[oracle.latents[0]])[0]
             return (first > 0.0) == drop_right
 
-        posterior = si.fit(own, filtered(problem, dropped), num_steps=SABOTAGED_STEPS, progress_bar=False)
+        posterior = si.NPSE(filtered(problem, dropped), num_steps=SABOTAGED_STEPS, progress_bar=False).fit(own)
         posterior = answer_for(posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("dropped mode", oracle, data, posterior)
@@ -137,7 +137,7 @@ def wrong_observation(key) -> Iterator[Case]:
     """Show the network another observation than the density sees; and observations no simulation comes near."""
     for i, name in enumerate(FACTORIES):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(oracle), num_steps=SABOTAGED_STEPS, progress_bar=False)
+        posterior = si.NPSE(read(oracle), num_steps=SABOTAGED_STEPS, progress_bar=False).fit(own)
         yield Case("wrong observation", oracle, oracle.data, look_elsewhere(posterior, oracle.simulate(own)[1]))
         scale = max(float(np.abs(oracle.data["y"]).max()), 3.0)
         far = {"y": np.asarray(oracle.data["y"] + 8.0 * scale, np.float32)}
@@ -149,7 +149,7 @@ def wrong_noise(key) -> Iterator[Case]:
     names = [name for name in FACTORIES if name != "skewed"]
     for i, (name, noise) in enumerate([(n, 0.15) for n in names] + [("gaussian_mixture", 2.0)]):
         oracle, own = FACTORIES[name](), jax.random.fold_in(key, i)
-        posterior = si.fit(own, read(FACTORIES[name](noise=noise)), num_steps=SABOTAGED_STEPS, progress_bar=False)
+        posterior = si.NPSE(read(FACTORIES[name](noise=noise)), num_steps=SABOTAGED_STEPS, progress_bar=False).fit(own)
         posterior = answer_for(posterior, read(oracle))
         for data in observations(oracle, own, 2):
             yield Case("wrong noise", oracle, data, posterior)
@@ -166,7 +166,7 @@ def shuffled(key) -> Iterator[Case]:
             return problem.simulate(first)[0], problem.simulate(second)[1]
 
         broken = dataclasses.replace(problem, simulate=mismatched)
-        posterior = si.fit(own, broken, num_steps=SABOTAGED_STEPS, target_score=False, progress_bar=False)
+        posterior = si.NPSE(broken, num_steps=SABOTAGED_STEPS, target_score=False, progress_bar=False).fit(own)
         posterior = answer_for(posterior, problem)
         for data in observations(oracle, own, 2):
             yield Case("shuffled", oracle, data, posterior)

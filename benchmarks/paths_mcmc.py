@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     name: str
     model: Callable
-    physics: si.Physics
+    reverse: Callable
     num_steps: int
     y: np.ndarray
     function: Callable
@@ -41,8 +41,7 @@ def heat_case() -> Case:
     y = np.sqrt(modes.covariances()[:, -1, -1]) * np.linspace(-1.5, 1.2, len(modes.rates))
     mean, covariance, _ = modes.smoother(y)
     first = float(mean[0, 1]), float(np.sqrt(covariance[1, 0, 0]))
-    physics = si.Physics("x", lambda t0, t1, x: x)
-    return Case("heat", modes.model, physics, 2000, y, lambda x: x[:, 0, 1], *first)
+    return Case("heat", modes.model, lambda t0, t1, x: x, 2000, y, lambda x: x[:, 0, 1], *first)
 
 
 def observed_toy(y=None):
@@ -58,8 +57,7 @@ def toy_case() -> Case:
     plus, minus = likelihood @ truth.density[-1], likelihood[::-1] @ truth.density[-1]
     share = plus / (plus + minus)
     sd = np.sqrt(share * (1 - share))
-    physics = si.Physics("x", toy.grow)
-    return Case("toy", observed_toy, physics, 6000, np.float32(y), lambda x: x[:, 0] > 0, share, sd)
+    return Case("toy", observed_toy, toy.grow, 6000, np.float32(y), lambda x: x[:, 0] > 0, share, sd)
 
 
 def rows(key: Any, chosen: Callable[[str], bool], num_steps: int | None, progress_bar: bool) -> Iterator:
@@ -75,10 +73,9 @@ def measure(key: Any, case: Case, num_steps: int | None, progress_bar: bool) -> 
     """Learn and draw; run the others once, with their warm-up; all without compilation, but the training."""
     data = {"y": jnp.asarray(case.y, jnp.float32)}
     with Clock() as training:
-        posterior = si.fit(
-            key, case.model, process=case.physics, num_steps=num_steps or case.num_steps, width=32, depth=2,
-            progress_bar=progress_bar,
-        )  # fmt: skip
+        posterior = si.SMDP(
+            case.model, "x", reverse=case.reverse, num_steps=num_steps or case.num_steps, progress_bar=progress_bar
+        ).fit(key)
     posterior.sample(key, NUM_DRAWS, **data)
     with Clock() as drawing:
         draws = posterior.sample(jax.random.fold_in(key, 1), NUM_DRAWS, **data)
@@ -91,7 +88,7 @@ def measure(key: Any, case: Case, num_steps: int | None, progress_bar: bool) -> 
         "score_ess_share": draws.certificate.ess / draws.num,
         "score_error": abs(np.average(value, weights=weight) - case.mean) / case.sd,
     }
-    kernels = {"nuts": NUTS(case.model, max_tree_depth=8), "mala": si.MALA(case.model)}
+    kernels = {"nuts": NUTS(case.model, max_tree_depth=8), "mala": si.mcmc.MALA(case.model)}
     compared = si.compare(key, case.model, kernels, num_warmup=300, num_samples=300, **data)
     for name, result in compared.results.items():
         value = case.function(np.asarray(compared.mcmc[name].get_samples()["x"]))

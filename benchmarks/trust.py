@@ -33,9 +33,9 @@ def threads() -> dict[str, float]:
     for workers in (1, 8):
         with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as executor:
             args = jax.random.key(0), prior, simulators.slow
-            si.simulate(*args, 1, store=folder, executor=executor, progress_bar=False)
+            si.simulators.simulate(*args, 1, store=folder, executor=executor, progress_bar=False)
             start = time.perf_counter()
-            si.simulate(*args, 400, store=folder, executor=executor, progress_bar=False)
+            si.simulators.simulate(*args, 400, store=folder, executor=executor, progress_bar=False)
             seconds[workers] = time.perf_counter() - start
     return {"speedup": seconds[1] / seconds[8]}
 
@@ -43,10 +43,10 @@ def threads() -> dict[str, float]:
 def failures(num_rows: int = 10_000) -> dict[str, float]:
     """Find the worst posterior mean, in posterior sd from the exact one, where half of the simulations fail."""
     with tempfile.TemporaryDirectory() as folder:
-        store = si.simulate(
+        store = si.simulators.simulate(
             jax.random.key(5), prior, simulators.fails_by_chance, num_rows, store=folder, progress_bar=False
         )
-        posterior = si.fit(jax.random.key(0), prior, simulations=store, num_steps=3000, progress_bar=False)
+        posterior = si.NPSE(prior, simulations=store, num_steps=3000, progress_bar=False).fit(jax.random.key(0))
     a, errors = np.linspace(-6, 6, 4001), []
     for y in ([0.5, 0.9], [0.0, 0.2], [-0.5, -0.9], [-0.9, -1.2]):
         log_p = norm.logpdf(a) + sum(norm.logpdf(value, a, 0.5) for value in y)
@@ -62,9 +62,9 @@ def failures(num_rows: int = 10_000) -> dict[str, float]:
 
 def calibration() -> dict[str, float]:
     """Rank 1000 known truths under a trained posterior, after training."""
-    posterior = si.fit(jax.random.key(0), location_scale, num_steps=5000, progress_bar=False)
+    posterior = si.NPSE(location_scale, num_steps=5000, progress_bar=False).fit(jax.random.key(0))
     with Clock() as clock:
-        result = si.sbc(jax.random.key(1), posterior, posterior.problem, 1000, progress_bar=False)
+        result = si.calibration.sbc(jax.random.key(1), posterior, 1000, progress_bar=False)
     return {"p_value": result.p_value, "seconds": clock.times.wall, "cpu_s": clock.times.cpu}
 
 

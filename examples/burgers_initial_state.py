@@ -137,12 +137,11 @@ def simulate(key, burgers, num):
 
 def learn(key, burgers, num_steps=1000, width=16, progress_bar=False):
     """Learn the reverse: regression of every wavenumber, and a convolutional network (none with no steps)."""
-    net = si.ConvNet(jax.random.fold_in(key, 1), (burgers.size,), width=width, dilations=(1, 2, 4))
-    physics = si.Physics("x", burgers.back, waves=True)
-    return si.fit(
-        key, burgers.model, process=physics, net=net, num_steps=num_steps, batch_size=128, progress_bar=progress_bar,
-        learning_rate=2e-3,
-    )  # fmt: skip
+    net = si.nets.ConvNet(jax.random.fold_in(key, 1), (burgers.size,), width=width, dilations=(1, 2, 4))
+    return si.SMDP(
+        burgers.model, "x", reverse=burgers.back, waves=True, net=net, num_steps=num_steps, batch_size=128,
+        learning_rate=2e-3, progress_bar=progress_bar,
+    ).fit(key)  # fmt: skip
 
 
 @eqx.filter_jit

@@ -132,13 +132,12 @@ def simulate(key, heat, num):
 
 def learn(key, heat, num=2500, network_steps=0):
     """Learn the reverse: regression of every wavenumber alone, or a network on top of it."""
-    physics = si.Physics("x", lambda t0, t1, x: x, waves=True)
     shape = (heat.size, heat.size)
-    net = si.ConvNet(jax.random.fold_in(key, 1), shape, levels=3, dilations=(1, 2)) if network_steps else None
-    return si.fit(
-        key, heat.model, process=physics, num_simulations=num, net=net, num_steps=network_steps, batch_size=64,
-        learning_rate=1e-3,
-    )  # fmt: skip
+    net = si.nets.ConvNet(jax.random.fold_in(key, 1), shape, levels=3, dilations=(1, 2)) if network_steps else None
+    return si.SMDP(
+        heat.model, "x", reverse=lambda t0, t1, x: x, waves=True, num_simulations=num, net=net,
+        num_steps=network_steps, batch_size=64, learning_rate=1e-3,
+    ).fit(key)  # fmt: skip
 
 
 def spectrum(heat, x):
@@ -207,7 +206,7 @@ def measure(key, heat, posterior, num=500):
     figures["coverage_90"] = coverage(heat, keys[5], posterior, paths)
     exact = heat.log_evidence(ends[0])
     for name, particles, draws in (("", 1, 2 * num), ("resampled_", 128 if num > 100 else 16, num // 8 + 2)):
-        found = posterior.resampled(particles).sample(keys[6], draws, end_state=ends[0]).certificate
+        found = posterior.resampled(particles).condition_on_end(ends[0]).sample(keys[6], draws).certificate
         figures[f"{name}ess_share"] = found.ess / found.num
         figures[f"{name}log_evidence_error"] = abs(found.log_evidence - exact)
     return figures

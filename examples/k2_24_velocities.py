@@ -208,7 +208,7 @@ def run(num_planets, args):
     planets = partial(model, num_planets=num_planets)
     time, velocity, error = (np.asarray(column, np.float32) for column in read())
     budget = {"num_warmup": 60, "num_samples": 100} if args.smoke else {"num_warmup": 1000, "num_samples": 2500}
-    kernels = {"ScoreSDE": si.ScoreSDE(planets), "NUTS": NUTS(planets), "MALA": si.MALA(planets)}
+    kernels = {"ScoreSDE": si.ScoreSDE(planets), "NUTS": NUTS(planets), "MALA": si.mcmc.MALA(planets)}
     comparison = si.compare(
         jax.random.key(args.seed), planets, kernels, time, error, velocity=velocity, **budget,
         modes=lambda sites: aliases.of(sites["period"]),

@@ -82,7 +82,7 @@ def draw_and_time(key, posterior, num, pelts):
     draws = posterior.sample(key, num, pelts=pelts)
     print(f"amortised: {draws.certificate}")
     if not draws.certificate.certified:
-        posterior = posterior.focus(key, num_steps=0, pelts=pelts)  # place and scale alone: seconds
+        posterior = posterior.condition(pelts=pelts).focus(key, num_steps=0).posterior  # place and scale alone: seconds
         draws = posterior.sample(key, num, pelts=pelts)
         print(f"focused on these data: {draws.certificate}")
     seconds = time.perf_counter() - start
@@ -191,7 +191,9 @@ def main():
     names = ("train", "draw", "kernel", "nuts", "second", "plot")
     keys = dict(zip(names, jax.random.split(jax.random.key(args.seed), len(names)), strict=True))
     second = simulate_pelts(keys["second"])
-    sampler = si.ReverseSDE(num_steps=16) if args.smoke else None  # None: the default for eight dimensions, the flow
+    sampler = (
+        si.samplers.ReverseSDE(num_steps=16) if args.smoke else None
+    )  # None: the default for eight dimensions, the flow
     results = {}
 
     print("=== The model\n")
@@ -200,7 +202,7 @@ def main():
     print("\n=== Train a score SDE on the model's own simulations, once for all data of this design\n")
     start = time.perf_counter()
     # Prior draws reach populations so wild that gradients of the density are of no use in training.
-    posterior = si.fit(keys["train"], model, num_steps=num_steps, target_score=False, sampler=sampler, **network)
+    posterior = si.NPSE(model, num_steps=num_steps, target_score=False, sampler=sampler, **network).fit(keys["train"])
     training = time.perf_counter() - start
     print(f"{training:.1f} s, {posterior.history.num_simulations:,} simulations")
 
@@ -235,7 +237,7 @@ def main():
     )
     print_table(results)
 
-    data = si.to_arviz(draws, posterior=posterior, key=keys["plot"], predictive=True)
+    data = si.to_arviz(keys["plot"], draws, predictive=True)
     data.to_netcdf(args.output_dir / "posterior.nc")
     plot_predictive(args.output_dir / "predictive.png", draws.resample(keys["plot"], 1000), keys["plot"])
     if not args.smoke:

@@ -129,7 +129,7 @@ def likelihood(parameters, outputs, discharge=None):
 def simulate(catchment, seed, num, store, draws=None, progress_bar=True):
     """Run the program on prior draws, or on given draws, in threads."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        return si.simulate(
+        return si.simulators.simulate(
             jax.random.key(seed), prior if draws is None else draws, catchment, num, store=store, executor=executor,
             simulator_version=[HERE / "hymod.c", catchment.command[1]], progress_bar=progress_bar,
         )  # fmt: skip
@@ -201,7 +201,7 @@ def run(args):
     num_steps, num_draws, num_tests = (400, 512, 100) if args.smoke else (8000, 4000, 1000)
     small = {"width": 32, "depth": 1} if args.smoke else {}
     # The flow by default starts a little too wide, for the weights' sake; here the learned draws are judged, too.
-    sampler = si.ReverseSDE(num_steps=16) if args.smoke else si.ProbabilityFlow()
+    sampler = si.samplers.ReverseSDE(num_steps=16) if args.smoke else si.samplers.ProbabilityFlow()
     train, draw, weigh, test = jax.random.split(jax.random.key(args.seed), 4)
     weather = read_weather() or make_weather(args.seed)
     forcing, runs = args.output_dir / "forcing.txt", args.output_dir / "runs"
@@ -216,15 +216,15 @@ def run(args):
     print("=== Run the program on prior draws; killed half way, it goes on\n")
     start = time.perf_counter()
     simulate_and_kill(args, runs)
-    print(f"killed:  {si.Store(runs)}")
+    print(f"killed:  {si.simulators.Store(runs)}")
     store = simulate_runs(args)
     print(f"resumed: {store}; {time.perf_counter() - start:.0f} s in all")
 
     print("\n=== Train on the runs, with the likelihood's noise\n")
     start = time.perf_counter()
-    posterior = si.fit(
-        train, prior, simulations=store, likelihood=likelihood, num_steps=num_steps, sampler=sampler, **small
-    )
+    posterior = si.NPSE(
+        prior, simulations=store, likelihood=likelihood, num_steps=num_steps, sampler=sampler, **small
+    ).fit(train)
     print(f"{time.perf_counter() - start:.0f} s")
 
     print("\n=== Draw, run the program on the draws, weigh\n")
@@ -237,7 +237,7 @@ def run(args):
 
     print("\n=== Calibrate the learned draws on other runs, whose parameters are known\n")
     others = simulate(catchment, args.seed + 1, 2 * num_tests, args.output_dir / "other-runs")
-    report = si.calibrate(test, posterior, others, num_tests, draws=draws)
+    report = si.calibrate(test, posterior, num_tests, store=others, draws=draws)
     report.save(args.output_dir / "report.html")
     print(report)
 
@@ -246,7 +246,7 @@ def run(args):
     for name, values in sites.items():
         truth = "" if weather.discharge is not None else f"{TRUTH[name]:12.4g}"
         print(f"{name:8s}{values.mean():12.4g}{values.std():12.4g}{truth}")
-    si.to_arviz(draws, key=weigh).to_netcdf(args.output_dir / "posterior.nc")
+    si.to_arviz(jax.random.key(0), weigh, draws).to_netcdf(args.output_dir / "posterior.nc")
     flows = draws._replace(sites={"flow": jnp.asarray(tried.read().outputs["flow"])}).resample(draw, num_draws)["flow"]
     plot_hydrograph(args.output_dir / "hydrograph.png", discharge, np.maximum(flows, DRIEST))
     rows = store.read()

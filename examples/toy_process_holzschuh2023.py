@@ -36,6 +36,7 @@ from scoreinfer.model import read_physics
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.paths import LearnedScore, ReverseEuler, draw_path, linear_frame, probability_flow
 from scoreinfer.paths.losses import implicit_score_loss
+from scoreinfer.process import Physics
 from scoreinfer.training.loop import Budget, train
 
 RATE, NOISE, BLUR = 7.0, 0.03, 0.01
@@ -131,17 +132,24 @@ def learn(key, num, num_steps=None, progress_bar=False, resimulate=False):
     """Learn the reverse SDE from ``num`` trajectories, or from their first states and the model's own physics."""
     for_paths, for_training = jax.random.split(key)
     size = (32, 2, 3e-3) if num > 100 or resimulate else (16, 1, 1e-3)
-    return si.fit(
-        for_training, model, process=si.Physics("x", grow), trajectories=simulate(for_paths, num),
-        resimulate=resimulate, num_steps=num_steps or (4000 if resimulate else 6000), progress_bar=progress_bar,
-        width=size[0], depth=size[1], learning_rate=size[2],
-    )  # fmt: skip
+    return si.SMDP(
+        model,
+        "x",
+        reverse=grow,
+        trajectories=simulate(for_paths, num),
+        resimulate=resimulate,
+        num_steps=num_steps or (4000 if resimulate else 6000),
+        progress_bar=progress_bar,
+        width=size[0],
+        depth=size[1],
+        learning_rate=size[2],
+    ).fit(for_training)
 
 
 def learn_score(key, num, num_steps=6000, progress_bar=False):
     """Learn a score from single states by implicit score matching (of one component: sliced, too)."""
     for_paths, for_net, for_training = jax.random.split(key, 3)
-    process = read_physics(si.Physics("x", grow), model)
+    process = read_physics(Physics("x", grow), model)
     paths = process.flatten(simulate(for_paths, num))
     held_out = max(num // 10, 1)
     network = ConditionalMLP(for_net, 1, 1, 1, width=32, depth=2)
@@ -206,7 +214,9 @@ def measure(key, posterior, truth, num=40_000, rounds=8):
     }
     raw, weighted, evidence, shares = [], [], [], []
     for end in ENDS:
-        draws = posterior.resampled(1).sample(for_draws, num, end_state=end)  # however poor the weights, not again
+        draws = (
+            posterior.resampled(1).condition_on_end(end).sample(for_draws, num)
+        )  # however poor the weights, not again
         plus = np.asarray(draws.sites["x"])[:, 0] > 0
         weight = np.exp(np.asarray(draws.log_weight, np.float64) - np.max(draws.log_weight))
         raw.append(plus.mean() - truth.probability(end))
@@ -244,7 +254,7 @@ def main():
     for name, value in figures.items():
         print(f"  {name:20s} {value:8.4f}" + (f"   (published {published[name]})" if name in published else ""))
     for end in ENDS:
-        draws = posterior.sample(key, 500 if args.smoke else 4000, end_state=end)
+        draws = posterior.condition_on_end(end).sample(key, 500 if args.smoke else 4000)
         plus = (draws.resample(key, draws.num)["x"][:, 0] > 0).mean()
         print(f"P(+1 | x_T = {end:4.2f}) = {plus:.3f}, exact {truth.probability(end):.3f}; {draws.certificate}")
 

@@ -17,17 +17,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 from numpy.typing import ArrayLike
 
 from scoreinfer._tree import named_leaves
 from scoreinfer._typing import Key, Sites, Values
-from scoreinfer.draws import Draws
+from scoreinfer.montecarlo.resampling import resample_indices
+from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
 
 _BLOCK = 256  # draws worked on at once: bounds memory where every draw solves an ODE
@@ -37,21 +37,15 @@ _NOTE = (
 )
 
 
-@runtime_checkable
-class HasProblem(Protocol):
-    """Whatever carries the `Problem` its draws come from, such as a fitted posterior."""
-
-    @property
-    def problem(self) -> Problem:
-        """The inference problem."""
+Draws = Any
+"""A `scoreinfer.Draws`, which stands on the floor above."""
 
 
 def to_arviz(
+    key: Key,
     draws: Draws,
     *,
-    posterior: HasProblem | None = None,
-    num_chains: int = 4,
-    key: Key | None = None,
+    num_chains: int = 1,
     resample: bool = True,
     log_likelihood: bool | Mapping[str, ArrayLike] = False,
     predictive: bool = False,
@@ -61,20 +55,16 @@ def to_arviz(
 ) -> Any:
     r"""Present draws to ArviZ: an `InferenceData` (ArviZ 0.x) or a `DataTree` (ArviZ 1.x).
 
-    Independent draws have no chains; they are cut into ``num_chains`` equal pieces, because most functions of ArviZ
-    want dimensions ``(chain, draw)``. Draws that do not fill the last piece are left out.
-
-    Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``, and
-    whatever the sampler reports of each draw), ``observed_data``, and on request ``log_likelihood``,
-    ``posterior_predictive``, ``prior`` and ``prior_predictive``. The attributes of ``posterior`` carry the versions,
-    what the sampler reports of the batch, the certificate as ``certificate_*``, and which sites are ``renamed``.
+    Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``),
+    ``observed_data``, and on request ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``.
+    The attributes of ``posterior`` carry the versions, how the batch was made, the certificate as ``certificate_*``,
+    and which sites are ``renamed``.
 
     Args:
+        key: random key: resampling, predictions and prior draws have streams of their own. Same key, same groups.
         draws: what a sampler returned.
-        posterior: the posterior the draws come from (anything with a ``problem``); needed by ``log_likelihood=True``,
-            ``predictive`` and ``prior``.
-        num_chains: number of pieces the draws are cut into.
-        key: random key; needed to resample, to predict and for prior draws. Same key, same groups.
+        num_chains: number of equal pieces the draws are cut into. Independent draws are one chain; some plots of ArviZ
+            want several. Draws that do not fill the last piece are left out.
         resample: draw with replacement by the weights, so that the posterior group has equal weights. Copies of one
             draw stand side by side, so the effective sample size ArviZ reports sees the weights: about
             :math:`N^2 / \sum n_i^2` for :math:`n_i` copies of draw i. With False the posterior group holds the
@@ -91,64 +81,38 @@ def to_arviz(
         The groups. Whoever saves them needs a netCDF library: ``pip install 'scoreinfer[plot]'``.
 
     Raises:
-        ValueError: for a key or a posterior that is missing, fewer draws than chains, or a problem that cannot
-            be simulated or has no pointwise likelihood.
+        ValueError: for fewer draws than chains, or a problem that cannot be simulated or has no pointwise likelihood.
 
     Exactness:
         consistent as the number of draws -> infinity (resampling adds Monte Carlo noise to the weighted batch).
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from scoreinfer import Draws
         >>> z = jnp.arange(8.0)
         >>> draws = Draws({"a": z}, z[:, None], None, jnp.zeros(8), None, {"y": jnp.zeros(3)})
-        >>> data = to_arviz(draws, num_chains=2)
+        >>> data = to_arviz(jax.random.key(0), draws)
         >>> data["posterior"]["a"].shape
-        (2, 4)
+        (1, 8)
     """
     if not 1 <= num_chains <= draws.num:
         raise ValueError(f"`num_chains` must be between 1 and the number of draws, {draws.num}, got {num_chains}.")
     weighted = draws.log_weight is not None
     resample = resample and weighted
-    key_rows, key_predictive, key_prior = _split(key, needed=_why_key(resample, predictive, prior))
+    for_rows, for_data, for_prior = jax.random.split(key, 3)
     num = draws.num - draws.num % num_chains
-    rows = _resampled_rows(key_rows, draws, num) if resample else np.arange(num)
-
-    def chains(
-        sites: Mapping[str, Any], rows: np.ndarray = rows, num_chains: int = num_chains
-    ) -> dict[str, np.ndarray]:
-        """Take rows of every site and cut the draw axis into (chain, draw)."""
-        taken = {name: np.asarray(value)[rows] for name, value in sites.items()}
-        return {name: value.reshape(num_chains, -1, *value.shape[1:]) for name, value in taken.items()}
-
-    per_draw, per_batch = _split_info(draws)
-    densities = {"log_weight": draws.log_weight, "log_q": draws.log_q, "lp": draws.log_joint}
-    groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": chains(named_leaves(draws.sites)),
-        "sample_stats": chains({**per_draw, **{name: value for name, value in densities.items() if value is not None}}),
-        "observed_data": {name: np.asarray(value) for name, value in draws.observed.items()},
-    }
-    everything = np.arange(num)
-    if isinstance(log_likelihood, Mapping):
-        groups["log_likelihood"] = chains(log_likelihood)
-    elif log_likelihood:
-        problem = _problem(posterior, "log_likelihood=True")
-        if problem.pointwise_log_likelihood is None:
-            raise ValueError(
-                "`log_likelihood=True` needs a pointwise likelihood, which this problem does not have; "
-                "pass a dictionary of arrays with the draw axis first, such as "
-                "`log_likelihood=numpyro.infer.log_likelihood(model, draws.sites, *args)`."
-            )
-        groups["log_likelihood"] = chains(_pointwise(problem, draws.values[rows], draws.observed), everything)
+    rows = _resampled_rows(for_rows, draws, num) if resample else np.arange(num)
+    groups = _of_draws(draws, rows, num_chains)
+    if log_likelihood is not False:
+        groups["log_likelihood"] = _of_likelihood(draws, rows, num_chains, log_likelihood)
     if predictive:
-        problem = _simulable(_problem(posterior, "predictive=True"), "predictive=True")
-        simulated = _predict(problem, jax.random.split(key_predictive, num), draws.values[rows])
-        groups["posterior_predictive"] = chains(simulated, everything)
+        problem = _simulable(draws, "predictive=True")
+        simulated = _predict(problem, jax.random.split(for_data, num), draws.unconstrained[rows])
+        groups["posterior_predictive"] = _chains(simulated, np.arange(num), num_chains)
     if prior:
-        problem = _simulable(_problem(posterior, f"prior={prior}"), f"prior={prior}")
-        sites, simulated = _prior(problem, jax.random.split(key_prior, prior))
-        groups["prior"] = chains(named_leaves(sites), np.arange(prior), 1)
-        groups["prior_predictive"] = chains(simulated, np.arange(prior), 1)
-
+        sites, simulated = _prior(_simulable(draws, f"prior={prior}"), jax.random.split(for_prior, prior))
+        groups["prior"] = _chains(named_leaves(sites), np.arange(prior), 1)
+        groups["prior_predictive"] = _chains(simulated, np.arange(prior), 1)
     named = {group: in_file_names(values) for group, values in groups.items() if values}
     pairs = [pair for group, values in named.items() for pair in zip(groups[group], values, strict=True)]
     renamed = {old: new for old, new in pairs if old != new}
@@ -156,12 +120,49 @@ def to_arviz(
     data["posterior"].attrs.update(
         _versions()
         | {"num_draws": draws.num, "resampled": int(resample), "weighted": int(weighted and not resample)}
-        | _flatten(per_batch)
+        | _flatten(_fields(draws.info))
         | _flatten(_fields(draws.certificate), "certificate_")
         | ({"renamed": "; ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {})
         | {"note": _NOTE}
     )
     return data
+
+
+Group = dict[str, np.ndarray]
+
+
+def _chains(sites: Mapping[str, Any], rows: np.ndarray, num_chains: int) -> Group:
+    """Take rows of every site and cut the draw axis into (chain, draw)."""
+    taken = {name: np.asarray(value)[rows] for name, value in sites.items()}
+    return {name: value.reshape(num_chains, -1, *value.shape[1:]) for name, value in taken.items()}
+
+
+def _of_draws(draws: Draws, rows: np.ndarray, num_chains: int) -> dict[str, Group]:
+    """Make the groups that every batch has."""
+    densities = {"log_weight": draws.log_weight, "log_q": draws.log_q, "lp": draws.log_joint}
+    known = {name: value for name, value in densities.items() if value is not None}
+    return {
+        "posterior": _chains(named_leaves(draws.sites), rows, num_chains),
+        "sample_stats": _chains(known, rows, num_chains),
+        "observed_data": {name: np.asarray(value) for name, value in draws.observed.items()},
+    }
+
+
+def _of_likelihood(
+    draws: Draws, rows: np.ndarray, num_chains: int, log_likelihood: bool | Mapping[str, ArrayLike]
+) -> Group:
+    """Make the pointwise log likelihoods, or take the user's own."""
+    if isinstance(log_likelihood, Mapping):
+        return _chains(log_likelihood, rows, num_chains)
+    problem = draws.problem
+    if problem is None or problem.pointwise_log_likelihood is None:
+        raise ValueError(
+            "`log_likelihood=True` needs a pointwise likelihood, which this problem does not have; "
+            "pass a dictionary of arrays with the draw axis first, such as "
+            "`log_likelihood=numpyro.infer.log_likelihood(model, draws.sites, *args)`."
+        )
+    pointwise = _pointwise(problem, draws.unconstrained[rows], draws.observed)
+    return _chains(pointwise, np.arange(len(rows)), num_chains)
 
 
 def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
@@ -190,39 +191,16 @@ def in_file_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _why_key(resample: bool, predictive: bool, prior: int) -> str:
-    """Name the arguments for which a key is needed; empty where none is."""
-    reasons = {"resample=True": resample, "predictive=True": predictive, f"prior={prior}": prior}
-    return ", ".join(f"`{name}`" for name, needed in reasons.items() if needed)
-
-
-def _split(key: Key | None, needed: str) -> list[Any]:
-    """Split the key into one for each random group, so that no group depends on which others are asked for."""
-    if key is not None:
-        return list(jax.random.split(key, 3))
-    if needed:
-        raise ValueError(
-            f"`to_arviz` needs a random `key` for {needed}, got None. Pass `key=jax.random.key(0)`"
-            + (", or `resample=False` to keep the weighted draws." if "resample" in needed else ".")
-        )
-    return [None] * 3
-
-
 def _resampled_rows(key: Key, draws: Draws, num: int) -> Integer[np.ndarray, " num"]:
     """Draw row numbers by weight, sorted so that the copies of one draw stand side by side."""
-    numbered = draws._replace(sites={"row": jnp.arange(draws.num)})
-    return np.sort(np.asarray(numbered.resample(key, num)["row"]))
+    return np.sort(np.asarray(resample_indices(key, pareto_smooth(draws.log_weight)[0], num)))
 
 
-def _problem(posterior: HasProblem | None, asked: str) -> Problem:
-    if posterior is None:
-        raise ValueError(f"`{asked}` needs the posterior the draws come from; pass `posterior=...`.")
-    return posterior.problem
-
-
-def _simulable(problem: Problem, asked: str) -> Problem:
-    if problem.simulate is None or problem.simulate_observation is None:
-        raise ValueError(f"`{asked}` needs a model that can be simulated: {problem.not_simulable}")
+def _simulable(draws: Draws, asked: str) -> Problem:
+    problem = draws.problem
+    if problem is None or problem.simulate is None or problem.simulate_observation is None:
+        why = "these draws do not know their problem" if problem is None else problem.not_simulable
+        raise ValueError(f"`{asked}` needs a model that can be simulated: {why}")
     return problem
 
 
@@ -265,12 +243,6 @@ def _from_groups(groups: dict[str, dict[str, np.ndarray]], coords: Any, dims: An
     if int(az.__version__.split(".")[0]) >= 1:
         return az.from_dict(groups, **names)
     return az.from_dict(**groups, **names)
-
-
-def _split_info(draws: Draws) -> tuple[dict[str, ArrayLike], dict[str, Any]]:
-    """Split what the sampler reports into what it says of each draw and what it says of the batch."""
-    per_draw = {name: value for name, value in draws.info.items() if np.shape(value)[:1] == (draws.num,)}
-    return per_draw, {name: value for name, value in draws.info.items() if name not in per_draw}
 
 
 def _fields(record: Any) -> dict[str, Any]:

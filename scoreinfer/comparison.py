@@ -289,13 +289,8 @@ def _evaluations(kernel: MCMCKernel, mcmc: MCMC, before: dict, after: dict) -> f
     total = mcmc.num_chains * (mcmc.num_warmup + mcmc.num_samples)
     if "num_steps" in after:
         return float(before["num_steps"].sum() + mcmc.thinning * after["num_steps"].sum())
-    if isinstance(kernel, ULA | MALA | UnderdampedLangevin):
-        return float(total)
-    if isinstance(kernel, ScoreSDE):
-        evidence = kernel.fit_of(mcmc.last_state).evidence
-        local = kernel.num_local_steps + 2 if kernel.num_local_steps else 0
-        return float(total * (kernel.num_proposals + local) + (0 if evidence is None else evidence.num_gradients))
-    return np.nan
+    counts = getattr(kernel, "num_evaluations", None)
+    return np.nan if counts is None else float(counts(total, mcmc.last_state))
 
 
 def _worth(samples: Arrays) -> tuple[float, float, float]:

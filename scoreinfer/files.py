@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from scoreinfer._errors import UnreadableFile
+from scoreinfer.errors import UnreadableFile
 
 MAX_RECORD = 16 * 2**20
 """Largest record that is read, in bytes."""

@@ -63,6 +63,7 @@ class Problem:
             from, as they are now; checked against this problem.
         has_density: False where the likelihood has no density (a stochastic simulator hidden in the model).
         not_simulable: why ``simulate`` is None, in words, else the empty string.
+        is_foreign: whether the data come from a simulator outside JAX, whose runs are stored.
         pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, as
             ArviZ wants it for leave-one-out; None where it is not known.
         model: the NumPyro model that the problem was read from, for what has to read it again; None where there is
@@ -87,6 +88,7 @@ class Problem:
     read: Callable[[tuple, dict[str, Any]], Sites]
     has_density: bool = True
     not_simulable: str = ""
+    is_foreign: bool = False
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
     model: Callable | None = None
     observation: "Problem | None" = None

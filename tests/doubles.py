@@ -12,6 +12,7 @@ from jax.scipy.stats import norm
 
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import AbstractDensityProposal
 
 Y1 = np.array([0.3, 1.9, -0.4, 1.1, 0.8], np.float32)
 Y2 = np.array([-1.2, -2.0, -0.3, -1.1, -2.6], np.float32)
@@ -41,7 +42,7 @@ def grid_moments(y):
     return moments
 
 
-class GaussianProposal(eqx.Module):
+class GaussianProposal(AbstractDensityProposal):
     """Normal around the data's own mean and log standard deviation, deliberately off: moved by ``shift``.
 
     With ``path`` the draw is reached through one noisy value u: u is drawn first, then z given u; r(u | z) is
@@ -61,7 +62,8 @@ class GaussianProposal(eqx.Module):
     def outliers(self):
         return None
 
-    def context(self, y):
+    def context(self, target):
+        y = target.y
         if not y:
             return self.shift
         return jnp.stack([y["y"].mean(), jnp.log(y["y"].std())]) + self.shift

@@ -45,8 +45,9 @@ from scoreinfer.paths.build import read_reversal, samplers, untrained
 from scoreinfer.paths.particles import ResampledPaths
 from scoreinfer.paths.proposal import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
 from scoreinfer.problem import Problem, from_potential
-from scoreinfer.samplers.amortised import Proposal
-from scoreinfer.samplers.base import Proposer, Weighted
+from scoreinfer.process import Physics
+from scoreinfer.samplers.amortised import AmortisedProposal
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, mixed, weigh_rows, weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.samplers.focused import FocusedProposal
@@ -58,10 +59,10 @@ from scoreinfer.training.whitening import Whitening, whitening_network
 
 BRIDGES = (0.2, 1.0, 5.0)
 """The functions h are bounded: c / (c + w / Z) times sines and cosines of z; with larger c they tend to 1."""
-FLOW, SDE = si.ProbabilityFlow(num_steps=4, inflation=0.15), si.ReverseSDE(num_steps=3)
+FLOW, SDE = si.samplers.ProbabilityFlow(num_steps=4, inflation=0.15), si.samplers.ReverseSDE(num_steps=3)
 
 
-class Target(NamedTuple):
+class Exact(NamedTuple):
     """A posterior that can be sampled exactly.
 
     Args:
@@ -77,9 +78,9 @@ class Target(NamedTuple):
     log_evidence: float
 
     @property
-    def y(self) -> dict[str, jax.Array]:
-        """The observation, as proposers take it."""
-        return {name: jnp.asarray(value) for name, value in self.data.items()}
+    def density(self) -> Target:
+        """The posterior, as proposals take it."""
+        return Target(self.problem, {name: jnp.asarray(value) for name, value in self.data.items()})
 
     def exact(self, seed: int, num: int) -> jax.Array:
         """Draw from the posterior."""
@@ -120,27 +121,27 @@ class Case(NamedTuple):
         defence: what the proposer is mixed with.
     """
 
-    target: Target
-    proposer: Proposer
+    target: Exact
+    proposer: AbstractProposal
     num: int = 40_000
     paths: bool = True
     defence: Defence | None = None
 
     def draw(self, first: int = 0) -> Weighted:
         """Draw, beginning with this row of the stream."""
-        key, y = jax.random.key(1), self.target.y
-        return weighted_draws(key, self.proposer, y, self.num, self.defence, first, self.num)
+        density = self.target.density
+        return weighted_draws(jax.random.key(1), self.proposer, density, self.num, self.defence, first, self.num)
 
     def weigh(self, z: jax.Array) -> Weighted:
         """Weigh given draws."""
-        weighed = weigh_rows(jax.random.key(2), self.proposer, self.target.y, jnp.arange(len(z)), z)
+        weighed = weigh_rows(jax.random.key(2), self.proposer, self.target.density, jnp.arange(len(z)), z)
         return weighed if self.defence is None else mixed(self.defence, weighed)
 
 
 def disagreement(case: Case) -> float:
     """Compute the largest distance, in standard errors, between both sides of the law (see the module's docstring)."""
     drawn, exact = case.draw(), case.weigh(case.target.exact(1, case.num))
-    of_drawn, of_exact = (case.target.functions(each.values, each.log_weight) for each in (drawn, exact))
+    of_drawn, of_exact = (case.target.functions(each.z, each.log_weight) for each in (drawn, exact))
     weight = np.exp(np.asarray(drawn.log_weight, np.float64) - case.target.log_evidence)
     tilted = np.where(weight[:, None] > 0, weight[:, None] * of_drawn, 0.0)
     return standard_errors(tilted, of_exact)
@@ -159,7 +160,7 @@ def random_score(dim: int, num_context: int, seed: int = 0) -> NeuralScore:
     return NeuralScore(disturbed(network, seed, 0.3 / dim))
 
 
-def random_proposal(problem: Problem, y: Sites, values: jax.Array, sampler: AbstractSampler) -> Proposal:
+def random_proposal(problem: Problem, y: Sites, values: jax.Array, sampler: AbstractSampler) -> AmortisedProposal:
     """Make a proposal of a random score, whitened by about the moments of some values at the observation."""
     x = encode(problem, y)
     centre, scale = ({name: jnp.full_like(value, fill) for name, value in x.items()} for fill in (0.1, 1.1))
@@ -168,17 +169,17 @@ def random_proposal(problem: Problem, y: Sites, values: jax.Array, sampler: Abst
     moments = jnp.zeros((dim, num_context)), values.mean(0), spread(values)
     score = random_score(dim, num_context)
     whitening = Whitening(*moments, Concatenate(), network)
-    return Proposal(Standardiser(centre, scale), whitening, identity(dim), Concatenate(), score, sampler, problem)
+    return AmortisedProposal(Standardiser(centre, scale), whitening, identity(dim), Concatenate(), score, sampler)
 
 
-def adjusted(proposal: Proposal) -> Proposal:
+def adjusted(proposal: AmortisedProposal) -> AmortisedProposal:
     """Move and stretch a proposal."""
-    dim = proposal.problem.dim
+    dim = proposal.adjustment.mean.size
     stretch = jnp.tril(jnp.full((dim, dim), 0.2, jnp.float32), -1) + 1.4 * jnp.eye(dim, dtype=jnp.float32)
     return dataclasses.replace(proposal, adjustment=Affine(jnp.full(dim, -0.3, jnp.float32), stretch))
 
 
-def of_oracle(oracle: Oracle, data: dict[str, np.ndarray]) -> Target:
+def of_oracle(oracle: Oracle, data: dict[str, np.ndarray]) -> Exact:
     """Take the posterior of an oracle."""
     truth, problem = oracle.truth(data), from_numpyro(oracle.model)
     (site,) = problem.latents
@@ -187,17 +188,17 @@ def of_oracle(oracle: Oracle, data: dict[str, np.ndarray]) -> Target:
         values = truth.sample(rng, num).reshape(num, *site.shape)
         return np.asarray(jax.vmap(problem.unconstrain)({site.name: jnp.asarray(values)}))
 
-    return Target(problem, data, sample, truth.log_evidence)
+    return Exact(problem, data, sample, truth.log_evidence)
 
 
 @cache
-def two_counts() -> Target:
+def two_counts() -> Exact:
     """Make the posterior of a logarithm of a rate: one-dimensional, skewed to the left."""
     return of_oracle(counts(2), {"y": np.array([0, 1], np.int32)})
 
 
 @cache
-def mixture() -> Target:
+def mixture() -> Exact:
     """Make a posterior of two modes in two dimensions."""
     oracle = gaussian_mixture()
     return of_oracle(oracle, oracle.data)
@@ -209,10 +210,10 @@ def log_gamma(z: jax.Array) -> jax.Array:
 
 
 @cache
-def bare() -> Target:
+def bare() -> Exact:
     """Make a bare density in two dimensions, skewed."""
     problem = from_potential(log_gamma, jnp.zeros(2))
-    return Target(problem, {}, lambda rng, num: np.log(rng.gamma(3.0, size=(num, 2))), 2 * np.log(2.0))
+    return Exact(problem, {}, lambda rng, num: np.log(rng.gamma(3.0, size=(num, 2))), 2 * np.log(2.0))
 
 
 RATE = UnknownRate(ornstein_uhlenbeck(3)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 3))
@@ -221,13 +222,13 @@ MODES, END = ornstein_uhlenbeck(3)._replace(rates=np.array([0.3, 1.0]), g=0.5), 
 
 
 @cache
-def unknown_rate() -> Target:
+def unknown_rate() -> Exact:
     """Make the posterior of a rate and a path of three steps that is seen now and then."""
     problem = from_numpyro(RATE.model)
-    return Target(problem, {"y": SEEN}, lambda rng, num: RATE.draws(rng, SEEN, num), RATE.truth(SEEN)[2])
+    return Exact(problem, {"y": SEEN}, lambda rng, num: RATE.draws(rng, SEEN, num), RATE.truth(SEEN)[2])
 
 
-def of_paths(known_end: bool) -> Target:
+def of_paths(known_end: bool) -> Exact:
     """Make the posterior of a path whose end is seen with noise, or known."""
     problem = pinned(from_numpyro(MODES.path_model)) if known_end else from_numpyro(MODES.model)
     mean, covariance, log_evidence = MODES.smoother(END, not known_end)
@@ -238,7 +239,7 @@ def of_paths(known_end: bool) -> Target:
         paths = (mean + np.einsum("its,nis->nti", factor, noise)).reshape(num, -1)
         return np.concatenate([paths, np.broadcast_to(END, (num, 2))], axis=1) if known_end else paths
 
-    return Target(problem, {END_STATE if known_end else "y": END}, sample, log_evidence)
+    return Exact(problem, {END_STATE if known_end else "y": END}, sample, log_evidence)
 
 
 def random_paths(known_end: bool) -> Case:
@@ -247,13 +248,13 @@ def random_paths(known_end: bool) -> Case:
     score = lambda t, x: 0.8 * exact(t, x) + 0.5 * jnp.sin(3 * x[::-1] + t)  # noqa: E731
     target, backward = of_paths(known_end), ReverseEuler(MODES.process(not known_end), score)
     site = END_STATE if known_end else "y"
-    return Case(target, PathProposal(backward, site, target.problem), paths=False)
+    return Case(target, PathProposal(backward, backward.process.num_steps, site), paths=False)
 
 
 @cache
 def started(sampler: AbstractSampler) -> StartedPaths:
     """Make paths of random kernels, from a start drawn by a random score."""
-    target, reversal = unknown_rate(), read_reversal(si.Physics("x"), RATE.model)
+    target, reversal = unknown_rate(), read_reversal(Physics("x"), RATE.model)
     column = lambda *values: jnp.array(values)[:, None]  # noqa: E731
     leans = 0.1 * jax.random.normal(jax.random.key(2), (3, 3, 1, 4))
     before, after = column(1.0, 0.7, 0.3), column(0.7, 0.3, 0.0)  # about the states' means
@@ -265,7 +266,7 @@ def started(sampler: AbstractSampler) -> StartedPaths:
     centre = {PARAMETERS: jnp.full(1, 0.2), "y": SEEN - 0.2}
     scale = Standardiser(centre, jax.tree.map(jnp.ones_like, centre))
     first = target.exact(3, 2000)[:, jnp.array([0, -1])]  # rate and last state
-    start = random_proposal(reversal.start_problem, target.y, first, sampler)
+    start = random_proposal(reversal.start_problem, target.density.y, first, sampler)
     return samplers(reversal, backward, scale, start).paths
 
 
@@ -277,7 +278,7 @@ def of_one(sampler: AbstractSampler) -> SingleProposal:
         jnp.array([0]), jnp.array([0.9]), jnp.array([0.7]), jnp.array([[0.0, 0.1], [0.0, -0.1]]),
         jnp.array([[0.0, 0.1], [0.0, 0.2]]),
     )  # fmt: skip
-    return SingleProposal(Chain((affine, tails, scales)), random_score(2, 0), sampler, bare().problem)
+    return SingleProposal(Chain((affine, tails, scales)), random_score(2, 0), sampler, 2)
 
 
 def double(path: bool) -> GaussianProposal:
@@ -285,31 +286,31 @@ def double(path: bool) -> GaussianProposal:
     return GaussianProposal(jnp.array([0.7, 0.4]), jnp.array([0.9, 1.1]), bare().problem, path)
 
 
-def amortised(target: Target, sampler: AbstractSampler) -> Proposal:
+def amortised(target: Exact, sampler: AbstractSampler) -> AmortisedProposal:
     """Make a proposal that nobody has trained."""
-    return random_proposal(target.problem, target.y, target.exact(3, 2000), sampler)
+    return random_proposal(target.problem, target.density.y, target.exact(3, 2000), sampler)
 
 
-def focused(target: Target, sampler: AbstractSampler) -> FocusedProposal:
+def focused(target: Exact, sampler: AbstractSampler) -> FocusedProposal:
     """Make a mixture of two components that differ much."""
     original = amortised(target, sampler)
     return FocusedProposal(original, adjusted(original))
 
 
-def refined(target: Target, here: bool) -> RefinedProposal:
+def refined(target: Exact, here: bool) -> RefinedProposal:
     """Make a proposal that has been trained further on its observation, or on another."""
     original = amortised(target, SDE)
-    x = flatten(original.features(target.y))
+    x = flatten(original.features(target.density))
     score = random_score(target.problem.dim, x.size, seed=7)
     return RefinedProposal(original, dataclasses.replace(adjusted(original), score=score), x + (0.0 if here else 1.0))
 
 
-def of_prior(target: Target) -> Defence:
+def of_prior(target: Exact) -> Defence:
     """Mix with the prior."""
     return Defence(Prior(target.problem), 0.3)
 
 
-def of_witnesses(target: Target) -> Defence:
+def of_witnesses(target: Exact) -> Defence:
     """Mix with a kernel estimate fitted to a part of the posterior."""
     values = np.asarray(target.exact(5, 400))
     return Defence(kernel_estimate(values[values[:, 0] > np.median(values[:, 0])]), 0.3)
@@ -355,7 +356,7 @@ class KernelCase(NamedTuple):
         num_iterations: iterations of each.
     """
 
-    target: Target
+    target: Exact
     kernel: Any
     num: int = 4000
     num_iterations: int = 1
@@ -383,9 +384,9 @@ def drift(case: KernelCase) -> float:
     return standard_errors(functions(run(state)) - functions(state))
 
 
-def score_sde(proposer: Proposer, **options: Any) -> si.ScoreSDE:
+def score_sde(target: Exact, proposer: AbstractProposal, **options: Any) -> si.ScoreSDE:
     """Make the kernel of a proposer."""
-    return si.ScoreSDE(posterior=SimpleNamespace(proposal=proposer, outliers=None, problem=proposer.problem), **options)
+    return si.ScoreSDE(posterior=SimpleNamespace(proposal=proposer, outliers=None, problem=target.problem), **options)
 
 
 def kernels() -> dict[str, Callable[[], KernelCase]]:
@@ -394,16 +395,18 @@ def kernels() -> dict[str, Callable[[], KernelCase]]:
     one, rate = two_counts, unknown_rate
     both = {"num_proposals": 2, "bank_size": 2, "num_local_steps": 1}
     return {
-        "global moves": lambda: KernelCase(bare(), score_sde(double(path=True), bank_size=2), 20_000),
-        "many tries": lambda: KernelCase(bare(), score_sde(double(path=True), num_proposals=3, bank_size=3), 40_000, 3),
-        "local moves": lambda: KernelCase(bare(), score_sde(double(path=True), **both), 20_000),
-        "all moves, focused": lambda: KernelCase(one(), score_sde(focused(one(), SDE), **both)),
-        "resampled paths": lambda: KernelCase(rate(), score_sde(ResampledPaths(started(FLOW), 4), **both), 500),
-        "MALA": lambda: KernelCase(bare(), si.MALA(step_size=0.9, **fixed), num=40_000, num_iterations=5),
+        "global moves": lambda: KernelCase(bare(), score_sde(bare(), double(path=True), bank_size=2), 20_000),
+        "many tries": lambda: KernelCase(
+            bare(), score_sde(bare(), double(path=True), num_proposals=3, bank_size=3), 40_000, 3
+        ),
+        "local moves": lambda: KernelCase(bare(), score_sde(bare(), double(path=True), **both), 20_000),
+        "all moves, focused": lambda: KernelCase(one(), score_sde(one(), focused(one(), SDE), **both)),
+        "resampled paths": lambda: KernelCase(rate(), score_sde(rate(), ResampledPaths(started(FLOW), 4), **both), 500),
+        "MALA": lambda: KernelCase(bare(), si.mcmc.MALA(step_size=0.9, **fixed), num=40_000, num_iterations=5),
         "underdamped": lambda: KernelCase(
-            bare(), si.UnderdampedLangevin(step_size=0.9, **fixed), num=40_000, num_iterations=5
+            bare(), si.mcmc.UnderdampedLangevin(step_size=0.9, **fixed), num=40_000, num_iterations=5
         ),
         "much friction": lambda: KernelCase(
-            bare(), si.UnderdampedLangevin(step_size=0.6, friction=10.0, **fixed), num=40_000, num_iterations=5
+            bare(), si.mcmc.UnderdampedLangevin(step_size=0.6, friction=10.0, **fixed), num=40_000, num_iterations=5
         ),
     }

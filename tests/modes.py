@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 
 import scoreinfer as si
 from scoreinfer.model import read_physics
+from scoreinfer.process import Physics
 from scoreinfer.process.physics import add_noise_stage
 
 
@@ -55,7 +56,7 @@ class Modes(NamedTuple):
     def process(self, noise_stage=True):
         """Read the physics, with its exact inverse as reverse and the observation's noise as one more step."""
         rates = jnp.asarray(self.rates)
-        physics = si.Physics("x", lambda t0, t1, x: x * jnp.exp(rates * (t1 - t0)))
+        physics = Physics("x", lambda t0, t1, x: x * jnp.exp(rates * (t1 - t0)))
         process = read_physics(physics, self.model)
         return add_noise_stage(process, jnp.full(len(rates), self.noise)) if noise_stage else process
 

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Who may import whom, low to high. Names on one line are independent of each other.
 RANKS = """
-_typing _errors _pickling
+_typing errors _pickling
 _tree files
 _program identity
 problem nets process bijections
 score agreement
 montecarlo
-model training draws
-arviz
+model training arviz
+draws
 samplers simulators
 evidence paths
 posterior

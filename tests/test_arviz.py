@@ -180,7 +180,7 @@ def exact_loo():
 
 def loo_error(draws):
     """Bound the Monte Carlo error of leave-one-out: its terms are harmonic means of the likelihood."""
-    ratio = 1 / np.exp(jax.vmap(pointwise, (0, None))(draws.values, OBSERVED)["y"])
+    ratio = 1 / np.exp(jax.vmap(pointwise, (0, None))(draws.unconstrained, OBSERVED)["y"])
     weight = np.exp(np.asarray(draws.log_weight) - np.max(draws.log_weight))[:, None]
     mean = (weight * ratio).sum(0) / weight.sum()
     relative = np.sqrt((weight**2 * (ratio - mean) ** 2).sum(0)) / weight.sum() / mean
@@ -263,7 +263,7 @@ def test_netcdf_round_trip(data, tmp_path):
 
 
 def test_pointwise_dictionary_is_taken_as_it_is(draws, data):
-    given = {"y": jax.vmap(pointwise, (0, None))(draws.values, OBSERVED)["y"]}
+    given = {"y": jax.vmap(pointwise, (0, None))(draws.unconstrained, OBSERVED)["y"]}
     built = to_arviz(draws, key=jax.random.key(1), log_likelihood=given)
     np.testing.assert_allclose(built["log_likelihood"]["y"], data["log_likelihood"]["y"], rtol=1e-4, atol=1e-4)
 

@@ -233,7 +233,7 @@ def prior():
 @pytest.fixture(scope="module")
 def run():
     problem = si.from_numpyro(prior)
-    return lambda simulator, num, store, **options: si.simulate(
+    return lambda simulator, num, store, **options: si.simulators.simulate(
         jax.random.key(0), problem, simulator, num, store=store, **QUIET, **options
     )
 
@@ -314,5 +314,5 @@ def test_stores_of_older_versions_go_on(run, tmp_path):
     assert len(run(offset_by(1.0), 6, tmp_path).read().number) == 6
     for spoiled in (3, {}, {"parts": {}}, {"python": "3.13", "parts": []}, {"version": 1}):
         write_record(tmp_path / MANIFEST, manifest | {"num": 6, "fingerprint": spoiled})
-        with pytest.raises(si.UnreadableFile, match="which simulator was run"):
+        with pytest.raises(si.errors.UnreadableFile, match="which simulator was run"):
             run(offset_by(1.0), 6, tmp_path)

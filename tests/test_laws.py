@@ -50,7 +50,7 @@ def test_a_draw_depends_on_its_row_alone(case):
 def test_density_of_a_draw_is_that_of_the_same_point_given(case):
     """Where no path is drawn; elsewhere another path gives another weight."""
     drawn = case.draw()
-    given = case.weigh(drawn.values)
+    given = case.weigh(drawn.z)
     found = np.isfinite(given.log_q) & np.isfinite(drawn.log_q)
     assert found.mean() > 0.98
     assert (np.abs(given.log_q - drawn.log_q)[found] < 0.02).mean() == pytest.approx(1.0 - case.paths, abs=0.2)

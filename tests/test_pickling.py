@@ -55,7 +55,7 @@ def same_draws(posterior, again, **data):
 
 
 def test_posteriors_draw_the_same():
-    posterior = si.fit(jax.random.key(0), location_scale, **TINY)
+    posterior = si.NPSE(location_scale, **TINY).fit(jax.random.key(0))
     again = pickle.loads(pickle.dumps(posterior))
     same_draws(posterior, again, y=Y1)
     assert again.problem is again.proposal.problem and again.problem.model is location_scale
@@ -77,9 +77,9 @@ def test_problems_keep_the_arguments_they_were_read_with(dumps):
     assert posterior["problem"] is problem
 
 
-@pytest.mark.filterwarnings("ignore::scoreinfer.MisspecificationWarning")  # nothing is learned here
+@pytest.mark.filterwarnings("ignore::scoreinfer.errors.MisspecificationWarning")  # nothing is learned here
 def test_posteriors_of_paths_draw_the_same():
-    fitted = si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), num_simulations=200, num_steps=0, **QUIET)
+    fitted = si.SMDP(MODES.model, "x", num_simulations=200, num_steps=0, **QUIET).fit(jax.random.key(0))
     again = pickle.loads(pickle.dumps(fitted))
     same_draws(fitted, again, y=jnp.array([-1.0, 0.5]))
     assert copy.deepcopy(again.process) is again.process
@@ -88,10 +88,10 @@ def test_posteriors_of_paths_draw_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::scoreinfer.MisspecificationWarning")
+@pytest.mark.filterwarnings("ignore::scoreinfer.errors.MisspecificationWarning")
 def test_learned_starts_draw_the_same():
     rate = UnknownRate(ornstein_uhlenbeck(4)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 4))
-    fitted = si.fit(jax.random.key(0), rate.model, process=si.Physics("x"), num_steps=5, width=8, depth=1, **QUIET)
+    fitted = si.SMDP(rate.model, "x", num_steps=5, width=8, depth=1, **QUIET).fit(jax.random.key(0))
     same_draws(fitted, pickle.loads(pickle.dumps(fitted)), y=np.array([[0.6], [0.3], [0.4]], np.float32))
 
 

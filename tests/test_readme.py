@@ -53,7 +53,7 @@ def test_trust(room, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_any_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    others = si.simulate(jax.random.key(22), prior, simulator, 1000, store="other-runs", progress_bar=False)
+    others = si.simulators.simulate(jax.random.key(22), prior, simulator, 1000, store="other-runs", progress_bar=False)
     theirs = {"key": jax.random.key(23), "prior": prior, "simulator": simulator, "si": si, "numpyro": numpyro}
     theirs |= {"dist": dist, "data": others.read().outputs["flow"][0]}
     with concurrent.futures.ThreadPoolExecutor(2) as theirs["executor"]:

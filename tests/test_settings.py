@@ -37,9 +37,9 @@ STRICT = pytest.mark.parametrize(
 @STRICT
 def test_fitted_posteriors_run_under_strict_settings(setting):
     with setting():
-        posterior = si.fit(jax.random.key(0), model, X, **TINY)
+        posterior = si.NPSE(model, **TINY).fit(jax.random.key(0), X)
         assert posterior.sample(jax.random.key(1), 100, X, Y).num == 100
-        for kernel in (si.MALA(model), si.ScoreSDE(posterior=posterior, bank_size=4)):
+        for kernel in (si.mcmc.MALA(model), si.ScoreSDE(posterior=posterior, bank_size=4)):
             assert np.isfinite(run(kernel, X, Y)).all()
 
 
@@ -51,10 +51,10 @@ def test_one_posterior_is_learned_under_strict_settings(setting):
 
 
 def test_everything_runs_where_jit_is_disabled():
-    posterior = si.fit(jax.random.key(0), model, X, **TINY)
+    posterior = si.NPSE(model, **TINY).fit(jax.random.key(0), X)
     with jax.disable_jit():
-        assert np.isfinite(run(si.MALA(model), X, Y, num=1)).all()
-        assert posterior.sample(jax.random.key(1), 2, X, Y, batch_size=2).num == 2
+        assert np.isfinite(run(si.mcmc.MALA(model), X, Y, num=1)).all()
+        assert posterior.condition(X, Y).sample(jax.random.key(1), 2, batch_size=2).num == 2
 
 
 def test_models_with_run_time_checks():
@@ -68,4 +68,4 @@ def test_models_with_run_time_checks():
         )  # fmt: skip
         numpyro.sample("y", dist.Normal(end.ys[-1], 0.1), obs=y)
 
-    assert np.isfinite(run(si.MALA(decay), 0.4)).all()
+    assert np.isfinite(run(si.mcmc.MALA(decay), 0.4)).all()

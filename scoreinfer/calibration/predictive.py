@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
@@ -39,7 +39,7 @@ class Discrepancy(NamedTuple):
     p_value: float
 
 
-def predictive_check(key: Key, problem: Problem, draws: Draws, num: int = 1000) -> list[Discrepancy]:
+def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepancy]:
     """Compare statistics of the data with those of data simulated from posterior draws.
 
     Mean, standard deviation, smallest and largest value of every observed site. p = 2 min(P(T(y') <= T(y)),
@@ -47,7 +47,6 @@ def predictive_check(key: Key, problem: Problem, draws: Draws, num: int = 1000) 
 
     Args:
         key: random key.
-        problem: the problem the draws are for.
         draws: posterior draws; weighted ones are resampled.
         num: simulated data sets.
 
@@ -59,14 +58,16 @@ def predictive_check(key: Key, problem: Problem, draws: Draws, num: int = 1000) 
 
     References: Gelman, Meng and Stern 1996, Statistica Sinica 6.
     """
-    if problem.simulate_observation is None:
-        raise UnsupportedModel(f"Predictive checks simulate data from parameters: {problem.not_simulable}")
+    problem = draws.problem
+    if problem is None or problem.simulate_observation is None:
+        why = "these draws do not know their problem" if problem is None else problem.not_simulable
+        raise UnsupportedModel(f"Predictive checks simulate data from parameters: {why}")
     strange = sorted(draws.observed.keys() - {site.name for site in problem.observed})
     if strange:
         raise ValueError(f"Expected draws for what the model observes, got draws for {', '.join(strange)}.")
     for_rows, for_data = jax.random.split(key)
     log_weight = np.zeros(draws.num) if draws.log_weight is None else pareto_smooth(draws.log_weight)[0]
-    values = draws.values[resample_indices(for_rows, log_weight, num)]
+    values = draws.unconstrained[resample_indices(for_rows, log_weight, num)]
     simulated = in_batches(lambda i: _simulated(problem, for_data, i, values[i]), num, BATCH)
     own = _statistics(draws.observed)
     return [_compare(name, float(own[name]), np.asarray(simulated[name], np.float64)) for name in sorted(own)]

@@ -17,18 +17,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.arviz import to_prior_sbc
 from scoreinfer.calibration.uniformity import Row, judge
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.mcmc.conditioning import chain_sampler, is_kernel
-from scoreinfer.model import from_numpyro
+from scoreinfer.model import problem_of
 from scoreinfer.montecarlo.weights import log_effective_share
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.base import Proposer, draw
+from scoreinfer.samplers.base import AbstractProposal, Target
 from scoreinfer.simulators.dataset import stored_simulations
 from scoreinfer.simulators.store import Store
 from scoreinfer.training.simulations import Simulations, Standardiser, encode, encoded, simulate, standardiser
@@ -119,16 +119,18 @@ class References(NamedTuple):
 def sbc(
     key: Key,
     posterior: Any,
-    model: Callable | Problem | Store,
     num_simulations: int,
-    *args: Any,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    problem: Problem | None = None,
+    store: Store | None = None,
     num_draws: int = 63,
     num_proposals: int = 256,
     corrected: bool = True,
     num_warmup: int = 500,
     thinning: int = 10,
     progress_bar: bool = True,
-    **kwargs: Any,
 ) -> SBC:
     """Rank known truths among posterior draws of the data that they made.
 
@@ -137,18 +139,18 @@ def sbc(
 
     Args:
         key: random key; simulation i depends on ``key`` and i alone.
-        posterior: a fitted posterior, or a NumPyro kernel.
-        model: the model, or `Problem`, that truths and data come from; or a `Store` of foreign simulations other than
-            those the posterior was trained on, whose valid rows are ranked among the learned draws.
+        posterior: a fitted posterior, or a NumPyro kernel of a model.
         num_simulations: number of data sets.
-        *args: the model's own arguments; data may be left out, and are not looked at.
+        model_args: of a kernel: the model's own arguments; data may be left out, and are not looked at.
+        model_kwargs: of a kernel: the model's own keyword arguments.
+        problem: where truths and data come from; None: the posterior's own problem, or the kernel's model.
+        store: foreign simulations other than those the posterior was trained on: truths and data are their valid rows.
         num_draws: draws that each truth is ranked among.
         num_proposals: weighted proposals of a fitted posterior, of which ``num_draws`` are picked by weight.
         corrected: weigh; False tests the learned draws themselves, and so does a model without a density.
         num_warmup: warm-up steps of a kernel.
         thinning: steps of a kernel between two draws: ranks are uniform for independent draws only.
         progress_bar: show a progress bar on a terminal.
-        **kwargs: the model's own keyword arguments.
 
     Returns:
         The ranks; print them for a table.
@@ -166,10 +168,10 @@ def sbc(
     start = time.perf_counter()
     for_references, for_rows = jax.random.split(key)
     pairs: tuple[Array, Sites] | None = None
-    if isinstance(model, Store):
-        problem, pairs, references = _stored_pairs(for_references, posterior, model, num_simulations)
+    if store is not None:
+        problem, pairs, references = _stored_pairs(for_references, posterior, store, num_simulations)
     else:
-        problem = model if isinstance(model, Problem) else from_numpyro(model, *args, **kwargs)
+        problem = _problem_of(posterior, model_args, model_kwargs or {}) if problem is None else problem
         if problem.simulate is None:
             raise UnsupportedModel(f"Calibration simulates data, and this model has none: {problem.not_simulable}")
         weighs = is_kernel(posterior) or (corrected and problem.has_density)
@@ -178,7 +180,7 @@ def sbc(
         references = _references(simulate(for_references, problem, max(num_simulations, 100)))
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):
-            sampler = chain_sampler(posterior, problem, args, kwargs, num_warmup, num_draws, thinning)
+            sampler = chain_sampler(posterior, problem, model_args, model_kwargs or {}, num_warmup, num_draws, thinning)
             told = _rank_chains(for_rows, problem, references, sampler, num_simulations, num_draws, bar.update)
             share = None
         else:
@@ -192,6 +194,18 @@ def sbc(
             share = np.asarray(share) if weighed else None
     sites, joint = jax.tree.map(np.asarray, told)
     return SBC(sites, joint, num_draws, share, time.perf_counter() - start)
+
+
+def _problem_of(posterior: Any, args: tuple, kwargs: dict[str, Any]) -> Problem:
+    """Take the problem of a posterior, or read a kernel's model."""
+    if not is_kernel(posterior):
+        return posterior.problem
+    if posterior.model is None:
+        raise ValueError(
+            f"Calibration simulates data, and this {type(posterior).__name__} has no `model`. Make the kernel from a "
+            "model, or pass `problem=`."
+        )
+    return problem_of(posterior.model, args, kwargs)
 
 
 def _references(simulations: Simulations) -> References:
@@ -217,7 +231,7 @@ def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Pro
 @eqx.filter_jit
 def _rank_rows(
     key: Key,
-    proposal: Proposer,
+    proposal: AbstractProposal,
     problem: Problem,
     references: References,
     sizes: tuple[int, int, bool],
@@ -230,16 +244,15 @@ def _rank_rows(
     def one(row):
         for_pair, for_draws, for_pick, for_ties = jax.random.split(jax.random.fold_in(key, row), 4)
         z, y = cast(Any, problem.simulate)(for_pair) if pairs is None else jax.tree.map(lambda leaf: leaf[row], pairs)
-        context = proposal.context(y)
-        keys = jax.random.split(for_draws, num_proposals)
+        target = Target(problem, y)
+        context = proposal.context(target)
+        drawn = jax.vmap(lambda k: proposal.sample(k, target, context))(jax.random.split(for_draws, num_proposals))
         if not weighed:
-            values = jax.vmap(lambda k: proposal.propose(k, context)[0])(keys)
-            return _ranks(for_ties, problem, references, z, y, values), jnp.ones(())
-        drawn = jax.vmap(lambda k: draw(k, proposal, context, y))(keys)
+            return _ranks(for_ties, problem, references, z, y, drawn.z), jnp.ones(())
         log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
         picked = jax.random.categorical(for_pick, log_weight, shape=(num_draws,))
         share = jnp.exp(log_effective_share(log_weight))
-        return _ranks(for_ties, problem, references, z, y, drawn.values[picked]), share
+        return _ranks(for_ties, problem, references, z, y, drawn.z[picked]), share
 
     return jax.vmap(one)(rows)
 

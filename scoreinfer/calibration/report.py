@@ -2,7 +2,6 @@
 
 import html
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ from scoreinfer.calibration.ranks import SBC, sbc
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import MAX_OUTLYING, Certificate
 from scoreinfer.files import write_file
-from scoreinfer.problem import Problem
-from scoreinfer.simulators.store import Store
 
 SUSPICIOUS = 0.01
 """Predictive p-value below which a statistic of the data is named."""
@@ -59,25 +56,20 @@ class CalibrationReport(NamedTuple):
 def calibrate(
     key: Key,
     posterior: Any,
-    model: Callable | Problem | Store,
     num_simulations: int,
-    *args: Any,
+    *,
     draws: Draws | None = None,
-    progress_bar: bool = True,
-    **kwargs: Any,
+    **options: Any,
 ) -> CalibrationReport:
     """Check a posterior on data sets of known truth and, where ``draws`` are given, on the data they are for.
 
     Args:
         key: random key.
         posterior: a fitted posterior, or a NumPyro kernel.
-        model: the model, or `Problem`; or a `Store` (see `sbc`).
         num_simulations: data sets; 200 show gross faults, 1000 faults of a tenth of a standard deviation.
-        *args: the model's own arguments; data may be left out.
         draws: what ``posterior.sample`` gave for the data of interest: adds predictive checks, and whether the data
             are like the model's.
-        progress_bar: show a progress bar on a terminal.
-        **kwargs: the model's own keyword arguments, and those of `sbc`.
+        **options: those of `sbc`.
 
     Returns:
         The report; print it, or ``save("report.html")``.
@@ -86,13 +78,12 @@ def calibrate(
         own data; nothing here proves that the model is right.
     """
     for_ranks, for_data = jax.random.split(key)
-    ranks = sbc(for_ranks, posterior, model, num_simulations, *args, progress_bar=progress_bar, **kwargs)
+    ranks = sbc(for_ranks, posterior, num_simulations, **options)
     if draws is None:
         return CalibrationReport(ranks.calibrated, (_of_ranks(ranks),), ranks)
-    problem = posterior.problem if hasattr(posterior, "problem") else model
     rows: tuple[Discrepancy, ...] = ()
-    if isinstance(problem, Problem) and problem.simulate_observation is not None:
-        rows = tuple(predictive_check(for_data, problem, draws))
+    if draws.problem is not None and draws.problem.simulate_observation is not None:
+        rows = tuple(predictive_check(for_data, draws))
     verdict = [_of_ranks(ranks), *_of_data(draws.certificate, rows)]
     outlying = draws.certificate.distance_rank <= MAX_OUTLYING
     refused = draws.log_joint is not None and not draws.certificate.certified

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify
 from scoreinfer.montecarlo.first_draws import (
     NUM_WITNESSES,
@@ -42,7 +42,7 @@ from scoreinfer.montecarlo.langevin import LogDensity, metropolis
 from scoreinfer.montecarlo.reference import AbstractReference, Overdispersed
 from scoreinfer.montecarlo.resampling import next_power, resample
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
-from scoreinfer.samplers.base import Proposer, Weighted
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, batch_shape, mixed, weigh_rows
 
 KEPT_SHARE = 0.7
@@ -161,14 +161,19 @@ def _move(
 
 
 def hold_against(
-    key: Key, proposal: Proposer, y: Sites, drawn: Weighted, witnesses: Witnesses, defence: Defence | None = None
+    key: Key,
+    proposal: AbstractProposal,
+    target: Target,
+    drawn: Weighted,
+    witnesses: Witnesses,
+    defence: Defence | None = None,
 ) -> ForwardCheck:
     """Weigh witnesses under a proposal, and compare with the mean weight of its own draws.
 
     Args:
         key: random key.
         proposal: the proposal.
-        y: the observation.
+        target: the posterior of the observation.
         drawn: its weighted draws.
         witnesses: at most 512 of them are weighed (`held`).
         defence: what the proposal was mixed with.
@@ -178,7 +183,7 @@ def hold_against(
         return ForwardCheck(jnp.zeros(0), np.nan, source, 0.0, witnesses.num_first)
     values = held(witnesses)
     size = batch_shape(len(values), NUM_HELD)
-    weighed = in_batches(lambda i: weigh_rows(key, proposal, y, i, values[i]), len(values), size)
+    weighed = in_batches(lambda i: weigh_rows(key, proposal, target, i, values[i]), len(values), size)
     weighed = weighed if defence is None else mixed(defence, weighed)
     log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
     return ForwardCheck(log_excess, np.nan, source, witnesses.num_informative, witnesses.num_first)
@@ -207,8 +212,8 @@ class Judged(NamedTuple):
 
 def judge(
     key: Key,
-    proposal: Proposer,
-    y: Sites,
+    proposal: AbstractProposal,
+    target: Target,
     drawn: Weighted,
     witnesses: Witnesses,
     defence: Defence | None,
@@ -220,7 +225,7 @@ def judge(
     Args:
         key: random key.
         proposal: the proposal.
-        y: the observation.
+        target: the posterior of the observation.
         drawn: its weighted draws.
         witnesses: the witnesses at the observation.
         defence: what the proposal was mixed with.
@@ -231,14 +236,14 @@ def judge(
         its draws' random numbers.
     """
     one, other = (witnesses._replace(values=witnesses.values[i::2]) for i in range(2))
-    check = hold_against(key, proposal, y, drawn, one, defence)
+    check = hold_against(key, proposal, target, drawn, one, defence)
     first = Judged(drawn, certify(drawn.log_weight, check, *others), drawn.num)
     good = first.certificate.certified and first.certificate.missed < MAX_LEFT
     mending = None if good or again is None else repair(held(one), check.log_excess)
     if mending is None or again is None:
         return first
     drawn = again(mending)
-    check = hold_against(key, proposal, y, drawn, other, mending)
+    check = hold_against(key, proposal, target, drawn, other, mending)
     num = first.num_proposals + drawn.num
     mended = Judged(drawn, certify(drawn.log_weight, check, *others), num, mending.share)
     return max(first._replace(num_proposals=num), mended, key=_standing)

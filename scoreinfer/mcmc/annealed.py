@@ -12,7 +12,8 @@ from numpyro.util import is_prng_key
 from scoreinfer._typing import Key
 from scoreinfer.mcmc.contract import Origin, Origins, layout, observe
 from scoreinfer.posterior.amortised import Posterior
-from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.samplers.amortised import AmortisedProposal
+from scoreinfer.samplers.base import Target
 from scoreinfer.score import AbstractScore
 
 
@@ -85,7 +86,7 @@ class AnnealedLangevin(MCMCKernel):
     ):
         if (posterior is None) == (score is None) or (score is None) != (dim is None):
             raise ValueError("Expected either a `posterior`, or a `score` and its `dim`.")
-        if posterior is not None and not isinstance(posterior.proposal, Proposal):
+        if posterior is not None and not isinstance(posterior.proposal, AmortisedProposal):
             raise ValueError(
                 "Expected a posterior of parameters as `fit` returns it, got a focused one, whose density is a "
                 "mixture, or one of paths."
@@ -132,8 +133,8 @@ class AnnealedLangevin(MCMCKernel):
                 raise RuntimeError("Pickling left the posterior of this kernel out: make the kernel anew to run it.")
             return self._walk(key, self.score, self.dim, None)
         proposal, problem = self.posterior.proposal, self.posterior.problem
-        assert isinstance(proposal, Proposal)
-        context = proposal.context(observe(problem, args, kwargs))
+        assert isinstance(proposal, AmortisedProposal)
+        context = proposal.context(Target(problem, observe(problem, args, kwargs)))
         u = self._walk(key, proposal.score, problem.dim, context.features)
         return layout(problem).unflatten(context.affine.forward(u).astype(jnp.result_type(float)))
 

@@ -14,19 +14,18 @@ from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
 from scoreinfer._tree import own_broadcasting
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify as certify_weights
 from scoreinfer.evidence.witnesses import gather, hold_against
-from scoreinfer.mcmc.contract import observe
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
 from scoreinfer.montecarlo.first_draws import num_ancestors
 from scoreinfer.montecarlo.reference import Overdispersed, reference_of
 from scoreinfer.montecarlo.tempering import Particles, begin
 from scoreinfer.montecarlo.weights import log_evidence
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.samplers.base import Weighted
+from scoreinfer.samplers.amortised import AbstractAmortised
+from scoreinfer.samplers.base import Target, Weighted
 from scoreinfer.samplers.batches import weigh_rows, weighted_draws
-from scoreinfer.samplers.refined import AmortisedProposal
 from scoreinfer.samplers.single import Effort, explore
 
 MAX_R_HAT = 1.05
@@ -115,21 +114,22 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
     for_draws, for_explorer, for_places, for_witnesses = random.split(random.fold_in(key, 0), 4)
     fit = kernel.fit_of(state)
-    y = observe(fit.proposer.problem, mcmc._args, mcmc._kwargs)
+    target = fit.target(mcmc._args, mcmc._kwargs)
+    y = target.y
     if not all(np.allclose(y[name], state.y[name], rtol=1e-5, atol=1e-6, equal_nan=True) for name in y):
         raise ValueError("The data have changed since this run, whose chains answer for the old ones. Run it again.")
-    drawn = weighted_draws(for_draws, fit.proposer, y, 1024, None, 0, num)
-    checks = [_witnessed(for_witnesses, for_places, kernel, fit, y, drawn)]
+    drawn = weighted_draws(for_draws, fit.proposal, target, 1024, None, 0, num)
+    checks = [_witnessed(for_witnesses, for_places, kernel, fit, target, drawn)]
     evidences: tuple[float, ...] = ()
     if fit.evidence is not None:
-        explored, evidences = _explored(for_explorer, for_places, kernel, fit, y, drawn)
+        explored, evidences = _explored(for_explorer, for_places, kernel, fit, target, drawn)
         checks.append(explored)
-    if fit.outliers is not None and isinstance(fit.proposer, AmortisedProposal):
-        rank = float(fit.outliers.rank(flatten(fit.proposer.features(y))))
+    if fit.outliers is not None and isinstance(fit.proposal, AbstractAmortised):
+        rank = float(fit.outliers.rank(flatten(fit.proposal.features(target))))
         checks.append(ForwardCheck(jnp.zeros(0), rank))
     weights = certify_weights(drawn.log_weight, *checks)
     samples = mcmc.get_samples(group_by_chain=True)
-    latent = {site.name for site in fit.proposer.problem.latents}
+    latent = {site.name for site in fit.problem.latents}
     if latent:
         samples = {name: values for name, values in samples.items() if name in latent}
     r_hat, nested = _largest(split_gelman_rubin, samples), np.nan
@@ -148,25 +148,23 @@ def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
 
 
 def _witnessed(
-    for_witnesses: Key, for_weights: Key, kernel: ScoreSDE, fit: Fit, y: Sites, drawn: Weighted
+    for_witnesses: Key, for_weights: Key, kernel: ScoreSDE, fit: Fit, target: Target, drawn: Weighted
 ) -> ForwardCheck:
     """Hold witnesses from the prior against the proposals; from the explorer's start where there is no prior."""
-    problem = fit.proposer.problem
-    reference, target = reference_of(problem, kernel.start_scale), jax.tree_util.Partial(problem.log_joint, y=y)
-    return hold_against(for_weights, fit.proposer, y, drawn, gather(for_witnesses, reference, target))
+    reference = reference_of(fit.problem, kernel.start_scale)
+    return hold_against(for_weights, fit.proposal, target, drawn, gather(for_witnesses, reference, target))
 
 
 def _explored(
-    for_explorer: Key, for_places: Key, kernel: ScoreSDE, fit: Fit, y: Sites, drawn: Weighted
+    for_explorer: Key, for_places: Key, kernel: ScoreSDE, fit: Fit, target: Target, drawn: Weighted
 ) -> tuple[ForwardCheck, tuple[float, ...]]:
     """Hold the explorers' particles against the proposals; return their log evidences, too."""
     assert fit.evidence is not None
     informative = fit.evidence.num_informative
     first = fit.evidence.places
     for_start, for_second, for_third = random.split(for_explorer, 3)
-    began = begin(for_start, reference_of(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    began = begin(for_start, reference_of(fit.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
     seen = jnp.concatenate([first, began])
-    target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
 
     def explore_from(key: Key, times: float) -> Particles:
         reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
@@ -184,10 +182,10 @@ def _explored(
     with contextlib.suppress(FloatingPointError):  # so far away a density may overflow or be too far to walk to
         parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
     places = jnp.concatenate(parts)
-    weighed = weigh_rows(for_places, fit.proposer, y, jnp.arange(places.shape[0]), places)
+    weighed = weigh_rows(for_places, fit.proposal, target, jnp.arange(places.shape[0]), places)
     log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
     # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
-    counts = (weighed.log_joint >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
+    counts = (weighed.log_target >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
     log_excess = jnp.where(counts, log_excess, jnp.nan)
     return ForwardCheck(log_excess, np.nan, "the explorers' particles", informative), tuple(evidences)
 
@@ -195,9 +193,9 @@ def _explored(
 def _floor(drawn: Weighted) -> float:
     """Compute the log density above which 99 % of the draws' weight lies."""
     log_weight = np.nan_to_num(np.asarray(drawn.log_weight, np.float64), nan=-np.inf)
-    order = np.argsort(drawn.log_joint)
+    order = np.argsort(drawn.log_target)
     below = np.cumsum(np.exp(log_weight[order] - log_weight.max()))
-    return float(drawn.log_joint[order[np.searchsorted(below, 0.01 * below[-1])]])
+    return float(drawn.log_target[order[np.searchsorted(below, 0.01 * below[-1])]])
 
 
 def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:

@@ -12,7 +12,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.mcmc.langevin import AbstractLangevin
-from scoreinfer.mcmc.score_sde import ScoreSDE, with_problem
+from scoreinfer.mcmc.score_sde import ScoreSDE
 from scoreinfer.problem import Problem
 
 
@@ -63,10 +63,7 @@ def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dic
     opened = dataclasses.replace(problem, read=lambda args, kwargs: args[0], recipe=None)
     kernel = copy.copy(kernel)
     if isinstance(kernel, ScoreSDE) and any(fit.evidence is None for fit in kernel._fits):
-        kernel._fits = [
-            fit._replace(proposer=with_problem(fit.proposer, opened), arguments=None, stripped=False)
-            for fit in kernel._fits
-        ]
+        kernel._fits = [fit._replace(problem=opened, arguments=None) for fit in kernel._fits]
         kernel._sample_fn, kernel.model = None, None
         return kernel, False
     model = kernel.model

@@ -384,6 +384,10 @@ class AbstractLangevin(MCMCKernel):
         self._origins.check(problem, args, kwargs or {}, self._problems.index(problem))
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
+    def num_evaluations(self, num_iterations: int, state: LangevinState) -> float:
+        """Count evaluations of the density by so many iterations: one each."""
+        return float(num_iterations)
+
     def get_diagnostics_str(self, state: LangevinState) -> str:
         """Describe the chain for the progress bar."""
         return f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"

@@ -8,8 +8,8 @@ fit they come from, and the observation that the proposals in the bank were draw
 of fits, observations, chain methods and `MCMC` objects, and nothing it answers is stale.
 """
 
+import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,18 +22,16 @@ from jaxtyping import Array, PyTree
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import evaluated_at_once, is_traced, own_broadcasting
 from scoreinfer._typing import Key, Sites
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.evidence.bank import Outliers
 from scoreinfer.mcmc.contract import NO_START, Origins, check_density, layout, observe, unconstrain
 from scoreinfer.mcmc.transition import ScoreSDEState, Weights, refresh, start, transition
-from scoreinfer.model import from_numpyro, read_again
-from scoreinfer.paths.proposal import StartedPaths, beginning
-from scoreinfer.posterior.fit import fit
+from scoreinfer.model import from_numpyro
+from scoreinfer.posterior.npse import NPSE
 from scoreinfer.problem import Problem, from_potential
-from scoreinfer.process import PhysicsProcess
-from scoreinfer.samplers.base import Proposer
+from scoreinfer.samplers.base import AbstractProposal, Target
 from scoreinfer.samplers.single import Effort, Evidence, learn
 
 
@@ -41,45 +39,27 @@ class Fit(NamedTuple):
     """A sampler, and model arguments of its design (None where the kernel has not seen any).
 
     Args:
-        proposer: the sampler.
+        problem: the problem that it is for.
+        proposal: the sampler.
         arguments: model arguments; of a bare density, an example of what it takes.
         evidence: what the explorer found, where the sampler answers for one observation only.
         outliers: simulations by which an outlying observation is told, where it answers for any.
-        stripped: whether the problem was left out in pickling; it is read again when the kernel is next run.
     """
 
-    proposer: Proposer
+    problem: Problem
+    proposal: AbstractProposal
     arguments: tuple[tuple, dict[str, Any]] | None
     evidence: Evidence | None = None
     outliers: Outliers | None = None
-    stripped: bool = False
+
+    def target(self, args: tuple, kwargs: dict[str, Any]) -> Target:
+        """Read the observation in these model arguments."""
+        return Target(self.problem, observe(self.problem, args, kwargs))
 
 
-def with_problem(proposer: Any, problem: Problem | None) -> Any:
-    """Copy a sampler, and the samplers it is made of, with another problem.
-
-    (An Equinox module is frozen, and its problem is static.)
-    """
-    copy, own = object.__new__(type(proposer)), problem
-    for field in dataclasses.fields(proposer):
-        value = getattr(proposer, field.name)
-        if field.name == "problem":
-            value = problem
-        elif isinstance(value, Proposer):
-            if isinstance(proposer, StartedPaths) and problem is not None:
-                own = beginning(problem, proposer.backward.process, proposer.physics, proposer.site)
-            value = with_problem(value, own)
-        object.__setattr__(copy, field.name, value)
-    return copy
-
-
-def map_physics(proposer: Any, change: Callable[[PhysicsProcess], PhysicsProcess]) -> Any:
-    """Copy a sampler with another physics, where it has any."""
-
-    def is_physics(node: Any) -> bool:
-        return isinstance(node, PhysicsProcess)
-
-    return jax.tree.map(lambda node: change(node) if is_physics(node) else node, proposer, is_leaf=is_physics)
+def amortised_fit(posterior: Any, arguments: tuple[tuple, dict[str, Any]] | None) -> Fit:
+    """Take the sampler of a fitted posterior."""
+    return Fit(posterior.problem, posterior.proposal, arguments, outliers=getattr(posterior, "outliers", None))
 
 
 class ScoreSDE(MCMCKernel):
@@ -94,8 +74,7 @@ class ScoreSDE(MCMCKernel):
     learned; other data are learned anew. Sampling is a fixed, exact kernel. `certify` judges the result.
 
     A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` say where; so does a
-    run on other data than the warm-up's. Pickling leaves out the problem, which is read from the (importable) model
-    again when the kernel is next run.
+    run on other data than the warm-up's.
 
     Args:
         model: NumPyro model; beside ``posterior``, what ArviZ and a pickled kernel read.
@@ -150,7 +129,7 @@ class ScoreSDE(MCMCKernel):
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
         self.key, self.progress_bar = key, progress_bar
-        self._fits = [] if posterior is None else [Fit(posterior.proposal, None, outliers=posterior.outliers)]
+        self._fits = [] if posterior is None else [amortised_fit(posterior, None)]
         self._latest = 0
         self._origins = Origins()
         self._is_block = False
@@ -162,8 +141,8 @@ class ScoreSDE(MCMCKernel):
         if self.model is None:
             raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
         with evaluated_at_once():
-            posterior = fit(key, self.model, *args, progress_bar=self.progress_bar, **kwargs)
-        self._keep(Fit(posterior.proposal, (args, kwargs), outliers=posterior.outliers))
+            posterior = NPSE(self.model, progress_bar=self.progress_bar).fit(key, *args, **kwargs)
+        self._keep(amortised_fit(posterior, (args, kwargs)))
         return posterior
 
     @own_broadcasting
@@ -181,15 +160,15 @@ class ScoreSDE(MCMCKernel):
             **kwargs: the model's own keyword arguments.
         """
         problem = self._read(args, kwargs, init_params)
-        y = observe(problem, args, kwargs)
+        target = Target(problem, observe(problem, args, kwargs))
         num_particles = min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192)
         effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
         with evaluated_at_once():
-            proposer, evidence = learn(
-                key, problem, y, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
+            proposal, evidence = learn(
+                key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
             )
         arguments = ((init_params,), {}) if self.model is None else (args, kwargs)
-        self._keep(Fit(proposer, arguments, evidence))
+        self._keep(Fit(problem, proposal, arguments, evidence))
 
     def _keep(self, fit: Fit) -> None:
         self._latest = len(self._fits)
@@ -202,59 +181,35 @@ class ScoreSDE(MCMCKernel):
                 raise ValueError("Expected `init_params` beside `potential_fn`: they say what it takes.")
             shapes = jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jnp.result_type(leaf)), example)
             return from_potential(self.potential_fn, shapes)
-        for number in range(len(self._fits)):
-            try:
-                problem = self._proposer(number, args, kwargs).problem
-                observe(problem, args, kwargs)
-            except ValueError:
-                continue
-            return problem
+        for fit in self._fits:
+            with contextlib.suppress(ValueError):
+                fit.target(args, kwargs)
+                return fit.problem
         assert self.model is not None
         return from_numpyro(self.model, *args, **kwargs)
 
-    def _proposer(self, number: int, args: tuple, kwargs: dict[str, Any]) -> Proposer:
-        """Look up a sampler; one that has been pickled reads its problem from the model again."""
-        fit = self._fits[number]
-        if fit.stripped:
-            args, kwargs = fit.arguments or (args, kwargs)
-            with evaluated_at_once():
-                if self.potential_fn is not None:
-                    problem = from_potential(self.potential_fn, *args)
-                elif self.model is not None:
-                    problem = from_numpyro(self.model, *args, **kwargs)
-                else:
-                    raise ValueError("A pickled ScoreSDE has lost its problem: give ScoreSDE the model as well.")
-                proposer = fit.proposer
-                if self.model is not None:
-                    model = self.model
-                    proposer = map_physics(proposer, lambda process: read_again(process, model, *args, **kwargs))
-                fit = fit._replace(proposer=with_problem(proposer, problem), stripped=False)
-            self._fits[number] = fit
-        self._latest = number
-        return fit.proposer
-
-    def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Proposer, Sites]:
+    def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Fit, Target]:
         """Look up the sampler that answers for these arguments, the latest first, and the observation in them.
 
         With ``any_data`` the design alone has to be the same.
         """
         error = None
         for number in sorted(range(len(self._fits)), key=lambda number: number != self._latest):
+            fit = self._fits[number]
             try:
-                proposer = self._proposer(number, args, kwargs)
-                y = observe(proposer.problem, args, kwargs)
+                target = fit.target(args, kwargs)
             except ValueError as mismatch:
                 error = error or mismatch
                 continue
-            evidence = self._fits[number].evidence
-            if any_data or evidence is None or _same(y, evidence.y):
-                return proposer, y
+            if any_data or fit.evidence is None or _same(target.y, fit.evidence.y):
+                self._latest = number
+                return fit, target
             error = error or ValueError("ScoreSDE has learned the posterior of other data.")
         raise error or ValueError("ScoreSDE has learned nothing yet.")
 
     def _find_or_learn(
         self, args: tuple, kwargs: dict[str, Any], rng_key: Array, num_warmup: int, example: PyTree
-    ) -> tuple[Proposer, Sites]:
+    ) -> tuple[Fit, Target]:
         """Look up the sampler that answers for these arguments; learn one where there is none."""
         try:
             return self._find(args, kwargs, any_data=self._is_block)  # what a block is conditioned on changes anyway
@@ -288,43 +243,44 @@ class ScoreSDE(MCMCKernel):
         model_kwargs = model_kwargs or {}
         one = is_prng_key(rng_key)
         example = init_params if one else jax.tree.map(lambda leaf: leaf[0], init_params)
-        proposer, y = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
-        if not proposer.problem.has_density:
+        fit, target = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
+        if not fit.problem.has_density:
             raise UnsupportedModel("The model has no density to correct with: use `posterior.sample` instead.")
-        check_density(proposer.problem, y, gradient=self.num_local_steps > 0)
+        check_density(target.problem, target.y, gradient=self.num_local_steps > 0)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
-        begin = partial(start, proposer, y, *sizes, self.num_local_steps > 0)
+        begin = partial(start, fit.proposal, target, *sizes, self.num_local_steps > 0)
         if self._is_block and init_params is not None:
-            init_params = unconstrain(proposer.problem, rng_key, init_params)
+            init_params = unconstrain(fit.problem, rng_key, init_params)
         state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
         if init_params is not None and not is_traced(state.log_weight) and not np.isfinite(state.log_weight).all():
             raise RuntimeError(f"{NO_START} where the chains were told to start, by `init_params`.")
-        if self._fits[self._latest].arguments is None and not is_traced((model_args, model_kwargs)):
-            self._fits[self._latest] = self._fits[self._latest]._replace(arguments=(model_args, model_kwargs))
+        if fit.arguments is None and not is_traced((model_args, model_kwargs)):
+            self._fits[self._latest] = fit._replace(arguments=(model_args, model_kwargs))
         self._sample_fn = self.sample
-        arrays = jax.tree.leaves(eqx.filter(proposer, eqx.is_array))
-        origin = self._origins.begin(proposer.problem, model_args, model_kwargs)
-        return state._replace(y=y, weights=Weights(tuple(arrays), self._latest), origin=origin)
+        arrays = jax.tree.leaves(eqx.filter(fit.proposal, eqx.is_array))
+        origin = self._origins.begin(fit.problem, model_args, model_kwargs)
+        return state._replace(y=target.y, weights=Weights(tuple(arrays), self._latest), origin=origin)
 
     @own_broadcasting
     def sample(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Move one chain, or all chains of a vectorised state, by one iteration."""
         model_kwargs = model_kwargs or {}
-        proposer, y = self._restore(state, model_args, model_kwargs)
-        return _each_chain(partial(transition, proposer, y, self.num_proposals, self.num_local_steps), state)
+        proposal, target = self._restore(state, model_args, model_kwargs)
+        return _each_chain(partial(transition, proposal, target, self.num_proposals, self.num_local_steps), state)
 
-    def _restore(self, state: ScoreSDEState, args: tuple, kwargs: dict[str, Any]) -> tuple[Proposer, Sites]:
+    def _restore(self, state: ScoreSDEState, args: tuple, kwargs: dict[str, Any]) -> tuple[AbstractProposal, Target]:
         """Put the weights that travel in the state back into their sampler; read the observation."""
-        proposer = self._proposer(state.weights.fit, args, kwargs)
-        arrays, static = eqx.partition(proposer, eqx.is_array)
+        fit = self._fits[state.weights.fit]
+        self._latest = state.weights.fit
+        arrays, static = eqx.partition(fit.proposal, eqx.is_array)
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), state.weights.arrays)
-        return eqx.combine(arrays, static), observe(proposer.problem, args, kwargs)
+        return eqx.combine(arrays, static), fit.target(args, kwargs)
 
     @own_broadcasting
     def refresh(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
         """Weigh the current draw for other values of what the model is conditioned on, as `Gibbs` asks."""
-        proposer, y = self._restore(state, model_args, model_kwargs or {})
-        return _each_chain(partial(refresh, proposer, y), state)
+        proposal, target = self._restore(state, model_args, model_kwargs or {})
+        return _each_chain(partial(refresh, proposal, target), state)
 
     def wrap_model(self, wrapper: Callable) -> "ScoreSDE":
         """Copy the kernel with another model and nothing learned; `Gibbs` gives it constrained first values."""
@@ -337,7 +293,6 @@ class ScoreSDE(MCMCKernel):
 
     def fit_of(self, state: ScoreSDEState) -> Fit:
         """Return the sampler that a state was moved by."""
-        self._proposer(state.weights.fit, (), {})
         return self._fits[state.weights.fit]
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
@@ -345,7 +300,7 @@ class ScoreSDE(MCMCKernel):
         if self.potential_fn is not None:
             return lambda z: z
         if self._is_block:  # asked without the values it is conditioned on, for its own sites alone
-            problem = self._fits[self._latest].proposer.problem
+            problem = self._fits[self._latest].problem
             return lambda z: problem.latent_sites(layout(problem).flatten(z))
         problem = self._find(args, kwargs or {}, any_data=True)[0].problem
         self._origins.check(problem, args, kwargs or {})
@@ -359,11 +314,16 @@ class ScoreSDE(MCMCKernel):
             text += f", local step size {tuned.step_size:.2e}, acc. prob={tuned.accept_prob:.2f}"
         return text
 
+    def num_evaluations(self, num_iterations: int, state: ScoreSDEState) -> float:
+        """Count evaluations of the density by so many iterations, and by the learning before them."""
+        evidence = self.fit_of(state).evidence
+        local = self.num_local_steps + 2 if self.num_local_steps else 0
+        learning = 0 if evidence is None else evidence.num_gradients
+        return float(num_iterations * (self.num_proposals + local) + learning)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the problems and their physics, which hold closures."""
-        bare = [map_physics(with_problem(fit.proposer, None), PhysicsProcess.without_steps) for fit in self._fits]
-        fits = [fit._replace(proposer=proposer, stripped=True) for fit, proposer in zip(self._fits, bare, strict=True)]
-        return self.__dict__ | {"_fits": fits, "_origins": Origins(), "_sample_fn": None}
+        """Leave out what belongs to this process."""
+        return self.__dict__ | {"_origins": Origins(), "_sample_fn": None}
 
 
 def _same(y: Sites, other: Sites) -> bool:

@@ -36,21 +36,13 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.base import spread
 from scoreinfer.mcmc.contract import Origin, any_chain, flatten, layout, same_bits
 from scoreinfer.montecarlo.langevin import TARGET_ACCEPT_PROB, differentiate, metropolis_langevin_step
-from scoreinfer.samplers.base import Proposer
-
-
-class Weighed(NamedTuple):
-    """One draw (or, with a leading axis, several) and its weight."""
-
-    z: Float[Array, "*num dim"]
-    log_weight: Float[Array, "*num"]
-    log_joint: Float[Array, "*num"]
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 
 class Bank(NamedTuple):
     """Proposals waiting for one chain, which must arrive with the random key of these bits."""
 
-    proposals: Weighed
+    proposals: Weighted
     used: Int[Array, ""]
     key_bits: UInt[Array, " words"]
 
@@ -105,37 +97,35 @@ class ScoreSDEState(NamedTuple):
     rng_key: Array
 
 
-def weigh(proposer: Proposer, y: Sites, z: Float[Array, " dim"], log_q: Float[Array, ""]) -> Weighed:
-    """Compute log w = log p(z, y) - log q: infinite where the proposals never come, minus infinity where it fails."""
-    log_joint = proposer.problem.log_joint(z, y)
-    log_weight = log_joint - log_q
-    fails = jnp.isnan(log_weight) | ~jnp.isfinite(log_joint)
-    return Weighed(z, jnp.where(fails, -jnp.inf, log_weight), log_joint)
+def cleaned(drawn: Weighted) -> Weighted:
+    """Give draws at which the density fails the weight zero."""
+    fails = jnp.isnan(drawn.log_weight) | ~jnp.isfinite(drawn.log_target)
+    return drawn._replace(log_weight=jnp.where(fails, -jnp.inf, drawn.log_weight))
 
 
-def weigh_anew(key: Key, proposer: Proposer, y: Sites, z: Float[Array, " dim"]) -> Weighed:
-    """Weigh any ``z``, over a fresh path where the weight is one of paths."""
-    return weigh(proposer, y, z, proposer.log_q(key, proposer.context(y), z))
+def weigh_anew(key: Key, proposal: AbstractProposal, target: Target, z: Float[Array, " dim"]) -> Weighted:
+    """Weigh any ``z``, over a fresh path where the weight is one of paths; infinite where no proposal ever comes."""
+    return cleaned(proposal.weigh(key, target, proposal.context(target), z))
 
 
-def draw_proposals(key: Key, proposer: Proposer, y: Sites, num: int) -> Weighed:
+def draw_proposals(key: Key, proposal: AbstractProposal, target: Target, num: int) -> Weighted:
     """Draw and weigh ``num`` independent proposals."""
-    context = proposer.context(y)
-    return jax.vmap(lambda key: weigh(proposer, y, *proposer.propose(key, context)))(random.split(key, num))
+    context = proposal.context(target)
+    return jax.vmap(lambda key: cleaned(proposal.sample(key, target, context)))(random.split(key, num))
 
 
-def refill(key: Key, proposer: Proposer, y: Sites, bank: Bank, stale: Bool[Array, ""]) -> Bank:
+def refill(key: Key, proposal: AbstractProposal, target: Target, bank: Bank, stale: Bool[Array, ""]) -> Bank:
     """Replace the bank where it is stale; the sampler runs only when it is stale for some chain."""
 
-    def drawn() -> Weighed:
-        fresh = draw_proposals(key, proposer, y, bank.proposals.log_weight.size)
+    def drawn() -> Weighted:
+        fresh = draw_proposals(key, proposal, target, bank.proposals.log_weight.size)
         return jax.tree.map(partial(jnp.where, stale), fresh, bank.proposals)
 
     proposals = lax.cond(any_chain(stale), drawn, lambda: bank.proposals)
     return bank._replace(proposals=proposals, used=jnp.where(stale, 0, bank.used))
 
 
-def select(key: Key, proposals: Weighed, current: Weighed) -> tuple[Weighed, Float[Array, ""]]:
+def select(key: Key, proposals: Weighted, current: Weighted) -> tuple[Weighted, Float[Array, ""]]:
     """Try one of the proposals, picked by weight: the next draw, and the acceptance probability of the pick.
 
     Exactness: exact: multiple-try Metropolis with independent proposals (proof in the module's docstring).
@@ -149,18 +139,18 @@ def select(key: Key, proposals: Weighed, current: Weighed) -> tuple[Weighed, Flo
     return jax.tree.map(lambda new, old: jnp.where(accept, new[pick], old), proposals, current), accept_prob
 
 
-def current_draw(proposer: Proposer, state: ScoreSDEState) -> Weighed:
+def current_draw(target: Target, state: ScoreSDEState) -> Weighted:
     """Read the current draw off the state."""
-    return Weighed(layout(proposer.problem).flatten(state.z), state.log_weight, -state.potential_energy)
+    return Weighted(layout(target.problem).flatten(state.z), state.log_weight, -state.potential_energy)
 
 
-def with_draw(proposer: Proposer, state: ScoreSDEState, draw: Weighed) -> ScoreSDEState:
+def with_draw(target: Target, state: ScoreSDEState, draw: Weighted) -> ScoreSDEState:
     """Write the current draw into the state."""
-    z = layout(proposer.problem).unflatten(draw.z)
-    return state._replace(z=z, log_weight=draw.log_weight, potential_energy=-draw.log_joint)
+    z = layout(target.problem).unflatten(draw.z)
+    return state._replace(z=z, log_weight=draw.log_weight, potential_energy=-draw.log_target)
 
 
-def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num: int) -> ScoreSDEState:
+def global_move(key: Key, proposal: AbstractProposal, target: Target, state: ScoreSDEState, num: int) -> ScoreSDEState:
     """Try the next ``num`` proposals of the bank.
 
     A chain that has no weight yet, or whose observation has changed, starts afresh: it picks from a whole bank by
@@ -168,20 +158,20 @@ def global_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, nu
     """
     key_bank, key_select = random.split(key)
     size = state.bank.proposals.log_weight.size
-    changed = ~jnp.array([same_bits(y[name], state.y[name]) for name in y], bool).all()
-    current = current_draw(proposer, state)
+    changed = ~jnp.array([same_bits(target.y[name], state.y[name]) for name in target.y], bool).all()
+    current = current_draw(target, state)
     first = current.log_weight <= jnp.finfo(current.log_weight.dtype).min
     current = current._replace(log_weight=jnp.where(changed | first, -jnp.inf, current.log_weight))
     other_key = ~same_bits(state.bank.key_bits, random.key_data(state.rng_key))
-    bank = refill(key_bank, proposer, y, state.bank, changed | other_key | (state.bank.used >= size))
+    bank = refill(key_bank, proposal, target, state.bank, changed | other_key | (state.bank.used >= size))
     ahead, fresh = jnp.arange(size) - bank.used, current.log_weight == -jnp.inf
     tried = jnp.where(fresh | (ahead >= 0) & (ahead < num), bank.proposals.log_weight, -jnp.inf)
     draw, accept_prob = select(key_select, bank.proposals._replace(log_weight=tried), current)
     bank = bank._replace(used=jnp.where(fresh, size, bank.used + num))
-    return with_draw(proposer, state._replace(accept_prob=accept_prob, bank=bank, y=y), draw)
+    return with_draw(target, state._replace(accept_prob=accept_prob, bank=bank, y=target.y), draw)
 
 
-def local_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num: int) -> ScoreSDEState:
+def local_move(key: Key, proposal: AbstractProposal, target: Target, state: ScoreSDEState, num: int) -> ScoreSDEState:
     """Move ``z`` by ``num`` MALA steps and weigh it over a fresh path; undo a move to where the density fails.
 
     Where the proposals never come the weight is infinite, and only further local moves lead away from there.
@@ -189,18 +179,18 @@ def local_move(key: Key, proposer: Proposer, y: Sites, state: ScoreSDEState, num
     Exactness: exact: MALA leaves pi(z) invariant and does not see u; drawing u anew from r(u | z) is a Gibbs step.
     """
     key_steps, key_path = random.split(key)
-    tuned, current = state.adapt_state, current_draw(proposer, state)
-    value_and_grad = differentiate(lambda z: proposer.problem.log_joint(z, y), current.z)
+    tuned, current = state.adapt_state, current_draw(target, state)
+    value_and_grad = differentiate(target, current.z)
 
     def step(point: tuple[Array, Array, Array], key: Key) -> tuple[tuple[Array, Array, Array], Array]:
         return metropolis_langevin_step(key, value_and_grad, point, tuned.factor, tuned.step_size)
 
     start = (current.z, *value_and_grad(current.z))
     (z, *_), accept_prob = lax.scan(step, start, random.split(key_steps, num))
-    moved = weigh_anew(key_path, proposer, y, z)
+    moved = weigh_anew(key_path, proposal, target, z)
     moved = jax.tree.map(partial(jnp.where, moved.log_weight > -jnp.inf), moved, current)
     state = state._replace(adapt_state=adapt(tuned, accept_prob.mean(), state.i, state.num_warmup))
-    return with_draw(proposer, state, moved)
+    return with_draw(target, state, moved)
 
 
 def adapt(tuned: Adaptation, accept_prob: Float[Array, ""], i: Array, num_warmup: Array) -> Adaptation:
@@ -211,25 +201,25 @@ def adapt(tuned: Adaptation, accept_prob: Float[Array, ""], i: Array, num_warmup
     return tuned._replace(step_size=step_size.astype(dtype), accept_prob=accept_prob.astype(dtype))
 
 
-def refresh(proposer: Proposer, y: Sites, state: ScoreSDEState) -> ScoreSDEState:
+def refresh(proposal: AbstractProposal, target: Target, state: ScoreSDEState) -> ScoreSDEState:
     """Weigh the current draw for another observation, over a fresh path; forget the proposals made for the old one.
 
     Exactness: exact: drawing the path anew from r(u | z) is a Gibbs step.
     """
     rng_key, key_path = random.split(state.rng_key)
-    draw = weigh_anew(key_path, proposer, y, current_draw(proposer, state).z)
+    draw = weigh_anew(key_path, proposal, target, current_draw(target, state).z)
     bank = state.bank._replace(used=jnp.full_like(state.bank.used, state.bank.proposals.log_weight.size))
-    return with_draw(proposer, state._replace(y=y, bank=bank, rng_key=rng_key), draw)
+    return with_draw(target, state._replace(y=target.y, bank=bank, rng_key=rng_key), draw)
 
 
 def transition(
-    proposer: Proposer, y: Sites, num_proposals: int, num_local_steps: int, state: ScoreSDEState
+    proposal: AbstractProposal, target: Target, num_proposals: int, num_local_steps: int, state: ScoreSDEState
 ) -> ScoreSDEState:
     """Move one chain by one iteration."""
     rng_key, key_global, key_local = random.split(state.rng_key, 3)
-    new = global_move(key_global, proposer, y, state, num_proposals)
+    new = global_move(key_global, proposal, target, state, num_proposals)
     if num_local_steps:
-        new = local_move(key_local, proposer, y, new, num_local_steps)
+        new = local_move(key_local, proposal, target, new, num_local_steps)
     count = 1 + jnp.where(state.i < state.num_warmup, state.i, state.i - state.num_warmup)
     return new._replace(
         i=state.i + 1,
@@ -241,23 +231,23 @@ def transition(
 
 @eqx.filter_jit
 def start(
-    proposer: Proposer, y: Sites, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
+    proposal: AbstractProposal, target: Target, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
     key: Key, sites: PyTree | None,
 ) -> ScoreSDEState:  # fmt: skip
     """Make the state of one chain before its first iteration: the bank is empty, and without ``sites`` so is ``z``."""
     key, key_factor, key_path = random.split(key, 3)
-    shapes = jax.eval_shape(lambda key: draw_proposals(key, proposer, y, bank_size), key)
+    shapes = jax.eval_shape(lambda key: draw_proposals(key, proposal, target, bank_size), key)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # Zeros that depend on the key, so that whatever NumPyro collects has a chain axis under any `vmap` from the start.
     # No weight yet is the lowest number, since NumPyro multiplies it by zero, which `jax.debug_nans` would not like.
     zero = 0 * random.uniform(key, dtype=empty.log_weight.dtype)
     nothing = zero + jnp.finfo(zero.dtype).min
-    draw = Weighed(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_joint[0] + zero)
+    draw = Weighted(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_target[0] + zero)
     if sites is not None:
-        draw = weigh_anew(key_path, proposer, y, flatten(proposer.problem, sites).astype(empty.z.dtype))
+        draw = weigh_anew(key_path, proposal, target, flatten(target.problem, sites).astype(empty.z.dtype))
         lost = draw.log_weight == jnp.inf  # where the proposals never come: the chain starts from one of these instead
         draw = draw._replace(log_weight=jnp.where(lost, -jnp.inf, draw.log_weight))
-    factor = preconditioner(key_factor, proposer, y) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)
+    factor = preconditioner(key_factor, proposal, target) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)
     state = ScoreSDEState(
         i=jnp.zeros((), jnp.int32),
         num_warmup=num_warmup,
@@ -268,15 +258,15 @@ def start(
         mean_accept_prob=zero,
         adapt_state=Adaptation(step_size.astype(draw.z.dtype), factor, zero.astype(draw.z.dtype)),
         bank=Bank(empty, jnp.array(bank_size, jnp.int32), random.key_data(key)),
-        y=y,
+        y=target.y,
         weights=Weights((), 0),
         origin=Origin(""),
         rng_key=key,
     )
-    return with_draw(proposer, state, draw)
+    return with_draw(target, state, draw)
 
 
-def preconditioner(key: Key, proposer: Proposer, y: Sites) -> Float[Array, "dim dim"]:
+def preconditioner(key: Key, proposal: AbstractProposal, target: Target) -> Float[Array, "dim dim"]:
     """Compute the Cholesky factor of the covariance of proposals that the chain never sees."""
-    dim = proposer.problem.dim
-    return spread(draw_proposals(key, proposer, y, 64 + 8 * dim).z)
+    dim = target.problem.dim
+    return spread(draw_proposals(key, proposal, target, 64 + 8 * dim).z)

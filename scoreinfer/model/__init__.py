@@ -20,7 +20,7 @@ from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_problem
 from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
-from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_again, read_physics, sees_path, unknowns
+from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
 from scoreinfer.problem import Problem
 
@@ -32,7 +32,7 @@ __all__ = [
     "check",
     "from_numpyro",
     "noisy_end",
-    "read_again",
+    "problem_of",
     "read_likelihood",
     "read_physics",
     "sees_path",
@@ -77,3 +77,19 @@ def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **
         -2.0
     """
     return read_problem(model, *bind(model, args, kwargs, observed))
+
+
+def problem_of(
+    model: Callable[..., Any] | Problem, args: tuple, kwargs: dict[str, Any], observed: tuple[str, ...] | None = None
+) -> Problem:
+    """Read a model with these arguments, or take the problem that it is.
+
+    Raises:
+        TypeError: where arguments are given beside a problem, which has been read already.
+    """
+    if not isinstance(model, Problem):
+        return read_problem(model, *bind(model, args, kwargs, observed))
+    if args or kwargs:
+        given = ", ".join([*map(repr, args), *kwargs])
+        raise TypeError(f"Expected no arguments beside a `Problem`, which has been read with its own; got {given}.")
+    return model

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 from numpyro.handlers import seed, trace
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._typing import Key, Sites
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_problem
 from scoreinfer.model.replay import fixed_key

@@ -12,13 +12,13 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 from numpyro.handlers import seed, substitute, trace
 
-from scoreinfer._errors import Offence, UnsupportedModel
 from scoreinfer._typing import Key, Sites
+from scoreinfer.errors import Offence, UnsupportedModel
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import Step, add_noise_stage, flatten, minus_drift, unflatten
+from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
 
 NUM_PROBES = 8
 
@@ -67,13 +67,6 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     process = dataclasses.replace(_process(physics, ts, scale, advance, state), given=given, recipe=recipe)
     _check_finite(process, process.flatten(paths))
     return process
-
-
-def read_again(process: PhysicsProcess, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
-    """Read the transitions of a process from its model again, the noise of an observation included."""
-    assert process.source is not None
-    again = read_physics(process.source, model, *args, **kwargs)
-    return add_noise_stage(again, process.scale[-1]) if process.num_steps > again.num_steps else again
 
 
 def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
@@ -207,10 +200,17 @@ class Unknowns(NamedTuple):
     Args:
         before: number of parameters before the path.
         path: length of the path.
+        after: number of parameters after the path.
     """
 
     before: int
     path: int
+    after: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return self.before + self.after
 
     def parts(self, z: Float[Array, " dim"]) -> tuple[Float[Array, " parameters"], Float[Array, " path"]]:
         """Cut a latent vector into parameters and path."""
@@ -225,7 +225,8 @@ class Unknowns(NamedTuple):
 def unknowns(problem: Problem, site: str) -> Unknowns:
     """Find the path among the latent sites of a problem."""
     sizes = {latent.name: latent.size for latent in problem.latents}
-    return Unknowns(sum(list(sizes.values())[: list(sizes).index(site)]), sizes[site])
+    before = sum(list(sizes.values())[: list(sizes).index(site)])
+    return Unknowns(before, sizes[site], problem.dim - before - sizes[site])
 
 
 def sees_path(problem: Problem, site: str, num_times: int) -> bool:

@@ -15,9 +15,9 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._program import NEEDS_VALUES
 from scoreinfer._typing import Key
+from scoreinfer.errors import UnsupportedModel
 
 Trace = dict[str, dict[str, Any]]
 

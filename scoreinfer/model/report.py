@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._typing import Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
 from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms

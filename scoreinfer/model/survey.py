@@ -14,9 +14,9 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool
 from numpyro.distributions import biject_to, constraints
 
-from scoreinfer._errors import Offence, UnsupportedModel
 from scoreinfer._tree import Layout, is_traced
 from scoreinfer._typing import Key, Sites, Values
+from scoreinfer.errors import Offence, UnsupportedModel
 from scoreinfer.model.replay import LOG_DET, Notes, Script, Trace, compiled, fixed_key, layers, log_prob, unwrapped
 
 NUM_PROBES = 8  # draws on which a model is measured; binary sites need a few to show that they matter

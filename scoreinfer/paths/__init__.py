@@ -20,6 +20,7 @@ from scoreinfer.paths.learned import (
     heads,
     through_time,
 )
+from scoreinfer.paths.losses import Windows
 
 __all__ = [
     "AbstractBackward",
@@ -32,6 +33,7 @@ __all__ = [
     "OnWaves",
     "ReverseEuler",
     "ThroughPhysics",
+    "Windows",
     "corrected_path",
     "draw_path",
     "elapsed",

@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer._typing import Key, Sites
-from scoreinfer.model import NoisyEnd, from_numpyro, noisy_end, read_physics, sees_path
+from scoreinfer._typing import Key
+from scoreinfer.model import NoisyEnd, from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP, ResidualMLP
-from scoreinfer.nets.embedding import flatten
 from scoreinfer.paths import Frame, LearnedBackward, OnWaves, elapsed
-from scoreinfer.paths.proposal import END_STATE, PathProposal, StartedPaths, beginning, pinned
+from scoreinfer.paths.proposal import END_STATE, AbstractPaths, PathProposal, StartedPaths, beginning, pinned
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import add_noise_stage
-from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.samplers.amortised import AmortisedProposal
 from scoreinfer.training.simulations import Standardiser
 
 
@@ -75,8 +74,8 @@ class Samplers(NamedTuple):
         known_end: for ends known exactly, where these kernels start from such.
     """
 
-    paths: PathProposal | StartedPaths
-    known_end: PathProposal | StartedPaths | None
+    paths: AbstractPaths
+    known_end: AbstractPaths | None
 
 
 def read_reversal(
@@ -96,24 +95,25 @@ def read_reversal(
 
 
 def samplers(
-    reversal: Reversal, backward: LearnedBackward, standardiser: Standardiser, start: Proposal | None
+    reversal: Reversal, backward: LearnedBackward, standardiser: Standardiser, start: AmortisedProposal | None
 ) -> Samplers:
     """Build the samplers around learned kernels, and around what draws their start where `start_problem` has it."""
-    problem, site = reversal.problem, reversal.site
+    problem, num_steps = reversal.problem, backward.process.num_steps
 
-    def started(whole: Problem) -> StartedPaths:
+    def started() -> StartedPaths:
         assert start is not None
-        return StartedPaths(start, backward, standardiser, reversal.start_site, site, whole)
+        parts = unknowns(problem, reversal.site)
+        return StartedPaths(backward, num_steps, start, standardiser, reversal.start_site, parts)
 
-    known: PathProposal | StartedPaths | None = None
+    known: AbstractPaths | None = None
     if not reversal.num_parameters and not reversal.conditioned:
-        known = PathProposal(backward, END_STATE, pinned(problem))
+        known = PathProposal(backward, reversal.free.num_steps, END_STATE)
     elif not problem.observed:
-        known = started(pinned(problem))
+        known = started()
     if reversal.end is not None and not reversal.num_parameters:
-        return Samplers(PathProposal(backward, reversal.end.site, problem), known)
+        return Samplers(PathProposal(backward, num_steps, reversal.end.site), known)
     if problem.observed:
-        return Samplers(started(problem), known)
+        return Samplers(started(), known)
     assert known is not None
     return Samplers(known, known)
 
@@ -154,13 +154,3 @@ def untrained(
         on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
         backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
     return backward
-
-
-@eqx.filter_jit
-def features_of(proposal: PathProposal | StartedPaths, y: Sites) -> Float[Array, " features"]:
-    """Standardise what is known of an end, to tell a far one by."""
-    if isinstance(proposal, StartedPaths):
-        return flatten(proposal.start.features(y))
-    assert isinstance(proposal.backward, LearnedBackward)
-    frame = proposal.backward.frame
-    return frame.standardise(proposal.num_steps - 1, proposal.context(y)).astype(jnp.float32)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.paths import LearnedBackward, LearnedScore, heads
+from scoreinfer.paths.learned import LearnedBackward, LearnedScore, heads
 
 
 class Windows(NamedTuple):
-    """How the multi-step loss unrolls kernels, for ``fit(..., process=Physics(site), windows=Windows((2, 4, 8)))``.
+    """How the multi-step loss unrolls kernels, for ``SMDP(model, site, windows=Windows((2, 4, 8)))``.
 
     Args:
         lengths: steps of a window, one stage of training for each.

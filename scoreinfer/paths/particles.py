@@ -28,18 +28,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.montecarlo.weights import log_effective_share
 from scoreinfer.paths import Kernel, LearnedBackward
-from scoreinfer.paths.proposal import PathProposal, StartedPaths
+from scoreinfer.paths.proposal import AbstractPaths
 from scoreinfer.problem import Problem
 from scoreinfer.process import PhysicsProcess
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 LEAST_SHARE = 0.5
 """Effective share of the particles below which they are resampled."""
 
 
-class ResampledPaths(eqx.Module):
+class ResampledPaths(AbstractProposal):
     """Paths of a particle smoother that runs backwards; an independent run for each draw.
 
     Args:
@@ -49,8 +50,8 @@ class ResampledPaths(eqx.Module):
     Raises:
         ValueError: where the kernels are not learned ones, or nobody has asked for the moments of the states.
 
-    Exactness: ``log_q`` is log p(path, theta, y) - log Z of the run the path was drawn in, or (for a given path) of a
-        conditional run: weights are exact over runs, their mean an unbiased estimate of the evidence, whatever the
+    Exactness: the weight of a path is the evidence Z of the run that it was drawn in, or (for a given path) of a
+        conditional run: weights are proper over runs, their mean an unbiased estimate of the evidence, whatever the
         kernels and bridging densities are.
 
     Good values: as many particles as make the effective share of the draws a half; it costs as many paths a draw.
@@ -59,7 +60,7 @@ class ResampledPaths(eqx.Module):
         resampling does not help kernels that are conditioned on earlier observations.
     """
 
-    paths: PathProposal | StartedPaths
+    paths: AbstractPaths
     num_particles: int = eqx.field(static=True)
 
     def __check_init__(self) -> None:
@@ -71,33 +72,28 @@ class ResampledPaths(eqx.Module):
                 f"`linear_frame`), got `{type(backward).__name__}`: use the plain weights."
             )
 
-    @property
-    def problem(self) -> Problem:
-        """The problem that the proposal is for."""
-        return self.paths.problem
+    def context(self, target: Target) -> Any:
+        """Embed one observation."""
+        return self.paths.context(target)
 
-    def context(self, y: Sites) -> tuple[Any, Sites]:
-        """Embed one observation, and keep it."""
-        return self.paths.context(y), y
-
-    def propose(self, key: Key, context: tuple[Any, Sites]) -> tuple[Float[Array, " path"], Float[Array, ""]]:
-        """Draw a run and one path of it; compute ``log_q``."""
+    def sample(self, key, target, context):
+        """Draw a run and one path of it, with the evidence Z of the run as its weight."""
         for_run, for_pick = jax.random.split(key)
-        z, log_weight, log_evidence = self._run(for_run, context, None)
+        z, log_weight, log_evidence = self._run(for_run, target, context, None)
         pick = jax.random.categorical(for_pick, log_weight)
-        return z[pick], self.problem.log_joint(z[pick], context[1]) - log_evidence
+        return Weighted(z[pick], log_evidence, target(z[pick]))
 
-    def log_q(self, key: Key, context: tuple[Any, Sites], z: Float[Array, " path"]) -> Float[Array, ""]:
-        """Draw a run around a given path; compute ``log_q``; minus infinity where the path misses a known end."""
-        log_q = self.problem.log_joint(z, context[1]) - self._run(key, context, z)[2]
-        meets = self.paths.meets(context[0], self.paths.parts(context[0], z)[0])
-        return jnp.where(meets, log_q, -jnp.inf)
+    def weigh(self, key, target, context, z):
+        """Draw a run around a given path; infinite where the path misses a known end, which no run reaches."""
+        log_weight = self._run(key, target, context, z)[2]
+        meets = self.paths.meets(context, self.paths.parts(context, z)[0])
+        return Weighted(z, jnp.where(meets, log_weight, jnp.inf), target(z))
 
     def _run(
-        self, key: Key, context: tuple[Any, Sites], given: Float[Array, " path"] | None
+        self, key: Key, target: Target, known: Any, given: Float[Array, " path"] | None
     ) -> tuple[Float[Array, "particles path"], Float[Array, " particles"], Float[Array, ""]]:
         """Draw all particles' paths with the weights since the last resampling, and log Z; the first may be given."""
-        paths, num, (known, y) = self.paths, self.num_particles, context
+        paths, num = self.paths, self.num_particles
         for_begin, for_given, for_steps = jax.random.split(key, 3)
         begun, log_start = jax.vmap(lambda key: paths.begin(key, known))(jax.random.split(for_begin, num))
         held = jnp.zeros((paths.num_steps + 1, begun.end.shape[1]), begun.end.dtype)
@@ -111,7 +107,7 @@ class ResampledPaths(eqx.Module):
             for_ancestors, for_moves = jax.random.split(key)
             now, ancestors = _resample(for_ancestors, now, given is not None)
             keys = jax.random.split(for_moves, num)
-            move = partial(self._move, known, k)
+            move = partial(self._move, target.problem, known, k)
             moved = jax.vmap(move)(keys, now.x, now.parameters)
             if given is not None:
                 first = move(keys[0], now.x[0], now.parameters[0], held)
@@ -123,12 +119,13 @@ class ResampledPaths(eqx.Module):
         first = Particles(begun.end, begun.parameters, none, log_start, none, jnp.zeros((), log_start.dtype))
         last, (states, ancestors) = jax.lax.scan(back, first, steps, reverse=True)
         z = jax.vmap(paths.join)(last.parameters, _traced_back(states, ancestors, begun.end))
-        log_joint = jax.vmap(lambda z: self.problem.log_joint(z, y))(z)
+        log_joint = jax.vmap(target)(z)
         log_weight = _clean(last.log_weight + log_joint - last.log_q - last.used)
         return z, log_weight, last.log_evidence + _log_mean(log_weight)
 
     def _move(
         self,
+        problem: Problem,
         context: Any,
         k: Int[Array, ""],
         key: Key,
@@ -141,7 +138,7 @@ class ResampledPaths(eqx.Module):
         assert isinstance(backward, LearnedBackward)
         kernel = backward(k, x)
         new, log_b = kernel.draw(key) if to is None else (to, kernel.log_density(to))
-        bridge = _bridge(backward, self.paths.physics_of(parameters), k, new, x)
+        bridge = _bridge(backward, self.paths.physics_of(problem, parameters), k, new, x)
         return new, log_b, jnp.where(k == 0, 0.0, bridge - log_b)
 
 

@@ -1,1 +1,20 @@
-"""Posteriors: what a training leaves, to draw from, certify and save."""
+"""Posteriors: how they are learned, and what a training leaves, to draw from, certify and save."""
+
+from scoreinfer.posterior.amortised import Conditioned, Posterior
+from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior
+from scoreinfer.posterior.npse import NPSE, fit, load
+from scoreinfer.posterior.paths import ConditionedPaths, PathPosterior
+from scoreinfer.posterior.smdp import SMDP
+
+__all__ = [
+    "NPSE",
+    "SMDP",
+    "AbstractConditioned",
+    "AbstractPosterior",
+    "Conditioned",
+    "ConditionedPaths",
+    "PathPosterior",
+    "Posterior",
+    "fit",
+    "load",
+]

@@ -1,4 +1,4 @@
-"""The amortised posterior: ``fit`` a score SDE on a model's own simulations, then draw, weigh and certify."""
+"""The amortised posterior: conditioned on data it draws, weighs and certifies."""
 
 import dataclasses
 import os
@@ -16,26 +16,27 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import MisspecificationWarning, TrainingWarning
 from scoreinfer._tree import own_broadcasting
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.agreement import misdrawn_latents, say_misdrawn
-from scoreinfer.draws import Draws
+from scoreinfer.draws import DrawInfo, Draws
+from scoreinfer.errors import TrainingWarning
 from scoreinfer.evidence.bank import Outliers
-from scoreinfer.evidence.certificate import MAX_K_HAT, MAX_OUTLYING, ForwardCheck, certify
+from scoreinfer.evidence.certificate import MAX_K_HAT, ForwardCheck, certify
 from scoreinfer.evidence.witnesses import Judged, gather, judge
-from scoreinfer.montecarlo.langevin import rejuvenate
+from scoreinfer.montecarlo.langevin import Moves, rejuvenate
 from scoreinfer.montecarlo.reference import Prior, reference_of
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
 from scoreinfer.nets.embedding import flatten
+from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, warn_of_outlier
 from scoreinfer.posterior.checkpoint import Parts, write_posterior
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.amortised import Proposal
-from scoreinfer.samplers.base import Weighted
-from scoreinfer.samplers.batches import Defence, constrain, weigh_rows, weighted_draws
+from scoreinfer.samplers.amortised import AbstractAmortised
+from scoreinfer.samplers.base import Target, Weighted
+from scoreinfer.samplers.batches import Defence, weigh_rows, weighted_draws
 from scoreinfer.samplers.focused import focus
-from scoreinfer.samplers.refined import AmortisedProposal, refine
+from scoreinfer.samplers.refined import refine
 from scoreinfer.simulators.dataset import explained
 from scoreinfer.simulators.store import Store
 from scoreinfer.simulators.validity import Validity, failure_weights
@@ -48,115 +49,42 @@ ENOUGH = 0.25
 """Effective share of a focused proposal's draws below which its score is trained further."""
 
 
-class Posterior(eqx.Module):
-    """An amortised posterior: one training, any number of observations of the same design.
+class Conditioned(AbstractConditioned):
+    """The amortised posterior of one observation.
 
     Args:
-        proposal: the learned sampler.
-        outliers: simulations by which an outlier is told; None: none is.
-        history: how it was trained.
-        validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
-            its failures are not to be undone.
+        proposal: the learned sampler, adapted to the observation or not.
+        target: the posterior density.
+        posterior: the amortised posterior that it comes from.
     """
 
-    proposal: AmortisedProposal
-    outliers: Outliers | None
-    history: TrainingHistory | None = None
-    validity: Validity | None = None
-
-    @property
-    def problem(self) -> Problem:
-        """The problem this posterior answers."""
-        return self.proposal.problem
-
-    def context(self, y: Sites) -> Any:
-        """Embed one observation (see `Proposal.context`)."""
-        return self.proposal.context(y)
-
-    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """Draw one z and its ``log_q`` (see `Proposal.propose`)."""
-        return self.proposal.propose(key, context)
-
-    def log_q(self, key: Key, context: Any, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given z (see `Proposal.log_q`)."""
-        return self.proposal.log_q(key, context, z)
-
-    @own_broadcasting
-    def focus(
-        self, key: Key, *args: Any, num_steps: int = 4000, progress_bar: bool = False, **kwargs: Any
-    ) -> "Posterior":
-        """Adapt the proposal to one observation: its place and scale first, then where need be the score.
-
-        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width, and for one
-        learned badly, as on a fixed budget of simulations: seconds for an affine map adapted by importance sampling
-        (see `scoreinfer.samplers.focused`), and where less than a quarter of the draws is then effective, a minute for
-        a score trained on the posterior's own gradient (see `scoreinfer.samplers.refined`). The result still answers
-        for other observations.
-
-        Args:
-            key: random key.
-            *args: the model's own arguments, with the data.
-            num_steps: optimiser steps of the score, where it is trained further; 0: it is not.
-            progress_bar: show progress bars over its training.
-            **kwargs: the model's own keyword arguments.
-
-        Exactness: exact weights as before: the result is another proposal with a known density.
-        """
-        y = self.problem.read(args, kwargs)
-        streams = _streams(key)
-        for_affine, for_score = jax.random.split(streams.focus)
-        original = self.proposal if isinstance(self.proposal, Proposal) else self.proposal.original
-        focused, share = focus(for_affine, original, y)
-        proposal: AmortisedProposal = focused
-        if 0.0 < share < ENOUGH and num_steps > 0:
-            try:
-                refined, new_share = refine(for_score, focused, y, num_steps, progress_bar=progress_bar)
-                proposal = refined if new_share > share else focused
-            except FloatingPointError as error:
-                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=3)
-        return dataclasses.replace(self, proposal=proposal)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `load`.
-
-        A saved posterior that is already there is replaced; each file is written whole or not at all (a process killed
-        between the two leaves neither the old nor the new one, and `load` says so). What was
-        adapted to one observation (`focus`) is saved as it is. The model is not saved: it is code.
-
-        Args:
-            path: a new folder, or one that holds a saved posterior.
-
-        Raises:
-            ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
-                be described by plain data.
-        """
-        write_posterior(Path(path), Parts(self.proposal, self.outliers, self.history, self.validity))
+    proposal: AbstractAmortised
+    target: Target
+    posterior: "Posterior"
 
     @own_broadcasting
     def sample(
         self,
         key: Key,
         num: int,
-        *args: Any,
+        *,
         batch_size: int = 1024,
         prior_fraction: float = 0.0,
         max_proposals: int | None = None,
         num_moves: int = 20,
         thorough: bool = False,
         progress_bar: bool = False,
-        **kwargs: Any,
     ) -> Draws:
-        """Draw from the posterior of one observation, weigh every draw, and certify the batch.
+        """Draw from the posterior, weigh every draw, and certify the batch.
 
         The certificate rests on witnesses, draws near the posterior that owe nothing to the proposal (see
         `scoreinfer.evidence.witnesses`). Where some of them lie where the proposal hardly draws, or the batch is
         refused, a density fitted to half of them joins the proposal, the batch is drawn again, and the other half
-        judges it. ``info["witnessed"]`` is the share of the draws that come from that density.
+        judges it. ``info.witnessed`` is the share of the draws that come from that density.
 
         Args:
             key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
             num: number of draws.
-            *args: the model's own arguments, with the data.
             batch_size: draws per compiled call: bounds the memory.
             prior_fraction: share of the draws taken from the prior instead (a defensive mixture: bounds the
                 weights by the likelihood over the share; pays where the posterior is not far from the prior).
@@ -166,15 +94,13 @@ class Posterior(eqx.Module):
             num_moves: see ``max_proposals``.
             thorough: look for modes that the proposal misses in 16 times as many draws of the prior.
             progress_bar: show a progress bar over batches.
-            **kwargs: the model's own keyword arguments.
 
         Returns:
             `Draws`; weighted, or equally weighted after resampling. With a foreign simulator no density is at hand:
             with a ``likelihood`` they are weighed afterwards (`weigh`), else never.
 
         Raises:
-            ValueError: where the data are missing, not finite, of another shape or another design, or a
-                ``prior_fraction`` is asked of a foreign simulator.
+            ValueError: where a ``prior_fraction`` is asked of a prior that cannot be drawn from.
 
         Warns:
             MisspecificationWarning: where the observation lies further from the simulations than 99 % of them from
@@ -185,19 +111,13 @@ class Posterior(eqx.Module):
             weights decide when to stop, and a batch that is refused may be drawn again: then their mean, the evidence,
             is consistent but no longer unbiased.
         """
-        start = time.perf_counter()
-        problem = self.problem
-        y = problem.read(args, kwargs)
-        if prior_fraction > 0 and problem.simulate is None:
-            raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
-        if prior_fraction > 0 and (wrong := misdrawn_latents(problem)):
-            raise ValueError(f"`prior_fraction` needs draws that the prior's density describes; {say_misdrawn(wrong)}")
+        start, problem = time.perf_counter(), self.target.problem
+        defence = self._defence(prior_fraction)
         streams = _streams(key)
-        defence = Defence(Prior(problem), prior_fraction) if prior_fraction > 0 else None
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
 
         def propose(key: Key, defence: Defence | None) -> Weighted:
-            batches = partial(weighted_draws, key, self.proposal, y, batch_size, defence)
+            batches = partial(weighted_draws, key, self.proposal, self.target, batch_size, defence)
             with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
                 drawn = batches(0, num, bar.update)
                 while drawn.num < limit and not _enough(drawn.log_weight, num):
@@ -207,31 +127,55 @@ class Posterior(eqx.Module):
 
         drawn = propose(streams.draws, defence)
         again = partial(propose, streams.mended) if defence is None else None
-        drawn, certificate, num_proposals, witnessed = self._judge(streams, y, drawn, defence, again, thorough)
-        info: dict[str, Any] = {
-            "num_proposals": num_proposals,
-            "num_score_evaluations": num_proposals * self.proposal.sampler.num_evaluations,
-            "num_simulations": None if self.history is None else self.history.num_simulations,
-            "witnessed": witnessed,
-        }
-        _warn_of_outlier(certificate.distance_rank)
-        moved = max_proposals is not None and bool(np.isfinite(certificate.log_evidence))
-        if moved:
-            density = jax.tree_util.Partial(problem.log_joint, y=y)
-            values, log_joint, moves = rejuvenate(
-                streams.moves, density, drawn.values, drawn.log_weight, num, num_moves
-            )
-            drawn = Weighted(values, log_joint - certificate.log_evidence, log_joint)
-            info |= {"move_accept_prob": float(moves.accept_prob), "move_step_size": float(moves.step_size)}
-        sites = constrain(problem, drawn.values, batch_size)
-        info |= {"seconds": time.perf_counter() - start}
-        # Moved draws weigh the same to the letter, not just to rounding.
-        log_weight = jnp.full(drawn.num, certificate.log_evidence) if moved else drawn.log_weight
-        draws = Draws(sites, drawn.values, log_weight, drawn.log_q, drawn.log_joint, y, certificate, info)
+        judged = self._judge(streams, drawn, defence, again, thorough)
+        drawn, certificate = judged.drawn, judged.certificate
+        warn_of_outlier(certificate.distance_rank)
+        history = self.posterior.history
+        info = DrawInfo(
+            judged.num_proposals,
+            judged.num_proposals * self.proposal.amortised.sampler.num_evaluations,
+            None if history is None else history.num_simulations,
+            witnessed=judged.witnessed,
+        )
+        if max_proposals is not None and np.isfinite(certificate.log_evidence):
+            drawn, moves = _moved(streams.moves, self.target, drawn, certificate.log_evidence, num, num_moves)
+            info = info._replace(move_accept_prob=float(moves.accept_prob), move_step_size=float(moves.step_size))
+        draws = self._draws(drawn, certificate, info, batch_size)
+        draws = draws._replace(info=info._replace(seconds=time.perf_counter() - start))
         if problem.has_density:
             return draws
-        undone = None if self.validity is None else failure_weights(self.validity, draws.values)
+        validity = self.posterior.validity
+        undone = None if validity is None else failure_weights(validity, draws.unconstrained)
         return draws._replace(log_weight=undone, log_joint=None)
+
+    @own_broadcasting
+    def focus(self, key: Key, *, num_steps: int = 4000, progress_bar: bool = False) -> "Conditioned":
+        """Adapt the proposal to the observation: its place and scale first, then where need be the score.
+
+        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width, and for
+        one learned badly, as on a fixed budget of simulations: seconds for an affine map adapted by importance
+        sampling (see `scoreinfer.samplers.focused`), and where less than a quarter of the draws is then effective, a
+        minute for a score trained on the posterior's own gradient (see `scoreinfer.samplers.refined`). The
+        ``posterior`` of the result answers for other observations as before.
+
+        Args:
+            key: random key.
+            num_steps: optimiser steps of the score, where it is trained further; 0: it is not.
+            progress_bar: show progress bars over its training.
+
+        Exactness: exact weights as before: the result is another proposal with a known density.
+        """
+        for_affine, for_score = jax.random.split(_streams(key).focus)
+        focused, share = focus(for_affine, self.proposal.amortised, self.target)
+        proposal: AbstractAmortised = focused
+        if 0.0 < share < ENOUGH and num_steps > 0:
+            try:
+                refined, new_share = refine(for_score, focused, self.target, num_steps, progress_bar=progress_bar)
+                proposal = refined if new_share > share else focused
+            except FloatingPointError as error:
+                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=3)
+        posterior = dataclasses.replace(self.posterior, proposal=proposal)
+        return Conditioned(proposal, self.target, posterior)
 
     @own_broadcasting
     def weigh(
@@ -263,84 +207,139 @@ class Posterior(eqx.Module):
         Exactness: exact importance weights, for any training, of the model in which failing has probability zero; with
             a random simulator too (its own density is not needed: outputs are drawn from it).
         """
-        problem, y = self.problem, draws.observed
+        problem, y = self.target.problem, self.target.y
         if problem.observation is None:
             raise ValueError("Weights need a likelihood: fit with `likelihood=`, for data whose density is known.")
         runs = runs if isinstance(runs, Store) else Store(runs)
         z, log_likelihood = explained(problem, runs, y)
-        if not np.array_equal(z, draws.values):
+        if not np.array_equal(z, draws.unconstrained):
             raise ValueError(
                 f"`{runs.path}` must hold one run of the simulator for each of the {draws.num} draws, got {runs}, not "
                 "of these draws alone. Run `simulate(key, draws, simulator, draws.num, store=...)` to its end."
             )
-        log_joint = _log_priors(problem, draws.values) + log_likelihood
+        log_joint = _log_priors(problem, draws.unconstrained) + log_likelihood
         log_weight = log_joint - draws.log_q
-        certificate = certify(log_weight, self._stored_check(key, simulations, log_weight, y))
+        certificate = certify(log_weight, self._stored_check(key, simulations, log_weight))
         num_failed = int(np.isneginf(log_likelihood).sum())
         if num_failed:
             failed = f"the simulator failed at {num_failed} draws, which count as impossible"
             certificate = certificate._replace(reason=f"{certificate.reason}; {failed}")
-        info = draws.info | {"num_failed": num_failed}
+        info = (draws.info or DrawInfo(draws.num))._replace(num_failed=num_failed)
         return draws._replace(log_weight=log_weight, log_joint=log_joint, certificate=certificate, info=info)
 
     def _stored_check(
-        self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array, y: Sites
+        self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array
     ) -> ForwardCheck:
         """Hold the stored simulations that explain the data, as the likelihood picks them, against the proposal."""
-        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank(y))
+        outlying, problem = ForwardCheck(jnp.zeros(0), self._distance_rank()), self.target.problem
         if simulations is None:
             return outlying
         stored = simulations if isinstance(simulations, Store) else Store(simulations)
         for_rows, for_paths = jax.random.split(key)
-        z, log_likelihood = explained(self.problem, stored, y)
+        z, log_likelihood = explained(problem, stored, self.target.y)
         informative = effective_sample_size(log_likelihood)
         source = "the stored simulations that explain the data"
         if informative == 0.0:
             return outlying._replace(source=source, num_informative=0.0, num_first=len(z))
         rows = resample_indices(for_rows, log_likelihood, NUM_EXPLAINING)
-        told = weigh_rows(for_paths, self.proposal, y, jnp.arange(NUM_EXPLAINING), z[rows])
-        log_joint = _log_priors(self.problem, z[rows]) + log_likelihood[rows]
-        excess = log_joint - told.log_q - log_evidence(log_weight)[0]
+        weighed = weigh_rows(for_paths, self.proposal, self.target, jnp.arange(NUM_EXPLAINING), z[rows])
+        log_joint = _log_priors(problem, z[rows]) + log_likelihood[rows]
+        excess = log_joint - weighed.log_q - log_evidence(log_weight)[0]
         return ForwardCheck(excess, outlying.distance_rank, source, informative, len(z))
 
-    def _distance_rank(self, y: Sites) -> float:
-        return np.nan if self.outliers is None else float(self.outliers.rank(_features(self.proposal, y)))
+    def _distance_rank(self) -> float:
+        outliers = self.posterior.outliers
+        return np.nan if outliers is None else float(outliers.rank(_features(self.proposal, self.target)))
+
+    def _defence(self, prior_fraction: float) -> Defence | None:
+        problem = self.target.problem
+        if prior_fraction <= 0:
+            return None
+        if problem.simulate is None:
+            raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
+        if wrong := misdrawn_latents(problem):
+            raise ValueError(f"`prior_fraction` needs draws that the prior's density describes; {say_misdrawn(wrong)}")
+        return Defence(Prior(problem), prior_fraction)
 
     def _judge(
         self,
         streams: "_Streams",
-        y: Sites,
         drawn: Weighted,
         defence: Defence | None,
         again: Callable[[Defence], Weighted] | None,
         thorough: bool,
     ) -> Judged:
         """Judge a batch, by witnesses where there are a density and a prior to gather them from."""
-        problem = self.problem
-        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank(y))
+        problem = self.target.problem
+        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank())
         if not problem.has_density:
             certificate = certify(None, outlying)
             unweighed = problem.observation is not None
             return Judged(drawn, certificate._replace(reason=UNWEIGHED) if unweighed else certificate, drawn.num)
         if problem.simulate is None:
             return Judged(drawn, certify(drawn.log_weight, outlying), drawn.num)
-        target = jax.tree_util.Partial(problem.log_joint, y=y)
-        witnesses = gather(streams.witnesses, reference_of(problem), target, thorough=thorough)
-        return judge(streams.judging, self.proposal, y, drawn, witnesses, defence, again, outlying)
+        witnesses = gather(streams.witnesses, reference_of(problem), self.target, thorough=thorough)
+        return judge(streams.judging, self.proposal, self.target, drawn, witnesses, defence, again, outlying)
 
 
-def _warn_of_outlier(distance_rank: float) -> None:
-    if distance_rank <= MAX_OUTLYING:
-        message = (
-            f"The observation lies further from the model's simulations than {1 - distance_rank:.1%} of them from each "
-            f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
-            "data). The model may be misspecified: compare the data with simulations before trusting any posterior."
-        )
-        warnings.warn(message, MisspecificationWarning, stacklevel=5)
+class Posterior(AbstractPosterior):
+    """An amortised posterior: one training, any number of observations of the same design.
+
+    Args:
+        problem: the problem that it answers.
+        proposal: the learned sampler.
+        outliers: simulations by which an outlier is told; None: none is.
+        history: how it was trained.
+        validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
+            its failures are not to be undone.
+    """
+
+    problem: Problem = eqx.field(static=True)
+    proposal: AbstractAmortised
+    outliers: Outliers | None
+    history: TrainingHistory | None = None
+    validity: Validity | None = None
+
+    @own_broadcasting
+    def condition(self, *args: Any, **kwargs: Any) -> Conditioned:
+        """Return the posterior of the data in these model arguments.
+
+        Args:
+            *args: the model's own arguments, with the data.
+            **kwargs: the model's own keyword arguments.
+
+        Raises:
+            ValueError: where the data are missing, not finite, of another shape or another design.
+        """
+        return Conditioned(self.proposal, Target(self.problem, self.problem.read(args, kwargs)), self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `scoreinfer.load`.
+
+        A saved posterior that is already there is replaced; each file is written whole or not at all (a process killed
+        between the two leaves neither the old nor the new one, and `load` says so). What was
+        adapted to one observation (`Conditioned.focus`) is saved as it is. The model is not saved: it is code.
+
+        Args:
+            path: a new folder, or one that holds a saved posterior.
+
+        Raises:
+            ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
+                be described by plain data.
+        """
+        write_posterior(Path(path), self.problem, Parts(self.proposal, self.outliers, self.history, self.validity))
 
 
 def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
     return effective_sample_size(log_weight) >= wanted and pareto_smooth(log_weight)[1] < MAX_K_HAT
+
+
+def _moved(
+    key: Key, target: Target, drawn: Weighted, log_evidence: float, num: int, num_moves: int
+) -> tuple[Weighted, Moves]:
+    """Resample to equally weighted draws and move each; all weigh the evidence."""
+    z, log_target, moves = rejuvenate(key, target, drawn.z, drawn.log_weight, num, num_moves)
+    return Weighted(z, jnp.full(num, log_evidence, log_target.dtype), log_target), moves
 
 
 class _Streams(NamedTuple):
@@ -364,5 +363,5 @@ def _log_priors(problem: Problem, z: Float[Array, "num dim"]) -> Float[Array, " 
 
 
 @eqx.filter_jit
-def _features(proposal: AmortisedProposal, y: Sites) -> Float[Array, " features"]:
-    return flatten(proposal.features(y))
+def _features(proposal: AbstractAmortised, target: Target) -> Float[Array, " features"]:
+    return flatten(proposal.features(target))

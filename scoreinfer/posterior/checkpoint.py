@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from scoreinfer._errors import UnreadableFile
 from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Sites
 from scoreinfer.bijections.affine import identity
+from scoreinfer.errors import UnreadableFile
 from scoreinfer.evidence.bank import Outliers
 from scoreinfer.files import (
     Arrays,
@@ -38,12 +38,11 @@ from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Ser
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem, Site
 from scoreinfer.process import VE, VP, SubVP
-from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.samplers.amortised import AbstractAmortised, AmortisedProposal
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.samplers.focused import FocusedProposal
-from scoreinfer.samplers.refined import AmortisedProposal, RefinedProposal
+from scoreinfer.samplers.refined import RefinedProposal
 from scoreinfer.score.network import score_module
-from scoreinfer.simulators.dataset import FOREIGN
 from scoreinfer.simulators.validity import Validity, validity_network
 from scoreinfer.training.loop import Budget, History, TrainingHistory
 from scoreinfer.training.simulations import Standardiser, encode
@@ -63,21 +62,21 @@ SAMPLERS = (ProbabilityFlow, ReverseSDE)
 class Parts(NamedTuple):
     """What a posterior is made of, besides its problem."""
 
-    proposal: AmortisedProposal
+    proposal: AbstractAmortised
     outliers: Outliers | None
     history: TrainingHistory | None
     validity: Validity | None = None
 
 
-def write_posterior(path: Path, parts: Parts) -> None:
+def write_posterior(path: Path, problem: Problem, parts: Parts) -> None:
     """Write a posterior to a folder.
 
     Raises:
         ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
     """
-    problem, tree = parts.proposal.problem, (parts.proposal, parts.outliers, parts.validity)
+    tree = (parts.proposal, parts.outliers, parts.validity)
     network = describe(parts)
-    check_described(tree, outline(problem, network, _first(parts.proposal).embedding))
+    check_described(tree, outline(problem, network, parts.proposal.amortised.embedding))
     write_folder(path, FORMAT, problem, tree, network, _training(parts))
 
 
@@ -129,7 +128,7 @@ def write_folder(
             "observed": [_site(site) for site in problem.observed],
             "dim": problem.dim,
             "has_density": problem.has_density,
-            "foreign": problem.not_simulable == FOREIGN,
+            "foreign": problem.is_foreign,
             "likelihood": problem.observation is not None,
         },
         "network": network,
@@ -306,13 +305,9 @@ def _check_density(arrays: Arrays, problem: Problem) -> None:
 # --- the networks
 
 
-def _first(proposal: AmortisedProposal) -> Proposal:
-    return proposal if isinstance(proposal, Proposal) else proposal.original
-
-
 def describe(parts: Parts) -> dict[str, Any]:
     """Describe everything that is not an array."""
-    proposal = _first(parts.proposal)
+    proposal = parts.proposal.amortised
     network = proposal.score.network
     if not isinstance(network, ConditionalMLP):
         raise ValueError(f"A score with a {type(network).__name__} cannot be saved, only one with a ConditionalMLP.")
@@ -430,7 +425,7 @@ def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | No
     if len(octaves) not in (0, problem.dim):
         raise TypeError(f"expected no octaves or {problem.dim}, got {len(octaves)}")
     kind = network["proposal"]
-    if kind not in ("Proposal", "FocusedProposal", "RefinedProposal"):
+    if kind not in ("AmortisedProposal", "FocusedProposal", "RefinedProposal"):
         raise TypeError(f"unknown proposal {kind!r}")
     has_validity = network["validity"]
     if not isinstance(has_validity, bool):
@@ -449,7 +444,7 @@ def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | No
         )  # fmt: skip
         rows = jax.tree.map(lambda leaf: leaf[None], x)
         module = score_module(key, dim, own, rows, **sizes["score"], octaves=octaves)
-        first = Proposal(standardiser, whitening, identity(dim), module.embedding, module.score, sampler, problem)
+        first = AmortisedProposal(standardiser, whitening, identity(dim), module.embedding, module.score, sampler)
         proposal: Any = first
         if kind == "FocusedProposal":
             proposal = FocusedProposal(first, first)

@@ -22,7 +22,7 @@ from scoreinfer.nets.convnet import PADDING_MODES
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.paths import Frame, LearnedBackward, Moments, OnWaves
 from scoreinfer.paths.build import Reversal, Samplers, samplers, untrained
-from scoreinfer.paths.proposal import PARAMETERS, PathProposal, StartedPaths
+from scoreinfer.paths.proposal import PARAMETERS, AbstractPaths, StartedPaths, beginning, pinned
 from scoreinfer.posterior.checkpoint import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -40,12 +40,11 @@ from scoreinfer.posterior.checkpoint import (
 )
 from scoreinfer.problem import Problem
 from scoreinfer.process import PhysicsProcess
-from scoreinfer.samplers.amortised import Proposal
+from scoreinfer.samplers.amortised import AmortisedProposal
 from scoreinfer.training.loop import History
 from scoreinfer.training.simulations import Standardiser, encode
 
 MAX_PARTICLES = 65_536
-Sampler = PathProposal | StartedPaths
 
 
 class PathParts(NamedTuple):
@@ -59,7 +58,7 @@ class PathParts(NamedTuple):
         num_particles: particles of each draw.
     """
 
-    paths: Sampler
+    paths: AbstractPaths
     bank: ForwardBank
     outliers: Outliers
     history: History
@@ -79,14 +78,14 @@ class Saved(NamedTuple):
     """
 
     backward: LearnedBackward
-    start: Proposal | None
+    start: AmortisedProposal | None
     standardiser: Standardiser
     bank: ForwardBank
     outliers: Outliers
     physics: dict[str, Any]
 
 
-def write_paths(path: Path, parts: PathParts) -> None:
+def write_paths(path: Path, problem: Problem, parts: PathParts) -> None:
     """Write a posterior of paths to a folder.
 
     Raises:
@@ -94,13 +93,14 @@ def write_paths(path: Path, parts: PathParts) -> None:
     """
     paths, backward = parts.paths, parts.paths.backward
     assert isinstance(backward, LearnedBackward)
-    start, scale = None, Standardiser({}, {})
+    start, scale, start_problem = None, Standardiser({}, {}), None
     if isinstance(paths, StartedPaths):
-        assert isinstance(paths.start, Proposal)
+        start_problem = _start_problem(problem, paths)
+        assert isinstance(paths.start, AmortisedProposal)
         start, scale = paths.start, paths.standardiser
-    frame = backward.frame
+    frame, site = backward.frame, _site_of(paths)
     network = {
-        "site": _site_of(paths),
+        "site": site,
         "separate": backward.separate,
         "frame": {
             "slope": frame.slope.ndim, "factor": frame.factor.ndim, "tilt": frame.tilt is not None,
@@ -116,12 +116,10 @@ def write_paths(path: Path, parts: PathParts) -> None:
     physics = _fingerprint(backward.process, frame)
     tree = Saved(_without_physics(backward), start, scale, parts.bank, parts.outliers, physics)
     sees_path = isinstance(paths, StartedPaths) and paths.sees_path
-    setting = Setting(
-        backward.process, paths.problem, _site_of(paths), None if start is None else start.problem, sees_path
-    )
+    setting = Setting(backward.process, problem, site, start_problem, sees_path)
     own = backward.network.network if isinstance(backward.network, OnWaves) else backward.network
     check_described(tree, _outline(setting, network, own))
-    write_folder(path, PATHS_FORMAT, paths.problem, tree, network, {"history": run_record(parts.history)})
+    write_folder(path, PATHS_FORMAT, problem, tree, network, {"history": run_record(parts.history)})
 
 
 def read_paths(path: Path, reversal: Reversal, net: Callable | None) -> tuple[Samplers, PathParts]:
@@ -218,7 +216,7 @@ def _outline(setting: Setting, network: dict[str, Any], net: Callable | None) ->
         backward = untrained(jax.random.key(0), setting.process, frame, usual, own, **sizes)
         features = dim
         if start is not None:
-            features = eqx.filter_eval_shape(_start_features, start).size
+            features = eqx.filter_eval_shape(_start_features, start, setting.start_problem).size
         one = jnp.zeros(num_bank)
         bank = ForwardBank(jnp.zeros((num_bank, features)), one, one)
         ends = Outliers(jnp.zeros((num_ends, features)), jnp.zeros(num_ends))
@@ -232,8 +230,8 @@ def _nothing(problem: Problem) -> Sites:
     return encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
 
 
-def _start_features(start: Proposal) -> Float[Array, " features"]:
-    return flatten(start.standardiser(_nothing(start.problem)))
+def _start_features(start: AmortisedProposal, problem: Problem) -> Float[Array, " features"]:
+    return flatten(start.standardiser(_nothing(problem)))
 
 
 def _yes_or_no(value: Any, name: str) -> bool:
@@ -288,8 +286,15 @@ def _make_network(
 # --- the physics
 
 
-def _site_of(paths: Sampler) -> str:
-    return paths.physics if isinstance(paths, StartedPaths) else paths.problem.latents[0].name
+def _site_of(paths: AbstractPaths) -> str:
+    source = paths.backward.process.source
+    assert source is not None
+    return source.site
+
+
+def _start_problem(problem: Problem, paths: StartedPaths) -> Problem:
+    whole = problem if problem.observed else pinned(problem)
+    return beginning(whole, paths.backward.process, _site_of(paths), paths.site)
 
 
 def _without_physics(backward: LearnedBackward) -> LearnedBackward:

@@ -82,10 +82,6 @@ class PhysicsProcess(AbstractProcess):
     def __deepcopy__(self, memo: dict[int, Any]) -> "PhysicsProcess":
         return self
 
-    def without_steps(self) -> "PhysicsProcess":
-        """Copy the process without the model's own functions, which cannot be pickled (see `read_again`)."""
-        return dataclasses.replace(self, advance=_left_out, retreat=_left_out, given=None, recipe=None)
-
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
         """Compute components of states, whose axes come last."""
         return flatten(states, self.shape, self.waves)
@@ -141,10 +137,6 @@ class PhysicsProcess(AbstractProcess):
         keys = jax.random.split(key, self.num_steps)
         path = jax.lax.scan(step, start, (jnp.arange(self.num_steps), keys))[1]
         return jnp.concatenate([start[None], path])
-
-
-def _left_out(t0: Array, t1: Array, x: Array) -> Array:
-    raise ValueError("Physics is left out in pickling: run the kernel, which reads it from the model again.")
 
 
 def minus_drift(advance: Step) -> Step:

@@ -1,15 +1,16 @@
-"""The learned sampler of one problem: whitening, embedding, score and sampler behind two functions."""
+"""The amortised proposal: whitening, embedding, score and sampler behind two functions."""
 
+import abc
 from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
+from scoreinfer.bijections.base import Change
 from scoreinfer.nets import Embedding
-from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import AbstractDensityProposal, Target
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
 from scoreinfer.training.simulations import Standardiser, encode
@@ -28,8 +29,21 @@ class Context(NamedTuple):
     features: Float[Array, " features"]
 
 
-class Proposal(eqx.Module):
-    """The learned sampler of one problem: draws z for an observation, with the log density of what it did.
+class AbstractAmortised(AbstractDensityProposal):
+    """A proposal that answers for any observation."""
+
+    @property
+    @abc.abstractmethod
+    def amortised(self) -> "AmortisedProposal":
+        """The proposal as it was trained, not adapted to any observation."""
+
+    def features(self, target: Target) -> Sites:
+        """Compute the standardised observation."""
+        return self.amortised.standardiser(encode(target.problem, target.y))
+
+
+class AmortisedProposal(AbstractAmortised):
+    """The learned sampler of one model: draws z for an observation, with the log density of what it did.
 
     ``adjustment`` is a further affine map of z, the identity unless the proposal has been adapted to one observation.
 
@@ -43,39 +57,57 @@ class Proposal(eqx.Module):
     embedding: Embedding
     score: NeuralScore
     sampler: AbstractSampler
-    problem: Problem = eqx.field(static=True)
 
-    def features(self, y: Sites) -> Sites:
-        """Compute the standardised observation."""
-        return self.standardiser(encode(self.problem, y))
+    @property
+    def amortised(self):
+        """The proposal itself."""
+        return self
 
-    def context(self, y: Sites) -> Context:
+    def context(self, target: Target) -> Context:
         """Embed one observation."""
-        x = self.features(y)
+        return self.embed(self.features(target))
+
+    def embed(self, x: Sites) -> Context:
+        """Embed one standardised observation."""
         return Context(self.adjustment.after(self.whitening(x)), self.embedding(x))
 
     def propose(self, key: Key, context: Context) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
-        return _propose(key, self, *context)
+        return propose_whitened(key, self.sampler, self.score, self.adjustment.mean.size, *context)
 
     def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
-        return _log_q(key, self, *context, z)
+        return log_q_whitened(key, self.sampler, self.score, *context, z)
 
 
-def _upcast(x):
-    return x.astype(jnp.result_type(float))
-
-
-def _propose(key, proposal, whitening, features):
-    u, log_q = proposal.sampler.sample(key, proposal.score, proposal.problem.dim, features)
+def propose_whitened(
+    key: Key,
+    sampler: AbstractSampler,
+    score: NeuralScore,
+    dim: int,
+    whitening: Change,
+    features: Float[Array, " features"],
+) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+    """Draw in the whitened space, and map the draw and its ``log_q`` to the space of z."""
+    u, log_q = sampler.sample(key, score, dim, features)
     return _upcast(whitening.forward(u)), _upcast(log_q - whitening.log_det(u))
 
 
-def _log_q(key, proposal, whitening, features, z):
+def log_q_whitened(
+    key: Key,
+    sampler: AbstractSampler,
+    score: NeuralScore,
+    whitening: Change,
+    features: Float[Array, " features"],
+    z: Float[Array, " dim"],
+) -> Float[Array, ""]:
+    """Compute the ``log_q`` of a given z."""
     u = whitening.inverse(z.astype(jnp.float32))
-    log_q = proposal.sampler.log_q(key, proposal.score, u, features)
-    return _upcast(log_q - whitening.log_det(u))
+    return _upcast(sampler.log_q(key, score, u, features) - whitening.log_det(u))
+
+
+def _upcast(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(jnp.result_type(float))
 
 
 def default_sampler(dim: int, *, weighed: bool) -> AbstractSampler:

@@ -1,7 +1,16 @@
-"""Samplers: what drawing and kernels ask of a learned proposal, and the weight of what it draws."""
+"""Properly weighted samplers: what drawing, certificates and kernels ask of every proposal.
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+A proposal draws z with a weight w such that E[w h(z)] = integral of h(z) p(z, y) dz for every function h. Importance
+sampling, weights over extended paths and particle filters are all of this form.
 
+References: Liu 2001, "Monte Carlo Strategies in Scientific Computing", section 2.5.4; Naesseth, Lindsten and Schon
+2019, arXiv 1903.04797, section 2.4.
+"""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -9,52 +18,87 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
 
-@runtime_checkable
-class Proposer(Protocol):
-    """What drawing and kernels ask of the learned sampler, an Equinox module: a `Proposal`, or a mixture of two."""
+class Target(eqx.Module):
+    """The posterior of one observation as a log density, up to the evidence: z -> log p(z, y).
 
-    @property
-    def problem(self) -> Problem:
-        """The problem that the proposal is for."""
+    A pytree whose only arrays are the data, so that programs compile once for all data.
 
-    def context(self, y: Sites) -> Any:
-        """Embed one observation."""
+    Args:
+        problem: the problem.
+        y: the observation.
+    """
 
-    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-        """Draw one z and compute its ``log_q``."""
+    problem: Problem = eqx.field(static=True)
+    y: Sites
 
-    def log_q(self, key: Key, context: Any, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given z; for path weights, over a path drawn anew."""
+    def __call__(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute log p(z, y); zero where the model has no density, so that log weights are -log q."""
+        return self.problem.log_joint(z, self.y) if self.problem.has_density else jnp.zeros((), z.dtype)
 
 
 class Weighted(NamedTuple):
-    """One draw in the unconstrained space, or several, with the two log densities its weight is made of."""
+    """One weighted draw, or (with a leading axis) several.
 
-    values: Float[Array, "*num dim"]
-    log_q: Float[Array, "*num"]
-    log_joint: Float[Array, "*num"]
+    Args:
+        z: unconstrained values.
+        log_weight: log weights; NaN where the model's density failed.
+        log_target: log p(z, y); zero where the model has no density.
+    """
+
+    z: Float[Array, "*num dim"]
+    log_weight: Float[Array, "*num"]
+    log_target: Float[Array, "*num"]
 
     @property
     def num(self) -> int:
         """Number of draws."""
-        return self.values.shape[0]
+        return self.z.shape[0]
 
     @property
-    def log_weight(self) -> Float[Array, "*num"]:
-        """Log importance weights; NaN where the model's density failed, or where there is none."""
-        return self.log_joint - self.log_q
+    def log_q(self) -> Float[Array, "*num"]:
+        """Log density of the proposal, log p(z, y) - log w; NaN where p is zero."""
+        return self.log_target - self.log_weight
 
 
-def draw(key: Key, proposal: Proposer, context: Any, y: Sites) -> Weighted:
-    """Draw one z and weigh it."""
-    z, log_q = proposal.propose(key, context)
-    return Weighted(z, log_q, _log_joint(proposal.problem, z, y))
+class AbstractProposal(eqx.Module):
+    """A properly weighted sampler. It holds arrays; the target is handed to it.
+
+    Exactness: the weights are proper for any values of the arrays, trained or not.
+    """
+
+    @abc.abstractmethod
+    def context(self, target: Target) -> Any:
+        """Embed one observation."""
+
+    @abc.abstractmethod
+    def sample(self, key: Key, target: Target, context: Any) -> Weighted:
+        """Draw one z with its weight."""
+
+    @abc.abstractmethod
+    def weigh(self, key: Key, target: Target, context: Any, z: Float[Array, " dim"]) -> Weighted:
+        """Weigh a given z; where weights are over paths, over a path drawn anew with ``key``."""
 
 
-def weigh(key: Key, proposal: Proposer, context: Any, y: Sites, z: Float[Array, " dim"]) -> Weighted:
-    """Weigh a given z."""
-    return Weighted(z, proposal.log_q(key, context, z), _log_joint(proposal.problem, z, y))
+class AbstractDensityProposal(AbstractProposal):
+    """A proposal whose density q is known, on z or on an extended path: w = p(z, y) / q(z)."""
+
+    @abc.abstractmethod
+    def propose(self, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw one z and compute its ``log_q``."""
+
+    @abc.abstractmethod
+    def log_q(self, key: Key, context: Any, z: Float[Array, " dim"]) -> Float[Array, ""]:
+        """Compute the ``log_q`` of a given z; for path weights, over a path drawn anew."""
+
+    def sample(self, key, target, context):
+        """Draw one z and weigh it by p / q."""
+        return _weighted(target, *self.propose(key, context))
+
+    def weigh(self, key, target, context, z):
+        """Weigh a given z by p / q."""
+        return _weighted(target, z, self.log_q(key, context, z))
 
 
-def _log_joint(problem, z, y):
-    return problem.log_joint(z, y) if problem.has_density else jnp.full((), jnp.nan, z.dtype)
+def _weighted(target: Target, z: Float[Array, " dim"], log_q: Float[Array, ""]) -> Weighted:
+    log_target = target(z)
+    return Weighted(z, log_target - log_q, log_target)

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key, Sites, Values
+from scoreinfer._typing import Key, Values
 from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.base import Proposer, Weighted, draw, weigh
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 SMALLEST_BATCH = 512
 """Smaller requests are rounded up to this many rows: few shapes are ever compiled."""
@@ -25,19 +25,19 @@ def batch_shape(num: int, batch_size: int) -> int:
 
 
 @eqx.filter_jit
-def draw_rows(key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"]) -> Weighted:
+def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"]) -> Weighted:
     """Draw and weigh these rows of the endless stream of draws that belongs to ``key``."""
-    context = proposal.context(y)
-    return jax.vmap(lambda row: draw(jax.random.fold_in(key, row), proposal, context, y))(rows)
+    context = proposal.context(target)
+    return jax.vmap(lambda row: proposal.sample(jax.random.fold_in(key, row), target, context))(rows)
 
 
 @eqx.filter_jit
 def weigh_rows(
-    key: Key, proposal: Proposer, y: Sites, rows: Int[Array, " num"], values: Float[Array, "num dim"]
+    key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"], z: Float[Array, "num dim"]
 ) -> Weighted:
     """Weigh given values, as these rows of the stream."""
-    context = proposal.context(y)
-    return jax.vmap(lambda row, z: weigh(jax.random.fold_in(key, row), proposal, context, y, z))(rows, values)
+    context = proposal.context(target)
+    return jax.vmap(lambda row, z: proposal.weigh(jax.random.fold_in(key, row), target, context, z))(rows, z)
 
 
 class Defence(NamedTuple):
@@ -49,16 +49,20 @@ class Defence(NamedTuple):
 
 @eqx.filter_jit
 def mixed(defence: Defence, drawn: Weighted) -> Weighted:
-    """Weigh draws under the mixture of a proposal, which has weighed them, and its defence."""
+    """Weigh draws under the mixture of a proposal, which has weighed them, and its defence.
+
+    With w the weight under the proposal, s the share of the defence r: 1 / w_mix = (1 - s) / w + s r / p.
+    """
     density, share = defence
-    log_other = jax.vmap(density.log_density)(drawn.values)
-    return drawn._replace(log_q=jnp.logaddexp(jnp.log1p(-share) + drawn.log_q, jnp.log(share) + log_other))
+    log_other = jax.vmap(density.log_density)(drawn.z) - drawn.log_target
+    inverse = jnp.logaddexp(jnp.log1p(-share) - drawn.log_weight, jnp.log(share) + log_other)
+    return drawn._replace(log_weight=-inverse)
 
 
 def weighted_draws(
     key: Key,
-    proposal: Proposer,
-    y: Sites,
+    proposal: AbstractProposal,
+    target: Target,
     batch_size: int,
     defence: Defence | None,
     first: int,
@@ -76,16 +80,16 @@ def weighted_draws(
         return in_batches(function, num, batch_shape(num, batch_size), done)
 
     if defence is None:
-        return batches(lambda i: draw_rows(key, proposal, y, first + i), count)
+        return batches(lambda i: draw_rows(key, proposal, target, first + i), count)
     for_draws, for_paths, for_others = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
     from_others = _is_other(defence.share, first, count)
     ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_others, from_others))
 
     def other_rows(i: Int[Array, " num"]) -> Weighted:
         values = reference_rows(for_others, defence.density, theirs[i])
-        return weigh_rows(for_paths, proposal, y, theirs[i], values)
+        return weigh_rows(for_paths, proposal, target, theirs[i], values)
 
-    sources = ((ours, lambda i: draw_rows(for_draws, proposal, y, ours[i])), (theirs, other_rows))
+    sources = ((ours, lambda i: draw_rows(for_draws, proposal, target, ours[i])), (theirs, other_rows))
     parts = [batches(function, rows.size) for rows, function in sources if rows.size]
     drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(jnp.concatenate([ours, theirs]))], *parts)
     return mixed(defence, drawn)

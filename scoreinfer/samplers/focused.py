@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.montecarlo.resampling import tempering_power
 from scoreinfer.montecarlo.weights import effective_sample_size
-from scoreinfer.problem import Problem
-from scoreinfer.samplers.amortised import Context, Proposal
+from scoreinfer.samplers.amortised import AbstractAmortised, AmortisedProposal, Context
+from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import draw_rows
-from scoreinfer.samplers.diffusion import AbstractSampler
 
 SHARE = 0.75
 """Share of the draws that come from the adapted component."""
@@ -38,24 +37,15 @@ class FocusedContext(NamedTuple):
     adapted: Context
 
 
-class AbstractAdapted(eqx.Module):
+class AbstractAdapted(AbstractAmortised):
     """What proposals adapted to one observation have of the one they come from."""
 
-    original: eqx.AbstractVar[Proposal]
+    original: eqx.AbstractVar[AmortisedProposal]
 
     @property
-    def problem(self) -> Problem:
-        """The problem the proposal is for."""
-        return self.original.problem
-
-    @property
-    def sampler(self) -> AbstractSampler:
-        """The sampler."""
-        return self.original.sampler
-
-    def features(self, y: Sites) -> Sites:
-        """Compute the standardised observation."""
-        return self.original.features(y)
+    def amortised(self):
+        """The proposal that it comes from."""
+        return self.original
 
 
 class FocusedProposal(AbstractAdapted):
@@ -69,12 +59,12 @@ class FocusedProposal(AbstractAdapted):
         none is found, that component counts as density zero.
     """
 
-    original: Proposal
-    adapted: Proposal
+    original: AmortisedProposal
+    adapted: AmortisedProposal
 
-    def context(self, y: Sites) -> FocusedContext:
+    def context(self, target: Target) -> FocusedContext:
         """Embed one observation for both components."""
-        return FocusedContext(self.original.context(y), self.adapted.context(y))
+        return FocusedContext(self.original.context(target), self.adapted.context(target))
 
     def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z from either component and compute the mixture's ``log_q``."""
@@ -106,13 +96,15 @@ def _moments(z: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, (centred * weight[:, None]).T @ centred
 
 
-def focus(key: Key, original: Proposal, y: Sites, *, max_rounds: int = 12) -> tuple[FocusedProposal, float]:
-    """Adapt a proposal to the observation ``y``.
+def focus(
+    key: Key, original: AmortisedProposal, target: Target, *, max_rounds: int = 12
+) -> tuple[FocusedProposal, float]:
+    """Adapt a proposal to one observation.
 
     Args:
         key: random key.
         original: the amortised proposal.
-        y: the observation.
+        target: the posterior of the observation.
         max_rounds: rounds of drawing and matching at the most.
 
     Returns:
@@ -120,14 +112,14 @@ def focus(key: Key, original: Proposal, y: Sites, *, max_rounds: int = 12) -> tu
 
     Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
     """
-    dim, num = original.problem.dim, NUM_DRAWS
+    dim, num = target.problem.dim, NUM_DRAWS
     stretch, shift = np.eye(dim), np.zeros(dim)
     best, best_ess = original, -1.0
     for round_key in jax.random.split(key, max_rounds):
         adjustment = Affine(jnp.asarray(shift, jnp.float32), jnp.asarray(stretch, jnp.float32))
         current = dataclasses.replace(original, adjustment=adjustment)
-        drawn = draw_rows(round_key, current, y, jnp.arange(num))
-        z, log_weight = (np.asarray(leaf, np.float64) for leaf in (drawn.values, drawn.log_weight))
+        drawn = draw_rows(round_key, current, target, jnp.arange(num))
+        z, log_weight = (np.asarray(leaf, np.float64) for leaf in (drawn.z, drawn.log_weight))
         log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
         ess = effective_sample_size(log_weight)
         if ess > best_ess:

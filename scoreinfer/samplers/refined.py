@@ -13,7 +13,8 @@ from scoreinfer.bijections.affine import Affine
 from scoreinfer.montecarlo.reference import reference_of
 from scoreinfer.montecarlo.tempering import advance, begin
 from scoreinfer.nets.embedding import flatten
-from scoreinfer.samplers.amortised import Context, Proposal
+from scoreinfer.samplers.amortised import AmortisedProposal, Context
+from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.focused import AbstractAdapted, FocusedProposal
 from scoreinfer.samplers.single import Pools, replace, teach
@@ -40,18 +41,18 @@ class RefinedProposal(AbstractAdapted):
         refined: what became of it.
         x: features of the observation.
 
-    Exactness: as for `Proposal`.
+    Exactness: as for `AmortisedProposal`.
     """
 
-    original: Proposal
-    refined: Proposal
+    original: AmortisedProposal
+    refined: AmortisedProposal
     x: Float[Array, " features"]
 
-    def context(self, y: Sites) -> RefinedContext:
+    def context(self, target: Target) -> RefinedContext:
         """Embed one observation."""
         # Not to the last bit: the same features may be rounded differently in another compiled program.
-        here = jnp.allclose(flatten(self.features(y)), self.x, rtol=1e-5, atol=1e-5)
-        return RefinedContext(here, self._at(here).context(y))
+        here = jnp.allclose(flatten(self.features(target)), self.x, rtol=1e-5, atol=1e-5)
+        return RefinedContext(here, self._at(here).context(target))
 
     def propose(self, key: Key, context: RefinedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
@@ -61,7 +62,7 @@ class RefinedProposal(AbstractAdapted):
         """Compute the ``log_q`` of a given z."""
         return self._at(context.here).log_q(key, context.context, z)
 
-    def _at(self, here: Bool[Array, ""]) -> Proposal:
+    def _at(self, here: Bool[Array, ""]) -> AmortisedProposal:
         def choose(refined, original):
             return jnp.where(here, refined, original) if eqx.is_array(refined) else refined
 
@@ -69,14 +70,14 @@ class RefinedProposal(AbstractAdapted):
 
 
 def refine(
-    key: Key, proposal: FocusedProposal, y: Sites, num_steps: int, *, progress_bar: bool = False
+    key: Key, proposal: FocusedProposal, target: Target, num_steps: int, *, progress_bar: bool = False
 ) -> tuple[RefinedProposal, float]:
     """Train the adapted component of a focused proposal further, on weighted and moved draws of its own.
 
     Args:
         key: random key.
-        proposal: the proposal, focused on ``y``.
-        y: the observation.
+        proposal: the proposal, focused on the observation.
+        target: the posterior of the observation.
         num_steps: optimiser steps.
         progress_bar: show progress bars on a terminal.
 
@@ -90,28 +91,24 @@ def refine(
         What the focused proposal never draws the refined one will not learn: see `scoreinfer.evidence.witnesses`.
     """
     for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
-    adapted, problem = proposal.adapted, proposal.problem
-    drawn = weighted_draws(for_draws, proposal, y, 1024, None, 0, NUM_PARTICLES)
-    reference, target = reference_of(problem, 1.0), jax.tree_util.Partial(problem.log_joint, y=y)
+    adapted = proposal.adapted
+    drawn = weighted_draws(for_draws, proposal, target, 1024, None, 0, NUM_PARTICLES)
+    reference = reference_of(target.problem, 1.0)
     particles = begin(for_particles, reference, NUM_PARTICLES)
     particles = replace(for_rows, particles._replace(power=jnp.ones_like(particles.power)), drawn)
     for for_pass in jax.random.split(for_moves, WARM_UP):
         particles = advance(for_pass, reference, target, particles, NUM_MOVES)
-    affine, x = _context(adapted, y)
+    affine, x = _context(adapted, target)
     pools = Pools(reference, target, particles, affine, x, NUM_MOVES)
 
-    def make(module: ConditionalScore) -> Proposal:
+    def make(module: ConditionalScore) -> AmortisedProposal:
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
 
     module = ConditionalScore(adapted.embedding, adapted.score)
-    refined, share, _ = teach(for_rounds, module, make, pools, y, num_steps, progress_bar=progress_bar)
+    refined, share, _ = teach(for_rounds, module, make, pools, num_steps, progress_bar=progress_bar)
     return RefinedProposal(proposal.original, refined, flatten(x)), share
 
 
-AmortisedProposal = Proposal | FocusedProposal | RefinedProposal
-"""What the certificate of an amortised posterior can hold simulations against."""
-
-
 @eqx.filter_jit
-def _context(proposal: Proposal, y: Sites) -> tuple[Affine, Sites]:
-    return proposal.context(y).affine, proposal.features(y)
+def _context(proposal: AmortisedProposal, target: Target) -> tuple[Affine, Sites]:
+    return proposal.context(target).affine, proposal.features(target)

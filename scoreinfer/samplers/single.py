@@ -22,9 +22,8 @@ from scoreinfer.montecarlo.resampling import resample_indices, tempering_power
 from scoreinfer.montecarlo.tempering import KEPT_SHARE, Particles, advance, begin, particles_at
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
 from scoreinfer.nets import Concatenate
-from scoreinfer.problem import Problem
-from scoreinfer.samplers.amortised import _log_q, _propose, default_sampler
-from scoreinfer.samplers.base import Proposer, Weighted
+from scoreinfer.samplers.amortised import default_sampler, log_q_whitened, propose_whitened
+from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.score import NeuralScore
@@ -34,30 +33,30 @@ from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precis
 from scoreinfer.training.simulations import blame
 
 
-class SingleProposal(eqx.Module):
+class SingleProposal(AbstractDensityProposal):
     """The learned sampler of one posterior: a whitening map, an unconditional score, a sampler.
 
-    Exactness: as for `Proposal`.
+    Exactness: as for `AmortisedProposal`.
     """
 
     whitening: Chain
     score: NeuralScore
     sampler: AbstractSampler
-    problem: Problem = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
 
-    def context(self, y: Sites) -> None:
-        """Return nothing: only its own observation is worth asking about."""
+    def context(self, target: Target) -> None:
+        """Return nothing: the proposal is for its own observation."""
 
     def propose(self, key: Key, context: None) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
-        return _propose(key, self, self.whitening, jnp.zeros(0, jnp.float32))
+        return propose_whitened(key, self.sampler, self.score, self.dim, self.whitening, jnp.zeros(0, jnp.float32))
 
     def log_q(self, key: Key, context: None, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z."""
-        return _log_q(key, self, self.whitening, jnp.zeros(0, jnp.float32), z)
+        return log_q_whitened(key, self.sampler, self.score, self.whitening, jnp.zeros(0, jnp.float32), z)
 
 
-P = TypeVar("P", bound=Proposer)
+P = TypeVar("P", bound=AbstractProposal)
 MAX_TEMPERATURES = 1000
 EPOCH_STEPS = 250
 MAX_OCTAVES, MAX_WAVES = 6, 40
@@ -119,8 +118,7 @@ class Evidence(NamedTuple):
 
 def learn(
     key: Key,
-    problem: Problem,
-    y: Sites,
+    target: Target,
     effort: Effort = Effort(),
     *,
     start_scale: float = 5.0,
@@ -135,8 +133,7 @@ def learn(
 
     Args:
         key: random key.
-        problem: the problem; where its density has no gradient, particles take random-walk steps.
-        y: the observation.
+        target: the posterior; where its density has no gradient, particles take random-walk steps.
         effort: how much work to spend.
         start_scale: see above.
         progress_bar: show progress bars on a terminal.
@@ -153,8 +150,8 @@ def learn(
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
     for_explorer, for_net, for_rounds = jax.random.split(key, 3)
+    problem, y = target.problem, target.y
     reference = reference_of(problem, start_scale)
-    target = jax.tree_util.Partial(problem.log_joint, y=y)
     try:
         particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     except FloatingPointError as error:
@@ -168,9 +165,9 @@ def learn(
     module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
-        return SingleProposal(whitening, module.score, default_sampler(problem.dim, weighed=True), problem)
+        return SingleProposal(whitening, module.score, default_sampler(problem.dim, weighed=True), problem.dim)
 
-    best, _, more_passes = teach(for_rounds, module, make, pools, y, effort.num_steps, progress_bar=progress_bar)
+    best, _, more_passes = teach(for_rounds, module, make, pools, effort.num_steps, progress_bar=progress_bar)
     num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
     informative = num_ancestors(particles.ancestors)
     return best, Evidence(y, places, float(particles.log_evidence), num_gradients, informative)
@@ -181,7 +178,7 @@ class Pools(eqx.Module):
 
     Args:
         reference: see `scoreinfer.montecarlo.tempering.advance`.
-        target: log density of the posterior.
+        target: the posterior.
         particles: draws from about the posterior.
         whitening: the whitening map.
         x: the standardised observation, as the score is told of it.
@@ -189,7 +186,7 @@ class Pools(eqx.Module):
     """
 
     reference: AbstractReference
-    target: LogDensity
+    target: Target
     particles: Particles
     whitening: Change
     x: Sites
@@ -213,7 +210,6 @@ def teach(
     module: ConditionalScore,
     make: Callable[[ConditionalScore], P],
     pools: Pools,
-    y: Sites,
     num_steps: int,
     *,
     progress_bar: bool = True,
@@ -225,7 +221,6 @@ def teach(
         module: the score to start from.
         make: makes the sampler of a score.
         pools: the first particles.
-        y: the observation.
         num_steps: optimiser steps, all rounds together.
         progress_bar: show progress bars on a terminal.
 
@@ -247,7 +242,7 @@ def teach(
             for_training, module, loss, pools, validation, budget, progress_bar=progress_bar, title=title
         )
         proposal = make(module)
-        drawn = weighted_draws(for_draws, proposal, y, 1024, None, 0, num)
+        drawn = weighted_draws(for_draws, proposal, pools.target, 1024, None, 0, num)
         rounds.append(Round(proposal, effective_sample_size(drawn.log_weight), *log_evidence(drawn.log_weight)))
         pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn, REPLACED_EACH))
         num_passes += len(history.loss) + 1
@@ -331,6 +326,6 @@ def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> P
     if not np.isfinite(log_weight.max()):
         return particles
     power = tempering_power(log_weight, REPLACED_SHARE * drawn.num)
-    resampled = drawn.values[resample_indices(key, power * log_weight, drawn.num)]
+    resampled = drawn.z[resample_indices(key, power * log_weight, drawn.num)]
     replaced = jnp.arange(drawn.num)[:, None] % each == 0
     return particles._replace(values=jnp.where(replaced, resampled, particles.values))

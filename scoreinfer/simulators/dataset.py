@@ -13,15 +13,14 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from scoreinfer._errors import UnreadableFile, UnsupportedModel
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
+from scoreinfer.errors import UnreadableFile, UnsupportedModel
 from scoreinfer.model import read_likelihood
 from scoreinfer.problem import Problem, Site
 from scoreinfer.simulators.outputs import real_numbers
 from scoreinfer.simulators.store import Rows, Store, select
 
-FOREIGN = "its simulator is foreign."
 BATCH = 4096
 NUM_EXAMPLES = 64
 """Rows on which a likelihood is looked at."""
@@ -84,7 +83,8 @@ def _foreign(problem: Problem, **observed: Any) -> Problem:
 
     return dataclasses.replace(
         problem, log_likelihood=log_likelihood, constrain=problem.latent_sites, simulate=None,
-        simulate_observation=None, has_density=False, not_simulable=FOREIGN, pointwise_log_likelihood=None, **observed,
+        simulate_observation=None, has_density=False, is_foreign=True,
+        not_simulable="its simulator is foreign.", pointwise_log_likelihood=None, **observed,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from scipy.stats import ks_2samp
 from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer.draws import Draws
 from scoreinfer.files import digest
-from scoreinfer.model import from_numpyro
+from scoreinfer.model import problem_of
 from scoreinfer.problem import Problem
 from scoreinfer.simulators.outputs import named_outputs, real_numbers, say_masked
 from scoreinfer.simulators.run import first_rows, most_rows, told_of_draws, told_of_prior
@@ -32,26 +32,23 @@ def record(
     prior: Callable | Problem | Draws,
     parameters: Mapping[str, Any],
     outputs: Any,
-    *args: Any,
+    *,
     store: str | os.PathLike[str],
-    **kwargs: Any,
 ) -> Store:
     """Keep simulations that were made elsewhere, on a cluster or long ago, as a store.
 
     Called again with the same arrays it changes nothing; after an interruption it goes on.
 
     Args:
-        prior: the NumPyro model, or `Problem`, whose latent sites the parameters were drawn from. Or `Draws`, at which
-            the simulator was run (see `Posterior.weigh`).
+        prior: the NumPyro model without arguments, or `Problem` (``from_numpyro(model, *args)``), whose latent sites
+            the parameters were drawn from. Or `Draws`, at which the simulator was run (see `Conditioned.weigh`).
         parameters: constrained parameters by site, rows first.
         outputs: what the simulator returned, rows first: an array (then called ``y``) or a dictionary of arrays by
             name. Rows with numbers that are not finite, or with masked entries, count as failed.
-        *args: the prior's own arguments.
         store: folder of the rows; made where there is none.
-        **kwargs: the prior's own keyword arguments.
 
     Returns:
-        The `Store`; ``fit(key, prior, simulations=store)`` learns from it.
+        The `Store`; ``NPSE(prior, simulations=store).fit(key)`` learns from it.
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
@@ -66,18 +63,18 @@ def record(
     >>> def prior():
     ...     numpyro.sample("a", dist.Normal(0.0, 1.0))
     >>> a = np.random.default_rng(0).normal(size=100)
-    >>> print(si.record(prior, {"a": a}, a**2, store=tempfile.mkdtemp()))
+    >>> print(si.simulators.record(prior, {"a": a}, a**2, store=tempfile.mkdtemp()))
     100 of 100 simulations (100 ok, 0 invalid, 0 failed, 0 timeout)
     """
     columns, masks = _columns(outputs)
     num = len(next(iter(columns.values())))
     if isinstance(prior, Draws):
-        sites, z, told = named_leaves(prior.sites), np.asarray(prior.values[:num]), told_of_draws(prior, num)
+        sites, z, told = named_leaves(prior.sites), np.asarray(prior.unconstrained[:num]), told_of_draws(prior, num)
         values = _check_rows({name: leaf.shape[1:] for name, leaf in sites.items()}, parameters, num)
         if any(not np.allclose(values[name], sites[name][:num], rtol=1e-3, atol=1e-6) for name in values):
             raise ValueError("The parameters must be those of the draws, in their order; got others.")
     else:
-        problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
+        problem = problem_of(prior, (), {})
         told = told_of_prior(problem)
         values = _check_rows({site.name: site.shape for site in problem.latents}, parameters, num)
         z = np.asarray(_unconstrain(problem, values))

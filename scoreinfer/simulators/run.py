@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import UnsupportedModel
 from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.files import digest
 from scoreinfer.identity import Version, fingerprint, moved
-from scoreinfer.model import from_numpyro
+from scoreinfer.model import problem_of
 from scoreinfer.problem import Problem
 from scoreinfer.simulators.outputs import named_outputs, say_masked
 from scoreinfer.simulators.store import (
@@ -67,7 +67,7 @@ def simulate(
     prior: Callable | Problem | Draws,
     simulator: Simulator,
     num: int,
-    *args: Any,
+    *,
     store: str | os.PathLike[str],
     executor: concurrent.futures.Executor | None = None,
     on_error: str = "record",
@@ -76,7 +76,6 @@ def simulate(
     num_workers: int | None = None,
     simulator_version: Version = None,
     progress_bar: bool = True,
-    **kwargs: Any,
 ) -> Store:
     """Draw parameters from a prior, run a foreign simulator on each, and keep every outcome on disk.
 
@@ -86,14 +85,14 @@ def simulate(
 
     Args:
         key: random key.
-        prior: a NumPyro model, or a `Problem`, whose latent sites are the parameters; its observed sites are ignored.
-            Or `Draws`, to run the simulator on the first ``num`` of them (see `Posterior.weigh`).
+        prior: a NumPyro model without arguments, or a `Problem` (``from_numpyro(model, *args)``), whose latent sites
+            are the parameters; its observed sites are ignored. Or `Draws`, to run the simulator on the first ``num`` of
+            them (see `Conditioned.weigh`).
         simulator: ``simulator(parameters, seed)``: constrained parameters by site as NumPy values, and a whole number
             to seed what is random in it. Returns an array (then called ``y``) or a dictionary of arrays by name.
             A row fails where one of them holds anything but real or whole numbers or truth values. Masked entries are
             missing values: NaN.
         num: number of rows.
-        *args: the prior's own arguments.
         store: folder of the rows; made where there is none.
         executor: any `concurrent.futures.Executor`: threads, spawned processes, dask's ``Client.get_executor()``,
             ``mpi4py.futures``. None: one after the other, here. It is not shut down.
@@ -107,10 +106,9 @@ def simulate(
             it calls (libraries count by name, and their objects by the arrays they hold). Paths: files whose bytes
             count as well, such as a program that it runs. A text: your own version, which stands in place of all that.
         progress_bar: show a progress bar on a terminal.
-        **kwargs: the prior's own keyword arguments.
 
     Returns:
-        The `Store`; ``fit(key, prior, simulations=store)`` learns from it.
+        The `Store`; ``NPSE(prior, simulations=store).fit(key)`` learns from it.
 
     Raises:
         UnsupportedModel: where the prior cannot be drawn from.
@@ -135,7 +133,7 @@ def simulate(
     if isinstance(prior, Draws):
         rows, told = partial(_rows_of_draws, key, prior), told_of_draws(prior, num)
     else:
-        problem = prior if isinstance(prior, Problem) else from_numpyro(prior, *args, **kwargs)
+        problem = problem_of(prior, (), {})
         rows, told = partial(_prior_rows, key, problem), told_of_prior(problem)
     path, version = Path(store), fingerprint(simulator, simulator_version)
     described = {"num": num, "key": key_bits(key), "simulator": _name(simulator), FINGERPRINT: version}
@@ -203,7 +201,8 @@ def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
     if num > draws.num:
         raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
     latents = [f"{name} {value.shape[1:]} drawn" for name, value in named_leaves(draws.sites).items()]
-    return {"dim": draws.values.shape[1], "latents": latents, "draws": digest({"values": np.asarray(draws.values)})}
+    z = np.asarray(draws.unconstrained)
+    return {"dim": z.shape[1], "latents": latents, "draws": digest({"values": z})}
 
 
 def first_rows(rows: _SomeRows, num: int) -> dict[str, Any]:
@@ -236,7 +235,7 @@ def _prior_rows(key: Key, problem: Problem, rows: Array) -> tuple[Array, Sites, 
 
 def _rows_of_draws(key: Key, draws: Draws, rows: Array) -> tuple[Array, Sites, Array]:
     seeds = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), dtype=jnp.uint32))(rows)
-    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.values, named_leaves(draws.sites)))
+    z, sites = jax.tree.map(lambda leaf: leaf[rows], (draws.unconstrained, named_leaves(draws.sites)))
     return z, sites, seeds
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from scoreinfer._errors import UnreadableFile
+from scoreinfer.errors import UnreadableFile
 from scoreinfer.files import read_record, remove_leftovers, write_file, write_record
 from scoreinfer.identity import continued, differences, is_fingerprint, without
 

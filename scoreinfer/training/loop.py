@@ -14,8 +14,8 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 from tqdm.auto import tqdm
 
-from scoreinfer._errors import TrainingWarning
 from scoreinfer._typing import Key
+from scoreinfer.errors import TrainingWarning
 from scoreinfer.training.losses import mean_loss
 from scoreinfer.training.resume import Progress, keep_progress, resume_progress
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from scoreinfer._errors import UnreadableFile
 from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Key
+from scoreinfer.errors import UnreadableFile
 from scoreinfer.files import read_arrays, read_record, remove_leftovers, write_arrays, write_record
 
 FORMAT, SCHEMA = "scoreinfer training", 1

@@ -81,7 +81,7 @@ SABOTAGE = {
 
 
 def test_exact_posterior_is_calibrated(problem):
-    result = si.sbc(jax.random.key(0), Sabotaged(problem), problem, 200, corrected=False, **QUIET)
+    result = si.calibration.sbc(jax.random.key(0), Sabotaged(problem), 200, corrected=False, **QUIET)
     assert uniform(result) and result.calibrated
     assert result.ranks["a"].shape == (200, 2)
     assert result.ranks["a"].min() >= 0 and result.ranks["a"].max() <= 63
@@ -92,17 +92,17 @@ def test_exact_posterior_is_calibrated(problem):
 def test_faults_are_found_and_named_and_weights_repair_them(problem, fault):
     """200 simulations reject; the same proposals, corrected, are calibrated."""
     posterior = Sabotaged(problem, **SABOTAGE[fault])
-    raw = si.sbc(jax.random.key(1), posterior, problem, 200, corrected=False, **QUIET)
+    raw = si.calibration.sbc(jax.random.key(1), posterior, 200, corrected=False, **QUIET)
     assert not raw.calibrated
     assert all(fault in row.finding for row in raw.rows() if row.name.startswith("a["))
-    corrected = si.sbc(jax.random.key(1), posterior, problem, 200, num_proposals=1024, **QUIET)
+    corrected = si.calibration.sbc(jax.random.key(1), posterior, 200, num_proposals=1024, **QUIET)
     assert uniform(corrected) and corrected.calibrated, corrected
     assert np.all(corrected.effective_share < 1.0)
 
 
 def test_posterior_that_ignores_its_data_is_found_by_the_joint_quantities(problem):
     """Its components are calibrated to the letter: it is the prior."""
-    result = si.sbc(jax.random.key(2), Sabotaged(problem, ignores_data=True), problem, 200, corrected=False, **QUIET)
+    result = si.calibration.sbc(jax.random.key(2), Sabotaged(problem, ignores_data=True), 200, corrected=False, **QUIET)
     rows = {row.name: row for row in result.rows()}
     assert rows["a[0]"].p_value > 0.005 and rows["a[1]"].p_value > 0.005
     assert rows["log_joint"].p_value < 1e-6 and rows["log_joint"].finding == "truths lie too far in"
@@ -114,26 +114,26 @@ def test_posterior_that_ignores_its_data_is_found_by_the_joint_quantities(proble
 def test_calibrated_posteriors_pass_at_the_stated_rate(problem):
     """At most 1 % are refused; the p-value is conservative (Bonferroni)."""
     refused = [
-        not si.sbc(jax.random.key(i), Sabotaged(problem), problem, 100, corrected=False, **QUIET).calibrated
+        not si.calibration.sbc(jax.random.key(i), Sabotaged(problem), 100, corrected=False, **QUIET).calibrated
         for i in range(100)
     ]
     assert np.sum(refused) <= 1 + 5 * np.sqrt(0.99)
 
 
 def test_learned_posterior_is_calibrated_once_corrected(learned):
-    raw = si.sbc(jax.random.key(3), learned, learned.problem, 200, corrected=False, **QUIET)
-    corrected = si.sbc(jax.random.key(3), learned, learned.problem, 200, num_proposals=512, **QUIET)
+    raw = si.calibration.sbc(jax.random.key(3), learned, 200, corrected=False, **QUIET)
+    corrected = si.calibration.sbc(jax.random.key(3), learned, 200, num_proposals=512, **QUIET)
     assert not raw.calibrated  # trained for 300 steps
     assert uniform(corrected) and corrected.calibrated
     assert raw.ranks.keys() == {"mu", "sigma"}
 
 
 def test_simulations_are_tied_to_the_key_and_cost_no_new_program(problem):
-    first = si.sbc(jax.random.key(0), Sabotaged(problem), problem, 200, **QUIET)
+    first = si.calibration.sbc(jax.random.key(0), Sabotaged(problem), 200, **QUIET)
     with Compilations() as compilations:
-        second = si.sbc(jax.random.key(1), Sabotaged(problem, 1.2), problem, 200, **QUIET)
+        second = si.calibration.sbc(jax.random.key(1), Sabotaged(problem, 1.2), 200, **QUIET)
     assert compilations.count == 0
-    fewer = si.sbc(jax.random.key(0), Sabotaged(problem), problem, 100, **QUIET)
+    fewer = si.calibration.sbc(jax.random.key(0), Sabotaged(problem), 100, **QUIET)
     assert np.array_equal(first.ranks["a"][:100], fewer.ranks["a"])
     assert not np.array_equal(first.ranks["a"], second.ranks["a"])
 
@@ -142,13 +142,13 @@ CHAIN = {"num_draws": 31, "num_warmup": 200, "thinning": 5, **QUIET}
 
 
 def test_kernels_are_calibrated_where_they_are_exact(problem):
-    result = si.sbc(jax.random.key(4), si.MALA(linear), problem, 100, **CHAIN)
+    result = si.calibration.sbc(jax.random.key(4), si.mcmc.MALA(linear), 100, **CHAIN)
     assert uniform(result) and result.calibrated, result
-    wild = si.ULA(linear, step_size=0.9, adapt_step_size=False, adapt_mass_matrix=False)
-    biased = si.sbc(jax.random.key(4), wild, problem, 100, **CHAIN)
+    wild = si.mcmc.ULA(linear, step_size=0.9, adapt_step_size=False, adapt_mass_matrix=False)
+    biased = si.calibration.sbc(jax.random.key(4), wild, 100, **CHAIN)
     assert not biased.calibrated and any(row.finding for row in biased.rows()), biased
     with pytest.raises(ValueError, match="no `model`"):
-        si.sbc(jax.random.key(4), NUTS(potential_fn=lambda z: 0.5 * z**2), problem, 10, **CHAIN)
+        si.calibration.sbc(jax.random.key(4), NUTS(potential_fn=lambda z: 0.5 * z**2), 10, **CHAIN)
 
 
 @pytest.mark.slow
@@ -157,13 +157,13 @@ def test_more_kernels_are_calibrated(problem, learned):
     used = NUTS(linear)
     MCMC(used, num_warmup=5, num_samples=5, progress_bar=False).run(jax.random.key(0), y=np.full(2, 9.0))
     with pytest.raises(ValueError, match="runs another kernel"):
-        si.sbc(jax.random.key(4), HMCECS(NUTS(linear)), problem, 10, **CHAIN)
+        si.calibration.sbc(jax.random.key(4), HMCECS(NUTS(linear)), 10, **CHAIN)
     cases = (
         (used, problem, 100), (si.ScoreSDE(posterior=learned), learned.problem, 100),
         (si.ScoreSDE(linear, **QUIET), problem, 10),
     )  # fmt: skip
-    for kernel, model, num in cases:
-        result = si.sbc(jax.random.key(4), kernel, model, num, **CHAIN)
+    for kernel, problem, num in cases:
+        result = si.calibration.sbc(jax.random.key(4), kernel, num, problem=problem, **CHAIN)
         assert (uniform(result) or num < 100) and result.calibrated, result
 
 
@@ -171,11 +171,11 @@ def test_more_kernels_are_calibrated(problem, learned):
 @pytest.mark.parametrize("oracle", oracles(), ids=lambda oracle: oracle.name)
 def test_trained_posteriors_and_nuts_are_calibrated_on_every_oracle(oracle):
     """(NUTS where there is one mode.)"""
-    posterior = si.fit(jax.random.key(0), oracle.model, width=32, depth=2, num_steps=1500, **QUIET)
-    result = si.sbc(jax.random.key(5), posterior, posterior.problem, 400, num_proposals=512, **QUIET)
+    posterior = si.NPSE(oracle.model, width=32, depth=2, num_steps=1500, **QUIET).fit(jax.random.key(0))
+    result = si.calibration.sbc(jax.random.key(5), posterior, 400, num_proposals=512, **QUIET)
     assert uniform(result) and result.calibrated, result
     if oracle.name != "gaussian_mixture":
-        chains = si.sbc(jax.random.key(5), NUTS(oracle.model), posterior.problem, 200, num_draws=31, **QUIET)
+        chains = si.calibration.sbc(jax.random.key(5), NUTS(oracle.model), 200, num_draws=31, **QUIET)
         assert uniform(chains) and chains.calibrated, chains
 
 
@@ -202,23 +202,23 @@ def test_classifier_tells_samples_apart_as_far_as_they_can_be():
     reference, same = (rng.normal(5.0, 3.0, (1000, 2)) for _ in range(2))
     shifted = {"a": same[:, :1] + 3.0, "b": same[:, 1]}
     bound = 5 * 0.5 / np.sqrt(2000)
-    assert abs(si.c2st(jax.random.key(0), reference, same) - 0.5) < bound
-    found = si.c2st(jax.random.key(0), {"a": reference[:, :1], "b": reference[:, 1]}, shifted)
+    assert abs(si.calibration.c2st(jax.random.key(0), reference, same) - 0.5) < bound
+    found = si.calibration.c2st(jax.random.key(0), {"a": reference[:, :1], "b": reference[:, 1]}, shifted)
     assert abs(found - stats.norm.cdf(0.5)) < bound + 0.02
     with pytest.raises(ValueError, match=r"got shapes \(1000, 2\) and \(1000, 1\)"):
-        si.c2st(jax.random.key(0), reference, same[:, :1])
+        si.calibration.c2st(jax.random.key(0), reference, same[:, :1])
     with pytest.raises(ValueError, match="NaN or infinity"):
-        si.c2st(jax.random.key(0), reference, np.full_like(same, np.nan))
+        si.calibration.c2st(jax.random.key(0), reference, np.full_like(same, np.nan))
 
 
 def test_missing_scikit_learn_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
     with pytest.raises(ImportError, match=r"scoreinfer\[calibration\]"):
-        si.c2st(jax.random.key(0), np.zeros((9, 1)), np.ones((9, 1)))
+        si.calibration.c2st(jax.random.key(0), np.zeros((9, 1)), np.ones((9, 1)))
 
 
 def test_ranks_go_to_arviz(problem):
-    result = si.sbc(jax.random.key(0), Sabotaged(problem), problem, 100, corrected=False, **QUIET)
+    result = si.calibration.sbc(jax.random.key(0), Sabotaged(problem), 100, corrected=False, **QUIET)
     group = result.to_arviz()["prior_sbc"]
     assert group["a"].dims[:2] == ("chain", "draw") and group["a"].shape == (1, 100, 2)
     assert np.array_equal(group["a"].values[0], result.ranks["a"])
@@ -249,7 +249,7 @@ def test_simuk_says_the_same(stretch, fine, monkeypatch):
     theirs.run_simulations()
     ranks = theirs.simulations["prior_sbc"]["a"].values
     problem = si.from_numpyro(linear)
-    ours = si.sbc(jax.random.key(1), Sabotaged(problem, stretch), problem, 200, corrected=False, **QUIET)
+    ours = si.calibration.sbc(jax.random.key(1), Sabotaged(problem, stretch), 200, corrected=False, **QUIET)
     assert ranks.shape == ours.to_arviz()["prior_sbc"]["a"].values.shape
     for i in range(2):
         verdicts = [chi_squared_p(r, 63) > 0.005 for r in (ranks[0, :, i].astype(int), ours.ranks["a"][:, i])]
@@ -258,12 +258,12 @@ def test_simuk_says_the_same(stretch, fine, monkeypatch):
 
 def test_predictive_check_finds_data_the_model_does_not_make(learned):
     fine = learned.sample(jax.random.key(6), 2000, Y1)
-    rows = {row.name: row for row in si.predictive_check(jax.random.key(7), learned.problem, fine)}
+    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), learned.problem, fine)}
     assert rows.keys() == {"y mean", "y sd", "y min", "y max"}
     assert all(row.p_value > 0.05 and row.low < row.observed < row.high for row in rows.values())
     assert np.isclose(rows["y sd"].observed, Y1.std())
     spiked = fine._replace(observed={"y": jnp.asarray([0.3, 0.9, 60.0, 0.1, 0.8])})  # draws of other data
-    rows = {row.name: row for row in si.predictive_check(jax.random.key(7), learned.problem, spiked)}
+    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), learned.problem, spiked)}
     assert rows["y max"].p_value < 0.01 < rows["y min"].p_value
 
 
@@ -301,7 +301,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def report(learned):
     draws = learned.sample(jax.random.key(6), 2000, Y1)
-    return si.calibrate(jax.random.key(8), learned, learned.problem, 200, draws=draws, **QUIET)
+    return si.calibrate(jax.random.key(8), learned, 200, draws=draws, **QUIET)
 
 
 def test_report_is_one_page_that_loads_nothing(report, tmp_path):
@@ -335,7 +335,7 @@ def test_report_in_a_browser(report, tmp_path, trusted):
 
 def test_report_on_a_bad_posterior_says_what_is_wrong(problem, tmp_path):
     posterior = Sabotaged(problem, 0.6)
-    report = si.calibrate(jax.random.key(9), posterior, problem, 200, corrected=False, **QUIET)
+    report = si.calibrate(jax.random.key(9), posterior, 200, corrected=False, **QUIET)
     assert not report.trusted and "a[0] (too narrow)" in report.verdict[0]
     named = report._replace(verdict=("<script>alert(1)</script>",))
     named.save(tmp_path / "report.html")
@@ -343,9 +343,9 @@ def test_report_on_a_bad_posterior_says_what_is_wrong(problem, tmp_path):
 
 
 def test_report_on_outlying_data_is_not_trusted(learned):
-    with pytest.warns(si.MisspecificationWarning):
+    with pytest.warns(si.errors.MisspecificationWarning):
         draws = learned.sample(jax.random.key(6), 512, 400.0 * Y1)
-    report = si.calibrate(jax.random.key(8), learned, learned.problem, 100, draws=draws, **QUIET)
+    report = si.calibrate(jax.random.key(8), learned, 100, draws=draws, **QUIET)
     assert not report.trusted and any("unlike the model's" in line for line in report.verdict)
 
 
@@ -354,5 +354,5 @@ def test_model_without_simulator_is_refused(learned):
         a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
         numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
 
-    with pytest.raises(si.UnsupportedModel, match="improper"):
-        si.sbc(jax.random.key(0), learned, improper, 10, y=1.0, **QUIET)
+    with pytest.raises(si.errors.UnsupportedModel, match="improper"):
+        si.calibration.sbc(jax.random.key(0), learned, 10, model_kwargs={"y": 1.0}, **QUIET)

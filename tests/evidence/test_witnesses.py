@@ -18,6 +18,7 @@ from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.paths import Frame, Moments
 from scoreinfer.paths.build import read_reversal, samplers, untrained
 from scoreinfer.paths.proposal import END_STATE, KnownEnd
+from scoreinfer.process import Physics
 from scoreinfer.training.simulations import Standardiser
 
 SIGMAS = 5.0
@@ -120,7 +121,7 @@ def test_known_end_is_normalised():
     """Simulated paths, put to the end: the mean weight is the density of the process there."""
     modes = ornstein_uhlenbeck()
     end = jnp.array([0.4, -0.3])
-    reversal = read_reversal(si.Physics("x"), modes.path_model)
+    reversal = read_reversal(Physics("x"), modes.path_model)
     rows = jnp.zeros(reversal.physics.scale.shape)
     frame = Frame(rows, rows + 1, rows, rows, rows + 1, None, Moments(rows, rows + 1, None, None), None)
     backward = untrained(jax.random.key(0), reversal.physics, frame, jnp.zeros(0), None, 4, 1)

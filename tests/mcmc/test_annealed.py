@@ -23,7 +23,7 @@ def test_gaussian_variance_is_that_of_the_recursion():
     variance, mean = 0.5, 30.0
     options = {"max_level": 2.0, "min_level": 0.5, "num_levels": 4, "num_steps": 3, "step_size": 0.8}
     score = GaussianScore(jnp.full(1, mean), variance * jnp.eye(1))
-    draws = np.asarray(run(si.AnnealedLangevin(score=score, dim=1, **options)).get_samples(), np.float64)
+    draws = np.asarray(run(si.mcmc.AnnealedLangevin(score=score, dim=1, **options)).get_samples(), np.float64)
     expected, spread = 0.0, options["max_level"] ** 2
     for level in np.repeat(np.geomspace(2.0, 0.5, 4), 3):
         keep = 1 - 0.4 * level**2 / (variance + level**2)
@@ -38,14 +38,14 @@ def test_gaussian_variance_is_that_of_the_recursion():
 
 def test_modes_get_their_weights():
     score = MixtureScore(jnp.array([0.3, 0.7]), jnp.array([[-4.0, 0.0], [4.0, 0.0]]), jnp.full(2, 0.3))
-    draws = np.asarray(run(si.AnnealedLangevin(score=score, dim=2)).get_samples())
+    draws = np.asarray(run(si.mcmc.AnnealedLangevin(score=score, dim=2)).get_samples())
     assert abs((draws[:, 0] < 0).mean() - 0.3) < 4 * np.sqrt(0.21 / len(draws)) + 0.01  # and some bias
     assert abs(np.abs(draws[:, 0]).mean() - 4.0) < 0.05
     assert abs(draws[:, 1].std() - 0.3) < 0.03
 
 
 def test_chain_methods_agree():
-    kernel = si.AnnealedLangevin(score=GaussianScore(jnp.zeros(2), jnp.eye(2)), dim=2, num_levels=3, num_steps=2)
+    kernel = si.mcmc.AnnealedLangevin(score=GaussianScore(jnp.zeros(2), jnp.eye(2)), dim=2, num_levels=3, num_steps=2)
     first, *others = (
         run(kernel, 5, 2, method).get_samples(group_by_chain=True)
         for method in ("vectorized", "sequential", "parallel")
@@ -58,4 +58,4 @@ def test_chain_methods_agree():
 @pytest.mark.parametrize("options", [{}, {"score": GaussianScore(jnp.zeros(1), jnp.eye(1))}, {"dim": 2}])
 def test_needs_a_score(options):
     with pytest.raises(ValueError, match="Expected either"):
-        si.AnnealedLangevin(**options)
+        si.mcmc.AnnealedLangevin(**options)

@@ -17,7 +17,7 @@ from scoreinfer.mcmc import score_sde
 from scoreinfer.samplers.single import Evidence
 
 OLD, NEW = np.array([0.3, 0.6, 0.9]), np.array([1.2, 1.5, 1.8])
-LANGEVIN = [si.MALA, si.ULA, si.UnderdampedLangevin]
+LANGEVIN = [si.mcmc.MALA, si.mcmc.ULA, si.mcmc.UnderdampedLangevin]
 
 
 class Model:
@@ -75,7 +75,7 @@ CHANGES = pytest.mark.parametrize("change", [rebind, edit])
 @pytest.fixture(scope="module")
 def learned():
     model = Model(OLD.copy())
-    return model, si.fit(random.key(0), model, num_steps=60, width=16, depth=1, progress_bar=False)
+    return model, si.NPSE(model, num_steps=60, width=16, depth=1, progress_bar=False).fit(random.key(0))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_posterior_answers_for_the_data_as_they_are(fitted, change):
 
 
 @pytest.mark.parametrize(
-    "kind", [lambda p: si.ScoreSDE(posterior=p), lambda p: si.AnnealedLangevin(p, num_levels=10, num_steps=20)],
+    "kind", [lambda p: si.ScoreSDE(posterior=p), lambda p: si.mcmc.AnnealedLangevin(p, num_levels=10, num_steps=20)],
     ids=["ScoreSDE", "AnnealedLangevin"],
 )  # fmt: skip
 def test_kernels_of_a_posterior_answer_for_the_data_as_they_are(fitted, kind):
@@ -127,7 +127,7 @@ def test_posterior_of_paths_answers_for_the_data_as_they_are():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        posterior = si.fit(random.key(0), model, process=si.Physics("x"), num_steps=0, progress_bar=False)
+        posterior = si.SMDP(model, "x", num_steps=0, progress_bar=False).fit(random.key(0))
     for data[0] in (np.array([1.0]), np.array([-2.0])):
         draws = posterior.sample(random.key(1), 500)
         assert abs(np.asarray(draws.sites["x"])[:, -1, 0].mean() - 0.75 * data[0][0]) < 0.2
@@ -172,21 +172,21 @@ def test_langevin_answers_for_the_data_as_they_are(kind, change):
     assert abs(run(mcmc) - model.mean()) < 0.15
     change(model)
     assert abs(run(mcmc) - model.mean()) < 0.15
-    if kind is si.MALA:
+    if kind is si.mcmc.MALA:
         assert abs(run(mcmc_of(kernel)) - model.mean()) < 0.15
 
 
 @pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=["sequential", "parallel", "vmap"])
 def test_in_every_chain_method(method):
     model = Model(OLD)
-    mcmc = mcmc_of(si.MALA(model), chain_method=method)
+    mcmc = mcmc_of(si.mcmc.MALA(model), chain_method=method)
     for model.data in (OLD, NEW, OLD):
         assert abs(run(mcmc) - model.mean()) < 0.15
 
 
 def test_covariates_outside_the_arguments_are_read_anew_too():
     model = Model(NEW)
-    mcmc = mcmc_of(si.MALA(model))
+    mcmc = mcmc_of(si.mcmc.MALA(model))
     for model.scale in (0.5, 2.0, 0.5):
         assert abs(run(mcmc) - model.mean()) < 0.15
 
@@ -194,7 +194,7 @@ def test_covariates_outside_the_arguments_are_read_anew_too():
 @pytest.mark.parametrize("jit_model_args", [False, True])
 def test_arguments_edited_in_place(jit_model_args):
     model, y = Model(None), OLD.copy()
-    mcmc = mcmc_of(si.MALA(model.given), jit_model_args=jit_model_args)
+    mcmc = mcmc_of(si.mcmc.MALA(model.given), jit_model_args=jit_model_args)
     for new in (OLD, NEW, OLD):
         y[:] = new
         model.data = new
@@ -209,14 +209,14 @@ def test_closed_over_data_with_traced_arguments():
         with numpyro.plate("n", 3):
             numpyro.sample("y", dist.Normal(a, 0.5), obs=model.data + shift)
 
-    mcmc = mcmc_of(si.MALA(shifted), jit_model_args=True)
+    mcmc = mcmc_of(si.mcmc.MALA(shifted), jit_model_args=True)
     for model.data in (OLD, NEW):
         for shift in (np.zeros(3), np.ones(3)):
             assert abs(run(mcmc, shift) - 4 * (model.data + shift).sum() / 13) < 0.15
 
 
 def test_traced_arguments_need_a_run_before():
-    kernel = si.MALA(Model(None).given)
+    kernel = si.mcmc.MALA(Model(None).given)
 
     def mean(y):
         mcmc = mcmc_of(kernel, num_chains=1)
@@ -234,7 +234,7 @@ def test_traced_arguments_need_a_run_before():
 def test_what_was_warmed_up_on_old_data_says_so(change):
     """The compiled loop of a warmed-up `MCMC` object cannot be told of data outside the arguments."""
     model = Model(OLD.copy())
-    mcmc = mcmc_of(si.MALA(model))
+    mcmc = mcmc_of(si.mcmc.MALA(model))
     mcmc.warmup(random.key(0))
     assert abs(run(mcmc) - model.mean()) < 0.15
     change(model)

@@ -19,7 +19,7 @@ from scoreinfer.problem import Problem
 from scoreinfer.samplers.single import Effort, learn
 from scoreinfer.training.simulations import check_finite, has_gradient, simulate
 
-LANGEVIN = [si.MALA, si.ULA, si.UnderdampedLangevin]
+LANGEVIN = [si.mcmc.MALA, si.mcmc.ULA, si.mcmc.UnderdampedLangevin]
 DATA = 1.7
 
 
@@ -117,12 +117,12 @@ def test_langevin_kernels_find_forward_mode(kind):
 
 def test_langevin_kernels_do_as_they_are_told():
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        mcmc_of(si.MALA(looped, forward_mode_differentiation=False)).run(random.key(0), DATA)
+        mcmc_of(si.mcmc.MALA(looped, forward_mode_differentiation=False)).run(random.key(0), DATA)
     with pytest.raises(ValueError, match="neither reverse nor forward mode"):
-        mcmc_of(si.MALA(called)).run(random.key(0), DATA)
+        mcmc_of(si.mcmc.MALA(called)).run(random.key(0), DATA)
     draws = []
     for forward in (False, True):
-        kernel = si.MALA(potential_fn=lambda x: 0.5 * (x**2).sum(), forward_mode_differentiation=forward)
+        kernel = si.mcmc.MALA(potential_fn=lambda x: 0.5 * (x**2).sum(), forward_mode_differentiation=forward)
         mcmc = mcmc_of(kernel, num_samples=20)
         mcmc.run(random.key(0), init_params=jnp.ones((4, 2)))
         draws.append(mcmc.get_samples())
@@ -163,7 +163,7 @@ def test_fit_finds_what_it_can_use(model):
     centre, sd, log_evidence = exact()
     problem = from_numpyro(model)
     assert has_gradient(problem) == (model is looped)
-    posterior = si.fit(random.key(0), model, num_steps=100, width=16, depth=1, progress_bar=False)
+    posterior = si.NPSE(model, num_steps=100, width=16, depth=1, progress_bar=False).fit(random.key(0))
     draws = posterior.sample(random.key(1), 4000, DATA)
     assert draws.certificate.certified, draws.certificate
     weight = np.exp(np.asarray(draws.log_weight - jax.nn.logsumexp(draws.log_weight), np.float64))
@@ -172,7 +172,7 @@ def test_fit_finds_what_it_can_use(model):
     assert abs(draws.certificate.log_evidence - log_evidence) < 5 * draws.certificate.log_evidence_se
     if model is called:
         with pytest.raises(ValueError, match="`target_score=True` needs the gradient"):
-            si.fit(random.key(0), model, num_steps=10, target_score=True, progress_bar=False)
+            si.NPSE(model, num_steps=10, target_score=True, progress_bar=False).fit(random.key(0))
 
 
 # --- gradients and densities that are no numbers -----------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_start_without_a_density_is_refused(num_chains):
         numpyro.sample("y", dist.Normal(jnp.log(-1.0 - a**2), 1.0), obs=y)
 
     with pytest.raises(RuntimeError, match="log density of y is nan"):
-        mcmc_of(si.MALA(logarithm), num_chains=num_chains).run(random.key(0), 1.0)
+        mcmc_of(si.mcmc.MALA(logarithm), num_chains=num_chains).run(random.key(0), 1.0)
 
 
 @pytest.mark.parametrize("num_chains", [1, 4])
@@ -215,7 +215,7 @@ def test_start_where_told_is_looked_at_too(num_chains):
 
     start = jnp.ones((4, 1)).at[2].set(-1.0) if num_chains == 4 else -jnp.ones(1)
     with pytest.raises(RuntimeError, match=f"not finite where 1 of {num_chains} chains start"):
-        mcmc_of(si.MALA(potential_fn=walled), num_chains=num_chains).run(random.key(0), init_params=start)
+        mcmc_of(si.mcmc.MALA(potential_fn=walled), num_chains=num_chains).run(random.key(0), init_params=start)
 
 
 def test_learned_sampler_refuses_what_has_no_gradient():

@@ -15,7 +15,7 @@ import scoreinfer as si
 from doubles import Y1, Y2, grid_moments, location_scale
 
 FIXED = {"adapt_step_size": False, "adapt_mass_matrix": False}
-KERNELS = [si.MALA, si.UnderdampedLangevin]
+KERNELS = [si.mcmc.MALA, si.mcmc.UnderdampedLangevin]
 
 
 def run(kernel, *args, key=0, init_params=None, **options):
@@ -50,9 +50,9 @@ def p_value_after(kernel, num_steps=10, num_chains=4000):
 @pytest.mark.parametrize(
     "kernel",
     [
-        si.MALA(potential_fn=log_gamma, step_size=1.2, **FIXED),
-        si.UnderdampedLangevin(potential_fn=log_gamma, step_size=1.0, friction=0.7, **FIXED),
-        si.UnderdampedLangevin(potential_fn=log_gamma, step_size=0.6, friction=10.0, **FIXED),
+        si.mcmc.MALA(potential_fn=log_gamma, step_size=1.2, **FIXED),
+        si.mcmc.UnderdampedLangevin(potential_fn=log_gamma, step_size=1.0, friction=0.7, **FIXED),
+        si.mcmc.UnderdampedLangevin(potential_fn=log_gamma, step_size=0.6, friction=10.0, **FIXED),
     ],
     ids=["MALA", "underdamped", "much friction"],
 )
@@ -63,8 +63,8 @@ def test_exact_starts_stay_exact(kernel):
 @pytest.mark.parametrize(
     "kernel",
     [
-        si.ULA(potential_fn=log_gamma, step_size=1.2, **FIXED),
-        si.UnderdampedLangevin(potential_fn=log_gamma, step_size=1.6, adjusted=False, **FIXED),
+        si.mcmc.ULA(potential_fn=log_gamma, step_size=1.2, **FIXED),
+        si.mcmc.UnderdampedLangevin(potential_fn=log_gamma, step_size=1.6, adjusted=False, **FIXED),
     ],
     ids=["ULA", "underdamped"],
 )
@@ -88,18 +88,18 @@ def gaussian(x):
 def test_bias_of_ula_is_the_closed_form():
     step = 0.7
     expected = SCALES**2 / (1.0 - step**2 / (4.0 * SCALES**2))
-    found = gaussian_variance(si.ULA(potential_fn=gaussian, step_size=step, **FIXED))
+    found = gaussian_variance(si.mcmc.ULA(potential_fn=gaussian, step_size=step, **FIXED))
     assert np.allclose(found, expected, rtol=0.05)
     assert np.all(found > 1.1 * SCALES**2)
 
 
 def test_unadjusted_baoab_has_the_right_variance_of_a_gaussian():
-    kernel = si.UnderdampedLangevin(potential_fn=gaussian, step_size=0.7, adjusted=False, **FIXED)
+    kernel = si.mcmc.UnderdampedLangevin(potential_fn=gaussian, step_size=0.7, adjusted=False, **FIXED)
     assert np.allclose(gaussian_variance(kernel), SCALES**2, rtol=0.05)
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("kind", [si.ULA, si.MALA, si.UnderdampedLangevin])
+@pytest.mark.parametrize("kind", [si.mcmc.ULA, si.mcmc.MALA, si.mcmc.UnderdampedLangevin])
 def test_adaptation_reaches_its_target(kind, dense):
     """Ten dimensions, scales from 0.2 to 5, correlated where the mass matrix may be dense."""
     root = np.diag(np.geomspace(0.2, 5.0, 10))
@@ -111,7 +111,7 @@ def test_adaptation_reaches_its_target(kind, dense):
     mcmc = run(kernel, init_params=jnp.ones((4, 10)), **options)
     accept = np.asarray(mcmc.get_extra_fields()["accept_prob"]).mean()
     assert abs(accept - kernel.target_accept_prob) < 0.05
-    if kind is si.ULA:
+    if kind is si.mcmc.ULA:
         return  # its small steps explore too slowly for the widest axes
     inverse_mass = np.asarray(mcmc.last_state.adapt_state.inverse_mass_matrix).mean(0)
     expected = root @ root.T if dense else np.diag(root @ root.T)
@@ -136,7 +136,7 @@ def test_model_with_data(kind):
 @pytest.mark.parametrize("method", ["sequential", "parallel", jax.vmap], ids=["sequential", "parallel", "vmap"])
 def test_chain_methods_agree(method):
     options = {"num_warmup": 20, "num_samples": 20, "num_chains": 2}
-    kernel = si.MALA(location_scale)
+    kernel = si.mcmc.MALA(location_scale)
     expected = run(kernel, Y1, **options).get_samples()
     found = run(kernel, Y1, **options, chain_method=method).get_samples()
     assert set(found) == {"mu", "sigma", "log_sigma"}
@@ -145,7 +145,7 @@ def test_chain_methods_agree(method):
 
 
 def test_data_may_change_inside_one_compiled_loop():
-    mcmc = MCMC(si.MALA(location_scale), num_warmup=300, num_samples=1000, jit_model_args=True, progress_bar=False)
+    mcmc = MCMC(si.mcmc.MALA(location_scale), num_warmup=300, num_samples=1000, jit_model_args=True, progress_bar=False)
     for y in (Y1, Y2):
         mcmc.run(random.key(0), y)
         mean, sd = grid_moments(y)["mu"]
@@ -153,22 +153,22 @@ def test_data_may_change_inside_one_compiled_loop():
 
 
 def test_pickle_and_start_where_told():
-    mcmc = run(si.UnderdampedLangevin(location_scale), Y1, num_warmup=10, num_samples=10)
+    mcmc = run(si.mcmc.UnderdampedLangevin(location_scale), Y1, num_warmup=10, num_samples=10)
     again = pickle.loads(pickle.dumps(mcmc))
     again.post_warmup_state = again.last_state
     again.run(random.key(1), Y1)
     start = {"mu": jnp.array(3.0), "sigma": jnp.array(-1.0)}
-    state = si.MALA(location_scale).init(random.key(0), 0, start, model_args=(Y1,), model_kwargs={})
+    state = si.mcmc.MALA(location_scale).init(random.key(0), 0, start, model_args=(Y1,), model_kwargs={})
     assert state.z["mu"] == 3.0 and state.z["sigma"] == -1.0
     with pytest.raises(ValueError, match="sizes"):
-        si.MALA(location_scale).init(random.key(0), 0, {"mu": jnp.array(1.0)}, model_args=(Y1,), model_kwargs={})
+        si.mcmc.MALA(location_scale).init(random.key(0), 0, {"mu": jnp.array(1.0)}, model_args=(Y1,), model_kwargs={})
 
 
 def test_potential_needs_a_start_and_a_kernel_a_target():
     with pytest.raises(ValueError, match="init_params"):
-        run(si.MALA(potential_fn=gaussian))
+        run(si.mcmc.MALA(potential_fn=gaussian))
     with pytest.raises(ValueError, match="either"):
-        si.ULA()
+        si.mcmc.ULA()
 
 
 def test_walls_are_not_crossed():
@@ -178,8 +178,8 @@ def test_walls_are_not_crossed():
         return jnp.where(x > 0.0, x, jnp.nan).sum()
 
     for kernel in (
-        si.ULA(potential_fn=walled, step_size=1.0, **FIXED),
-        si.MALA(potential_fn=walled, step_size=1.0, **FIXED),
+        si.mcmc.ULA(potential_fn=walled, step_size=1.0, **FIXED),
+        si.mcmc.MALA(potential_fn=walled, step_size=1.0, **FIXED),
     ):
         mcmc = run(kernel, init_params=jnp.ones((4, 1)), num_samples=500, num_chains=4)
         assert np.all(mcmc.get_samples() > 0.0)

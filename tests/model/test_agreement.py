@@ -75,15 +75,15 @@ def test_first_draws_come_from_a_density_that_describes_them():
 
 def test_posteriors_follow_the_density_and_calibration_refuses():
     """The flat prior's posterior is N(y, 1), certified; the simulator's parameters are no draws of it."""
-    posterior = si.fit(jax.random.key(0), masked, num_steps=100, width=16, depth=1, progress_bar=False)
+    posterior = si.NPSE(masked, num_steps=100, width=16, depth=1, progress_bar=False).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 4000, 1.3)
     weight = np.exp(np.asarray(draws.log_weight, float) - np.max(draws.log_weight))
     mean = np.average(draws.sites["a"], weights=weight)
     assert draws.certificate.certified, draws.certificate
     assert abs(mean - 1.3) < 5 / np.sqrt(draws.certificate.ess)
     assert np.isnan(draws.certificate.seen_prior_mass)
-    with pytest.raises(si.UnsupportedModel, match="density of a does not describe"):
-        si.sbc(jax.random.key(2), posterior, masked, 50, progress_bar=False)
+    with pytest.raises(si.errors.UnsupportedModel, match="density of a does not describe"):
+        si.calibration.sbc(jax.random.key(2), posterior, 50, progress_bar=False)
     with pytest.raises(ValueError, match="density of a does not describe"):
-        posterior.sample(jax.random.key(1), 100, 1.3, prior_fraction=0.1)
-    si.sbc(jax.random.key(2), posterior, masked, 50, corrected=False, progress_bar=False)
+        posterior.condition(1.3).sample(jax.random.key(1), 100, prior_fraction=0.1)
+    si.calibration.sbc(jax.random.key(2), posterior, 50, corrected=False, progress_bar=False)

@@ -15,7 +15,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
-from scoreinfer._errors import UnsupportedModel
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.model import check, from_numpyro, survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Continuous inference poorly handles circular")  # NumPyro's own

@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 
 import scoreinfer as si
 from scoreinfer.model import read_physics
+from scoreinfer.process import Physics
 from scoreinfer.process.physics import add_noise_stage
 
 TS = jnp.array([0.0, 0.1, 0.3, 0.35, 0.6])
@@ -65,7 +66,7 @@ def test_physics_of_other_parameters_than_it_was_read_with(euler):
         path = si.PhysicsPath(step, noise * jnp.diff(TS)[:, None] ** 0.5, TS, normal(2))
         numpyro.sample("x", dist.EulerMaruyama(TS, lambda x, t: (-rate * x, noise), normal(2)) if euler else path)
 
-    process = add_noise_stage(read_physics(si.Physics("x"), model), jnp.full(2, 0.3))
+    process = add_noise_stage(read_physics(Physics("x"), model), jnp.full(2, 0.3))
 
     @jax.jit
     def steps(values):
@@ -112,7 +113,7 @@ def field_model(y=None, g=0.5):
 
 
 def test_reading_euler_maruyama():
-    process = read_physics(si.Physics("x"), field_model)
+    process = read_physics(Physics("x"), field_model)
     assert process.shape == (2, 3) and process.dim == 6 and process.num_steps == 5
     np.testing.assert_allclose(process.scale, 0.5 * np.sqrt(0.2), rtol=1e-5)
     x = jnp.arange(6.0)
@@ -131,7 +132,7 @@ def test_reading_a_path_with_a_reverse_of_its_own():
         numpyro.sample("x", si.PhysicsPath(decay, jnp.array([0.2, 0.3]), TS, normal(2)))
 
     backwards = lambda t0, t1, x: decay(t1, t0, x)  # noqa: E731
-    process = read_physics(si.Physics("x", backwards), model)
+    process = read_physics(Physics("x", backwards), model)
     x = jnp.array([1.0, -2.0])
     np.testing.assert_allclose(process.reverse(1, process.forward(1, x)), x, rtol=1e-5)
     np.testing.assert_allclose(process.scale, np.broadcast_to([0.2, 0.3], (4, 2)))
@@ -139,7 +140,7 @@ def test_reading_a_path_with_a_reverse_of_its_own():
 
 def test_simulated_paths_have_the_density_of_the_model():
     """The process read from a model simulates what the model simulates."""
-    process = read_physics(si.Physics("x"), field_model)
+    process = read_physics(Physics("x"), field_model)
     starts = jax.random.normal(jax.random.key(3), (4000, 6))
     paths = jax.vmap(process.simulate)(jax.random.split(jax.random.key(4), 4000), starts)
     theirs = dist.EulerMaruyama(process.ts, lambda x, t: (-x - t, 0.5), normal(6)).sample(jax.random.key(5), (4000,))
@@ -199,7 +200,7 @@ def batched(x, t0):
 )
 def test_bad_physics_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
-        read_physics(si.Physics("x"), model)
+        read_physics(Physics("x"), model)
 
 
 def test_wrong_shapes_are_named():
@@ -207,7 +208,7 @@ def test_wrong_shapes_are_named():
         numpyro.sample("x", si.PhysicsPath(lambda t0, t1, x: x[None], 0.1, TS, normal(2)))
 
     with pytest.raises(ValueError, match=r"step must return shape \(2,\) like the state, got \(1, 2\)"):
-        read_physics(si.Physics("x"), model)
+        read_physics(Physics("x"), model)
     good = lambda: numpyro.sample("x", si.PhysicsPath(decay, 0.1, TS, normal(2)))  # noqa: E731
     with pytest.raises(ValueError, match=r"reverse must return shape \(2,\) like the state, got \(\)"):
-        read_physics(si.Physics("x", lambda t0, t1, x: x.sum()), good).reverse(0, jnp.zeros(2))
+        read_physics(Physics("x", lambda t0, t1, x: x.sum()), good).reverse(0, jnp.zeros(2))

@@ -16,7 +16,7 @@ from scoreinfer.process.physics import hartley
 
 
 def test_deep_set_does_not_see_the_order():
-    net = si.DeepSet(jax.random.key(0), 3)
+    net = si.nets.DeepSet(jax.random.key(0), 3)
     sites = {"a": jax.random.normal(jax.random.key(1), (7, 2)), "b": jax.random.normal(jax.random.key(2), (7,))}
     shuffled = jax.tree.map(lambda leaf: leaf[jnp.array([3, 0, 6, 2, 5, 1, 4])], sites)
     other = sites | {"b": sites["b"][::-1]}
@@ -26,7 +26,7 @@ def test_deep_set_does_not_see_the_order():
 
 @pytest.mark.parametrize("length", [5, 40])
 def test_series_embeds_any_length(length):
-    net = si.Series(jax.random.key(0), length, 2)
+    net = si.nets.Series(jax.random.key(0), length, 2)
     sites = {"y": jax.random.normal(jax.random.key(1), (length, 2))}
     assert net(sites).shape == (64,)
     assert not np.allclose(net(sites), net(jax.tree.map(lambda leaf: leaf[::-1], sites)))
@@ -66,10 +66,14 @@ def test_posterior_with_an_embedding_of_sets():
         with numpyro.plate("n", 6):
             numpyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
-    posterior = si.fit(
-        jax.random.key(0), model, embedding=si.DeepSet(jax.random.key(1), 1, width=16, num_out=16), num_steps=300,
-        width=32, depth=2, progress_bar=False,
-    )  # fmt: skip
+    posterior = si.NPSE(
+        model,
+        embedding=si.nets.DeepSet(jax.random.key(1), 1, width=16, num_out=16),
+        num_steps=300,
+        width=32,
+        depth=2,
+        progress_bar=False,
+    ).fit(jax.random.key(0))
     y = np.array([0.3, 0.9, -0.2, 0.6, 0.1, 0.5], np.float32)
     draws = posterior.sample(jax.random.key(2), 4000, y=y)
     precision = 1.0 + 6 / 0.25
@@ -85,7 +89,7 @@ def test_posterior_with_an_embedding_of_sets():
 
 def field_net(shape, **options):
     """A small network of fields whose last layer is not zero."""
-    net = si.ConvNet(jax.random.key(0), shape, **{"width": 8, "dilations": (1, 2), "kernel_size": 3} | options)
+    net = si.nets.ConvNet(jax.random.key(0), shape, **{"width": 8, "dilations": (1, 2), "kernel_size": 3} | options)
     weight = 0.1 * jax.random.normal(jax.random.key(1), net.last.weight.shape)
     return eqx.tree_at(lambda net: net.last.weight, net, weight)
 
@@ -169,12 +173,11 @@ def test_bad_field_networks_are_refused():
         ({"num_space": 3}, r"num_space` of them, got \(5, 6\) and 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            si.ConvNet(jax.random.key(0), (5, 6), **options)
-    model, physics = ring(6, 2).path_model, si.Physics("x")
+            si.nets.ConvNet(jax.random.key(0), (5, 6), **options)
+    model = ring(6, 2).path_model
+    net = si.nets.ConvNet(jax.random.key(0), (5,))
     with pytest.raises(ValueError, match=r"each of the state's 6, a vector of 12.*state's shape \(6,\)"):
-        si.fit(jax.random.key(0), model, process=physics, net=si.ConvNet(jax.random.key(0), (5,)), num_simulations=20)
-    with pytest.raises(ValueError, match="process=Physics"):
-        si.fit(jax.random.key(0), model, net=lambda *_: None)
+        si.SMDP(model, "x", net=net, num_simulations=20).fit(jax.random.key(0))
 
 
 @pytest.mark.slow
@@ -182,10 +185,10 @@ def test_bad_field_networks_are_refused():
 def test_convolutions_learn_a_linear_field(dilations, levels):
     """Heat on a ring in pixels, from few simulations, without regression, against the smoother; ESS/N .69 reached."""
     field = ring(8, 4, smoothness=0.0, end_time=0.05)
-    net = si.ConvNet(jax.random.key(5), (8,), width=8, dilations=dilations, kernel_size=3, levels=levels)
-    physics = si.Physics("x", lambda t0, t1, x: x)
+    net = si.nets.ConvNet(jax.random.key(5), (8,), width=8, dilations=dilations, kernel_size=3, levels=levels)
+    physics = {"reverse": lambda t0, t1, x: x}
     options = {"num_simulations": 2000, "num_steps": 500, "progress_bar": False}
-    posterior = si.fit(jax.random.key(0), field.model, process=physics, net=net, **options)
+    posterior = si.SMDP(field.model, "x", **physics, net=net, **options).fit(jax.random.key(0))
     y = 0.4 * jnp.sin(jnp.arange(8.0))
     draws = posterior.sample(jax.random.key(1), 4000, y=y)
     found, end = draws.certificate, np.asarray(hartley(y, 1))

@@ -40,7 +40,7 @@ def check(draws, truth, min_share):
 
 @pytest.fixture(scope="module")
 def unknown_rate():
-    return si.fit(jax.random.key(0), RATE.model, process=si.Physics("x"), num_steps=100, **SMALL)
+    return si.SMDP(RATE.model, "x", num_steps=100, **SMALL).fit(jax.random.key(0))
 
 
 def test_unknown_rate_seen_at_several_times(unknown_rate):
@@ -126,7 +126,7 @@ def test_every_particle_has_the_physics_of_its_own_level():
     gain = np.linalg.solve(within, 9 * share[times])
     mean, variance = y @ gain, 9 - 9 * share[times] @ gain
 
-    posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), num_steps=100, **SMALL)
+    posterior = si.SMDP(model, "x", num_steps=100, **SMALL).fit(jax.random.key(0))
     draws = posterior.resampled(8).sample(jax.random.key(1), 1000, y=y[:, None].astype(np.float32))
     found, weight = draws.certificate, np.exp(np.asarray(draws.log_weight) - np.max(draws.log_weight))
     assert found.ess > 0.85 * 1000
@@ -138,7 +138,7 @@ def test_every_particle_has_the_physics_of_its_own_level():
 @pytest.mark.slow
 def test_poor_weights_of_rates_and_paths_are_resampled(unknown_rate):
     draws = broadened(unknown_rate, 2.6).sample(jax.random.key(1), 1000, y=SEEN)
-    assert draws.info["num_particles"] == 32
+    assert draws.info.num_particles == 32
     check(draws, RATE.truth(SEEN), 0.5)
 
 
@@ -161,27 +161,27 @@ def test_kernel_moves_rate_and_path(unknown_rate, num_particles):
 def test_unknown_rate_seen_at_a_noisy_end():
     """The kernels start from the observation itself, and the start draws the rate alone."""
     rate = RATE._replace(times=(6,))
-    posterior = si.fit(jax.random.key(0), rate.model, process=si.Physics("x"), num_steps=200, **SMALL)
+    posterior = si.SMDP(rate.model, "x", num_steps=200, **SMALL).fit(jax.random.key(0))
     y = np.array([0.8], np.float32)
     assert posterior.proposal.start.problem.dim == 1
     check(posterior.sample(jax.random.key(1), 4000, y=y), rate.truth(y), 0.3)
     check(posterior.resampled(4).sample(jax.random.key(2), NUM, y=y), rate.truth(y), 0.3)
     with pytest.raises(ValueError, match="fit the model without its observed sites"):
-        posterior.sample(jax.random.key(1), 10, end_state=y)
+        posterior.condition_on_end(y).sample(jax.random.key(1), 10)
     with pytest.raises(ValueError, match="say nothing of the parameters"):
-        si.fit(jax.random.key(0), rate.model, process=si.Physics("x"), trajectories=np.zeros((9, 7, 1)))
+        si.SMDP(rate.model, "x", trajectories=np.zeros((9, 7, 1))).fit(jax.random.key(0))
 
 
 @pytest.mark.slow
 def test_unknown_rate_and_a_known_end():
     """An end without noise, of a model that observes nothing."""
     rate = RATE._replace(times=(6,), modes=RATE.modes._replace(noise=1e-4))
-    posterior = si.fit(jax.random.key(0), rate.path_model, process=si.Physics("x"), num_steps=200, **SMALL)
+    posterior = si.SMDP(rate.path_model, "x", num_steps=200, **SMALL).fit(jax.random.key(0))
     end = np.array([0.8], np.float32)
     centre, sd, log_evidence, mean, covariance = rate.truth(end)
     truth = centre, sd, log_evidence, mean[:-1], covariance[:, :-1, :-1]
     for num_particles, num in ((1, 4000), (4, NUM)):
-        draws = posterior.resampled(num_particles).sample(jax.random.key(1), num, end_state=end)
+        draws = posterior.resampled(num_particles).condition_on_end(end).sample(jax.random.key(1), num)
         check(draws._replace(sites=draws.sites | {"x": draws.sites["x"][:, :-1]}), truth, 0.3)
     with pytest.raises(ValueError, match="need the parameters' values"):
         posterior.reverse_sde(jax.random.key(0), end)
@@ -195,7 +195,7 @@ def several_times(y=None):
 @pytest.mark.slow
 def test_states_seen_at_several_times_give_the_smoother():
     """Kernels conditioned on the observation; linear physics, so regression alone is the answer."""
-    posterior = si.fit(jax.random.key(0), several_times, process=si.Physics("x"), num_steps=0, **SMALL)
+    posterior = si.SMDP(several_times, "x", num_steps=0, **SMALL).fit(jax.random.key(0))
     y = np.array([[1.4, -0.3], [0.2, 0.5], [0.1, -0.6], [-0.9, 0.4]], np.float32)
     draws = posterior.sample(jax.random.key(1), 4000, y=y)
     mean, covariance, log_evidence = MODES.smoother_of(TIMES, y)
@@ -210,4 +210,4 @@ def test_states_seen_at_several_times_give_the_smoother():
     assert abs(resampled.certificate.log_evidence - log_evidence) < 5 * resampled.certificate.log_evidence_se
     assert moments_off(resampled.sites["x"], resampled.log_weight, mean, covariance) < 5.5
     with pytest.raises(ValueError, match="parameters or earlier states"):
-        posterior.sample(jax.random.key(1), 10, end_state=y[-1])
+        posterior.condition_on_end(y[-1]).sample(jax.random.key(1), 10)

@@ -15,6 +15,7 @@ from scoreinfer.model import read_physics
 from scoreinfer.paths import linear_frame, path_controls
 from scoreinfer.paths.controls import _share
 from scoreinfer.paths.losses import Transitions, transition_loss
+from scoreinfer.process import Physics
 
 MODES, NUM = ornstein_uhlenbeck(32), 4000
 TS = np.linspace(0.0, 1.0, 41)
@@ -54,7 +55,7 @@ def in_errors(known, new):
 
 
 def test_controls_have_mean_zero_given_the_next_state(linear):
-    process = read_physics(si.Physics("x"), model)
+    process = read_physics(Physics("x"), model)
     curved = simulate(process, 20_000)
     for paths, known in ((curved, np.asarray(path_controls(process, curved))), linear[1:3]):
         assert not known[:, 0].any()
@@ -159,6 +160,6 @@ def test_controls_are_left_out(drift):
 
     given = {"num_simulations": 40}
     if drift is opaque:
-        given = {"trajectories": simulate(read_physics(si.Physics("x"), model, step), 40)}
-    posterior = si.fit(jax.random.key(0), model, step, process=si.Physics("x"), **given, **SMALL)
+        given = {"trajectories": simulate(read_physics(Physics("x"), model, step), 40)}
+    posterior = si.SMDP(model, "x", **given, **SMALL).fit(jax.random.key(0), step)
     assert np.isfinite(posterior.history.loss).all()

@@ -21,7 +21,7 @@ NUM = 2000
 @pytest.fixture(scope="module")
 def posterior():
     """Kernels far too broad: weights of single paths are poor."""
-    learned = si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), num_steps=0)
+    learned = si.SMDP(MODES.model, "x", num_steps=0).fit(jax.random.key(0))
     factor = learned.backward.frame.factor
     where = lambda tree: (tree.paths.backward.frame.factor, tree.known_end.backward.frame.factor)  # noqa: E731
     return eqx.tree_at(where, learned, (1.6 * factor, 1.6 * factor))
@@ -65,12 +65,12 @@ def test_corrector_narrows_what_was_drawn_too_broadly(posterior):
 def test_poor_weights_are_resampled_and_said_so(posterior):
     where = lambda tree: tree.known_end.backward.frame.factor  # noqa: E731
     posterior = eqx.tree_at(where, posterior, 1.15 * where(posterior))
-    draws = posterior.sample(jax.random.key(1), NUM, end_state=END)
-    assert draws.info["num_particles"] == 32 and draws.certificate.ess > 0.3 * NUM
+    draws = posterior.condition_on_end(END).sample(jax.random.key(1), NUM)
+    assert draws.info.num_particles == 32 and draws.certificate.ess > 0.3 * NUM
     error = 5 * draws.certificate.log_evidence_se
     assert abs(draws.certificate.log_evidence - MODES.smoother(END, False)[2]) < error
     assert MODES.disagreement(draws.sites["x"], draws.log_weight, END, False) < 5.5
-    assert posterior.resampled(1).sample(jax.random.key(1), NUM, end_state=END).info["num_particles"] == 1
+    assert posterior.resampled(1).condition_on_end(END).sample(jax.random.key(1), NUM).info.num_particles == 1
 
 
 @pytest.mark.slow

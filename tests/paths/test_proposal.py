@@ -25,7 +25,7 @@ def an_end(modes, seed=0):
 
 def draw(proposal, y, num, seed=1):
     drawn = weighted_draws(jax.random.key(seed), proposal, y, 1024, None, 0, num)
-    return np.asarray(drawn.values).reshape(num, -1, proposal.backward.process.dim), drawn
+    return np.asarray(drawn.z).reshape(num, -1, proposal.backward.process.dim), drawn
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,9 +53,9 @@ def test_known_end_is_an_observation_without_noise():
     assert effective_sample_size(drawn.log_weight) > 0.99 * 4000
     assert abs(value - modes.smoother(end, False)[2]) < 1e-3
     assert modes.disagreement(paths, drawn.log_weight, end, False) < 5.5
-    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.values[:9])
+    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.z[:9])
     np.testing.assert_allclose(again.log_q, drawn.log_q[:9], atol=2e-4)
-    moved = drawn.values[:9].at[:, -1].add(0.1)
+    moved = drawn.z[:9].at[:, -1].add(0.1)
     assert np.all(weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), moved).log_q == -np.inf)
 
 
@@ -82,7 +82,7 @@ def test_untrained_networks_give_unbiased_weights(kernel):
     assert 100 < ess < 0.9 * 20_000, "the network should be neither useless nor right"
     assert abs(value - modes.smoother(end)[2]) < 5 * error < 0.5
     assert modes.disagreement(paths, drawn.log_weight, end) < 5.5
-    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.values[:9])
+    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.z[:9])
     np.testing.assert_allclose(again.log_q, drawn.log_q[:9], atol=2e-3)
 
 

@@ -213,9 +213,9 @@ def test_separate_updates_see_what_the_physics_has_led_to(setting):
 @pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
 def test_learning_with_windows_keeps_the_weights_exact(separate):
     options = {"num_steps": 300, "width": 16, "depth": 1, "progress_bar": False}
-    options["windows"] = si.Windows((2, 4), kept=2)
+    options["windows"] = si.paths.Windows((2, 4), kept=2)
     modes = ornstein_uhlenbeck()
-    posterior = si.fit(jax.random.key(0), modes.model, process=si.Physics("x", separate=separate), **options)
+    posterior = si.SMDP(modes.model, "x", separate=separate, **options).fit(jax.random.key(0))
     end = jnp.array([-1.0, 0.5])
     draws = posterior.sample(jax.random.key(1), 4000, y=end)
     assert draws.certificate.ess > 0.9 * 4000

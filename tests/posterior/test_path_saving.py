@@ -15,11 +15,12 @@ from scoreinfer.paths.build import read_reversal
 from scoreinfer.posterior.checkpoint import CONFIG, WEIGHTS
 from scoreinfer.posterior.path_checkpoint import read_paths
 from scoreinfer.posterior.paths import PathPosterior
+from scoreinfer.process import Physics
 
 # Nothing is learned here, so that any end may seem far.
-pytestmark = pytest.mark.filterwarnings("ignore::scoreinfer.MisspecificationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::scoreinfer.errors.MisspecificationWarning")
 MODES = ornstein_uhlenbeck()
-PHYSICS = si.Physics("x")
+PHYSICS = Physics("x")
 END = jnp.array([-1.0, 0.5])
 SEEN = np.array([[0.6], [0.3], [0.4], [-0.2]], np.float32)
 SMALL = {"num_steps": 20, "width": 8, "depth": 1, "progress_bar": False}
@@ -27,7 +28,7 @@ SMALL = {"num_steps": 20, "width": 8, "depth": 1, "progress_bar": False}
 
 @pytest.fixture(scope="module")
 def posterior():
-    return si.fit(jax.random.key(0), MODES.model, process=PHYSICS, num_simulations=200, **SMALL)
+    return si.SMDP(MODES.model, "x", num_simulations=200, **SMALL).fit(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +48,23 @@ def same(a, b):
 def check(saved, loaded, **data):
     """Hold what was loaded against what was saved, draws included."""
     assert same(loaded, saved)
-    ours, theirs = (posterior.sample(jax.random.key(1), 200, **data) for posterior in (saved, loaded))
-    for name in ("values", "log_weight", "log_q"):
+    end = data.pop("end_state", None)
+    given = (each.condition(**data) if end is None else each.condition_on_end(end) for each in (saved, loaded))
+    ours, theirs = (each.sample(jax.random.key(1), 200) for each in given)
+    for name in ("unconstrained", "log_weight", "log_q"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert str(ours.certificate) == str(theirs.certificate)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known end", "noisy end"])
 def test_loaded_paths_are_drawn_the_same(posterior, folder, known):
-    check(posterior, si.load(folder, MODES.model, process=PHYSICS), **{"end_state" if known else "y": END})
+    check(posterior, si.SMDP(MODES.model, "x").load(folder), **{"end_state" if known else "y": END})
 
 
 def test_particles_and_replacement(posterior, folder, tmp_path):
     posterior.save(tmp_path / "p")
     posterior.resampled(8).save(tmp_path / "p")
-    assert si.load(tmp_path / "p", MODES.model, process=PHYSICS).num_particles == 8
+    assert si.SMDP(MODES.model, "x").load(tmp_path / "p").num_particles == 8
     (tmp_path / "p" / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"thesis\.tex"):
         posterior.save(tmp_path / "p")
@@ -74,9 +77,9 @@ def test_parameters_and_learned_starts_come_back(tmp_path):
     """Kernels conditioned on a rate and on states seen on the way, with what draws their start."""
     rate = UnknownRate(ornstein_uhlenbeck(6)._replace(rates=np.ones(1), start_sd=np.ones(1)), (0, 2, 4, 6))
     for model, data in ((rate.model, {"y": SEEN}), (rate.path_model, {"end_state": np.array([0.3], np.float32)})):
-        saved = si.fit(jax.random.key(0), model, process=PHYSICS, **SMALL).resampled(4)
+        saved = si.SMDP(model, "x", **SMALL).fit(jax.random.key(0)).resampled(4)
         saved.save(tmp_path / "p")
-        check(saved, si.load(tmp_path / "p", model, process=PHYSICS), **data)
+        check(saved, si.SMDP(model, "x").load(tmp_path / "p"), **data)
 
 
 class Halves(eqx.Module):
@@ -91,19 +94,17 @@ class Halves(eqx.Module):
 @pytest.mark.slow
 def test_networks_of_fields_and_of_ones_own_come_back(tmp_path):
     """In pixels and on waves; a network of the user's own has to be passed again."""
-    field, net = ring(12, 2), si.ConvNet(jax.random.key(1), (12,), width=4, dilations=(1, 2), levels=2)
+    field, net = ring(12, 2), si.nets.ConvNet(jax.random.key(1), (12,), width=4, dilations=(1, 2), levels=2)
     for waves in (False, True):
-        physics = si.Physics("x", lambda t0, t1, x: x, waves=waves, separate=waves)
-        saved = si.fit(jax.random.key(0), field.model, process=physics, net=net, num_steps=2, progress_bar=False)
+        physics = {"reverse": lambda t0, t1, x: x, "waves": waves, "separate": waves}
+        saved = si.SMDP(field.model, "x", **physics, net=net, num_steps=2, progress_bar=False).fit(jax.random.key(0))
         saved.save(tmp_path / "p")
-        check(saved, si.load(tmp_path / "p", field.model, process=physics), y=0.4 * jnp.sin(jnp.arange(12.0)))
-    own = si.fit(
-        jax.random.key(0), MODES.model, process=PHYSICS, net=Halves(jnp.ones(2)), num_steps=2, progress_bar=False
-    )
+        check(saved, si.SMDP(field.model, "x", **physics).load(tmp_path / "p"), y=0.4 * jnp.sin(jnp.arange(12.0)))
+    own = si.SMDP(MODES.model, "x", net=Halves(jnp.ones(2)), num_steps=2, progress_bar=False).fit(jax.random.key(0))
     own.save(tmp_path / "p")
     with pytest.raises(ValueError, match=r"network of your own, .*Halves.*net=module"):
-        si.load(tmp_path / "p", MODES.model, process=PHYSICS)
-    check(own, si.load(tmp_path / "p", MODES.model, process=PHYSICS, net=Halves(jnp.zeros(2))), y=END)
+        si.SMDP(MODES.model, "x").load(tmp_path / "p")
+    check(own, si.SMDP(MODES.model, "x", net=Halves(jnp.zeros(2))).load(tmp_path / "p"), y=END)
 
 
 def test_other_models_and_physics_are_told_apart(folder):
@@ -112,14 +113,14 @@ def test_other_models_and_physics_are_told_apart(folder):
             x = numpyro.sample("x", path)
             numpyro.sample("y", dist.Normal(x[-1], MODES.noise).to_event(1), obs=y)
 
-        return si.load(folder, model, process=si.Physics("x", reverse))
+        return si.SMDP(model, "x", reverse=reverse).load(folder)
 
     own = MODES.path()
     load(own)
     with pytest.raises(ValueError, match="`reverse` of its physics differs"):
         load(own, lambda t0, t1, x: x)
     with pytest.raises(ValueError, match="learned by joint updates"):
-        si.load(folder, MODES.model, process=PHYSICS._replace(separate=True))
+        si.SMDP(MODES.model, "x", separate=True).load(folder)
     longer = si.PhysicsPath(own.step, own.noise_scale[0], np.append(own.ts, 1.5), own.init_dist)
     with pytest.raises(ValueError, match=r"'x' has shape \[10, 2\], was \[9, 2\]"):
         load(longer)

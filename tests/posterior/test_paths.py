@@ -17,6 +17,7 @@ from scoreinfer.mcmc.score_sde import with_problem
 from scoreinfer.model import read_physics
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.paths import linear_frame
+from scoreinfer.process import Physics
 from scoreinfer.process.physics import hartley
 
 MODES = ornstein_uhlenbeck()
@@ -26,7 +27,7 @@ END = jnp.array([-1.0, 0.5])
 
 @pytest.fixture(scope="module")
 def posterior():
-    return si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), **SMALL)
+    return si.SMDP(MODES.model, "x", **SMALL).fit(jax.random.key(0))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known end", "noisy end"])
@@ -41,8 +42,8 @@ def test_learned_reverse_gives_the_smoother(posterior, known):
 
 
 def test_draws_do_not_depend_on_the_batch_size(posterior):
-    one, two = (posterior.sample(jax.random.key(1), 700, y=END, batch_size=size) for size in (512, 1024))
-    np.testing.assert_allclose(one.values, two.values, atol=1e-5)
+    one, two = (posterior.condition(y=END).sample(jax.random.key(1), 700, batch_size=size) for size in (512, 1024))
+    np.testing.assert_allclose(one.z, two.values, atol=1e-5)
 
 
 def test_learned_score_is_grad_log_p(posterior):
@@ -70,7 +71,7 @@ def test_learned_flow_has_the_spectrum_of_the_process():
     Taking the whole score, or none, changes the variance of most modes several times over.
     """
     modes = heat(32, 16)
-    posterior = si.fit(jax.random.key(0), modes.path_model, process=si.Physics("x", lambda t0, t1, x: x), **SMALL)
+    posterior = si.SMDP(modes.path_model, "x", reverse=lambda t0, t1, x: x, **SMALL).fit(jax.random.key(0))
     sd = np.sqrt(modes.covariances(False).diagonal(axis1=1, axis2=2))
     path = posterior.probability_flow(np.stack([sd[:, -1], -sd[:, -1]]))
     assert path.shape == (2, 33, 16)
@@ -98,7 +99,7 @@ def test_kernel_draws_whole_paths(posterior):
 def test_few_trajectories_still_give_exact_weights():
     """Learned from two hundred recorded paths alone: far from right, and unbiased."""
     paths = MODES.path().sample(jax.random.key(3), (200,))
-    posterior = si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=paths, **SMALL)
+    posterior = si.SMDP(MODES.model, "x", trajectories=paths, **SMALL).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 10_000, y=END)
     assert effective_sample_size(draws.log_weight) < 0.9 * 10_000, "it should not be right"
     assert abs(draws.certificate.log_evidence - MODES.smoother(END)[2]) < 5 * draws.certificate.log_evidence_se < 0.5
@@ -109,15 +110,15 @@ def test_resimulated_trajectories_need_their_first_states_alone():
     """A hundred recorded beginnings; everything after them is the physics' own, and its noise fresh."""
     paths = np.array(MODES.path().sample(jax.random.key(3), (100,)))
     paths[:, 1:] = 7.0
-    options = SMALL | {"process": si.Physics("x"), "num_steps": 0}
-    posterior = si.fit(jax.random.key(0), MODES.model, trajectories=paths, resimulate=True, **options)
+    options = SMALL | {"num_steps": 0}
+    posterior = si.SMDP(MODES.model, "x", trajectories=paths, resimulate=True, **options).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 4000, y=END)
     found = draws.certificate
     assert found.certified and found.ess > 0.8 * 4000, found
     assert abs(found.log_evidence - MODES.smoother(END)[2]) < 5 * found.log_evidence_se + 1e-3
     assert MODES.disagreement(draws.sites["x"], draws.log_weight, END) < 5.5
     with pytest.raises(ValueError, match="there are none"):
-        si.fit(jax.random.key(0), MODES.model, resimulate=True, **options)
+        si.SMDP(MODES.model, "x", resimulate=True, **options)
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def test_fields_keep_their_shape():
         numpyro.deterministic("mean", x.mean((-2, -1)))
         numpyro.sample("y", dist.Normal(x[-1], 0.2).to_event(2), obs=y)
 
-    posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), **SMALL | {"num_steps": 20})
+    posterior = si.SMDP(model, "x", **SMALL | {"num_steps": 20}).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 600, y=0.5 * jnp.ones((2, 3)))
     assert draws.sites["x"].shape == (600, 5, 2, 3) and draws.sites["mean"].shape == (600, 5)
     assert draws.certificate.ess > 0.8 * 600
@@ -157,7 +158,7 @@ def test_double_well_seen_through_its_square():
     first = density * backward / evidence
     last = np.linalg.matrix_power(kernel, 20) @ density * likelihood / evidence
     options = {"num_steps": 1000, "width": 32, "depth": 2, "progress_bar": False}
-    posterior = si.fit(jax.random.key(0), model, process=si.Physics("x"), **options)
+    posterior = si.SMDP(model, "x", **options).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 8000, y=y)
     found = draws.certificate
     assert found.certified and found.ess > 0.3 * 8000, found
@@ -177,7 +178,7 @@ def test_double_well_seen_through_its_square():
 def test_covariances_stay_positive_where_entries_are_left_out():
     """A smooth field: what is certain of its covariance is no covariance."""
     field = ring(16, 2, smoothness=3.0)
-    process = read_physics(si.Physics("x", lambda t0, t1, x: x), field.path_model)
+    process = read_physics(Physics("x", lambda t0, t1, x: x), field.path_model)
     frame = linear_frame(process, field.path().sample(jax.random.key(0), (4200,)))
     assert frame.factor.shape == (2, 16, 16) and np.isfinite(frame.factor).all()
 
@@ -187,8 +188,8 @@ def test_linear_fields_need_regression_alone():
     """Heat on a ring of 12 points, in pixels."""
     field = ring(12)
     modes = field.modes
-    physics = si.Physics("x", lambda t0, t1, x: x, waves=True)
-    posterior = si.fit(jax.random.key(0), field.model, process=physics, num_steps=0)
+    physics = {"reverse": lambda t0, t1, x: x, "waves": True}
+    posterior = si.SMDP(field.model, "x", **physics, num_steps=0).fit(jax.random.key(0))
     y = 0.4 * jnp.sin(jnp.arange(12.0))
     for data, noisy in (({"y": y}, True), ({"end_state": y}, False)):
         draws = posterior.sample(jax.random.key(1), 4000, **data)
@@ -202,25 +203,25 @@ def test_linear_fields_need_regression_alone():
     )
     uneven = lambda: numpyro.sample("x", path)  # noqa: E731
     with pytest.raises(ValueError, match="same noise everywhere"):
-        si.fit(jax.random.key(0), uneven, process=physics, num_steps=0)
+        si.SMDP(uneven, "x", **physics, num_steps=0).fit(jax.random.key(0))
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
 def test_far_ends_are_refused_with_a_number(posterior):
-    with pytest.warns(si.MisspecificationWarning, match=r"further from the simulations than 100\.0%"):
-        draws = posterior.sample(jax.random.key(1), 600, end_state=jnp.array([40.0, 0.0]))
+    with pytest.warns(si.errors.MisspecificationWarning, match=r"further from the simulations than 100\.0%"):
+        draws = posterior.condition_on_end(jnp.array([40.0, 0.0])).sample(jax.random.key(1), 600)
     assert not draws.certificate.certified
 
 
 def test_bad_ends_are_refused(posterior):
     with pytest.raises(ValueError, match=r"state's shape \(2,\), got \(3,\)"):
-        posterior.sample(jax.random.key(1), 10, end_state=jnp.zeros(3))
+        posterior.condition_on_end(jnp.zeros(3)).sample(jax.random.key(1), 10)
     with pytest.raises(ValueError, match="must be finite, but 1 of its numbers"):
-        posterior.sample(jax.random.key(1), 10, end_state=jnp.array([0.0, jnp.nan]))
+        posterior.condition_on_end(jnp.array([0.0, jnp.nan])).sample(jax.random.key(1), 10)
     with pytest.raises(ValueError, match="must be finite, but 1 of its numbers"):
-        posterior.sample(jax.random.key(1), 10, end_state=np.ma.array([0.0, 1.0], mask=[False, True]))
+        posterior.condition_on_end(np.ma.array([0.0, 1.0], mask=[False, True])).sample(jax.random.key(1), 10)
     with pytest.raises(ValueError, match="Expected data for every observed site"):
         posterior.sample(jax.random.key(1), 10)
 
@@ -228,14 +229,14 @@ def test_bad_ends_are_refused(posterior):
 def test_bad_trajectories_are_refused():
     paths = np.array(MODES.path().sample(jax.random.key(3), (20,)))
     with pytest.raises(ValueError, match=r"\(2 or more, 9, 2\), got \(20, 8, 2\)"):
-        si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=paths[:, :8], **SMALL)
+        si.SMDP(MODES.model, "x", trajectories=paths[:, :8], **SMALL).fit(jax.random.key(0))
     paths[3, 2] = np.nan
     with pytest.raises(ValueError, match="must be finite, but 1 of the 20 hold numbers that are not, first number 3"):
-        si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=paths, **SMALL)
+        si.SMDP(MODES.model, "x", trajectories=paths, **SMALL).fit(jax.random.key(0))
     masked = np.ma.array(np.nan_to_num(paths), mask=np.isnan(paths))
     with pytest.raises(ValueError, match="must be finite, but 1 of the 20"):
-        si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), trajectories=masked, **SMALL)
-    with pytest.raises(ValueError, match="process=Physics"):
-        si.fit(jax.random.key(0), MODES.model, trajectories=paths)
-    with pytest.raises(ValueError, match="of no use with `process`"):
-        si.fit(jax.random.key(0), MODES.model, process=si.Physics("x"), target_score=True)
+        si.SMDP(MODES.model, "x", trajectories=masked, **SMALL).fit(jax.random.key(0))
+    with pytest.raises(ValueError, match="recorded paths are the whole budget"):
+        si.SMDP(MODES.model, "x", trajectories=paths, num_simulations=20)
+    with pytest.raises(ValueError, match="expected the model, got a `Problem`"):
+        si.SMDP(si.from_numpyro(MODES.model), "x")

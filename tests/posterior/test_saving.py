@@ -115,7 +115,7 @@ def test_weights_of_another_posterior_are_refused(posterior, folder, tmp_path):
     other = dataclasses.replace(posterior.proposal, adjustment=twice)
     dataclasses.replace(posterior, proposal=other).save(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, tmp_path / "p" / WEIGHTS)
-    with pytest.raises(si.UnreadableFile, match="checksum"):
+    with pytest.raises(si.errors.UnreadableFile, match="checksum"):
         si.load(tmp_path / "p", posterior.problem)
 
 
@@ -134,15 +134,17 @@ def test_saving_again_replaces_and_never_touches_strangers(posterior, tmp_path):
 
 def test_other_networks_embeddings_and_samplers(posterior, tmp_path):
     """Permutation-invariant embedding, reverse SDE, another process."""
-    embedding = si.DeepSet(jax.random.key(3), 1, width=8, num_out=4)
-    sampler = si.ReverseSDE(num_steps=7)
+    embedding = si.nets.DeepSet(jax.random.key(3), 1, width=8, num_out=4)
+    sampler = si.samplers.ReverseSDE(num_steps=7)
     sets = untrained(posterior, embedding, sampler)
     sets.save(tmp_path / "p")
     loaded = si.load(tmp_path / "p", location_scale)
     assert same(loaded, sets) and loaded.proposal.sampler == sampler
-    assert isinstance(loaded.proposal.embedding, si.DeepSet)
+    assert isinstance(loaded.proposal.embedding, si.nets.DeepSet)
     process = VP(beta_max=15.0)
-    series = untrained(posterior, si.Series(jax.random.key(3), 5, 1, width=4, num_out=3), si.ReverseSDE(process))
+    series = untrained(
+        posterior, si.nets.Series(jax.random.key(3), 5, 1, width=4, num_out=3), si.samplers.ReverseSDE(process)
+    )
     series.save(tmp_path / "q")
     assert same(si.load(tmp_path / "q", posterior.problem), series)
 
@@ -157,17 +159,17 @@ class Halves(eqx.Module):
 
 
 def test_own_embedding_has_to_be_passed(posterior, tmp_path):
-    own = untrained(posterior, Halves(jnp.ones(2)), si.ProbabilityFlow())
+    own = untrained(posterior, Halves(jnp.ones(2)), si.samplers.ProbabilityFlow())
     own.save(tmp_path / "p")
     with pytest.raises(ValueError, match=r"module of your own, .*Halves.*embedding=module"):
         si.load(tmp_path / "p", posterior.problem)
-    assert same(si.load(tmp_path / "p", posterior.problem, embedding=Halves(jnp.zeros(2))), own)
-    with pytest.raises(si.UnreadableFile, match="shape"):
-        si.load(tmp_path / "p", posterior.problem, embedding=Halves(jnp.zeros(())))
+    assert same(si.NPSE(posterior.problem, embedding=Halves(jnp.zeros(2))).load(tmp_path / "p"), own)
+    with pytest.raises(si.errors.UnreadableFile, match="shape"):
+        si.NPSE(posterior.problem, embedding=Halves(jnp.zeros(()))).load(tmp_path / "p")
 
 
 def test_what_data_cannot_describe_is_refused_when_saving(posterior, tmp_path):
-    class Mine(si.ProbabilityFlow):
+    class Mine(si.samplers.ProbabilityFlow):
         pass
 
     with pytest.raises(ValueError, match="Mine"):
@@ -361,7 +363,7 @@ def refuse_all(spoilt, folder, tmp_path, load, posterior, same):
         start = time.process_time()
         try:
             other = load(path)
-        except si.UnreadableFile:
+        except si.errors.UnreadableFile:
             refused += 1
         except ValueError as error:
             other_models.append(str(error))
@@ -384,13 +386,13 @@ def refuse_all(spoilt, folder, tmp_path, load, posterior, same):
 def test_newer_foreign_and_missing_are_named(folder, posterior, tmp_path):
     shutil.copytree(folder, tmp_path / "newer")
     write_record(tmp_path / "newer" / CONFIG, read_record(folder / CONFIG) | {"schema": SCHEMA + 1})
-    with pytest.raises(si.UnreadableFile, match="newer scoreinfer"):
+    with pytest.raises(si.errors.UnreadableFile, match="newer scoreinfer"):
         si.load(tmp_path / "newer", posterior.problem)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / CONFIG).write_text('{"architectures": ["Llama"]}')
-    with pytest.raises(si.UnreadableFile, match="no checksum"):
+    with pytest.raises(si.errors.UnreadableFile, match="no checksum"):
         si.load(tmp_path / "foreign", posterior.problem)
-    with pytest.raises(si.UnreadableFile, match="no such folder"):
+    with pytest.raises(si.errors.UnreadableFile, match="no such folder"):
         si.load(tmp_path / "nowhere", posterior.problem)
 
 

@@ -115,7 +115,7 @@ def test_learned_weights_are_exact(both_modes):
     drawn = weighted_draws(random.key(1), proposal, {}, 1024, None, 0, 4096)
     weight = np.exp(np.asarray(drawn.log_weight, np.float64) - 2.0)
     assert weight.sum() ** 2 / (weight**2).sum() > 0.4 * weight.size
-    right = np.asarray(drawn.values)[:, 0] > 0
+    right = np.asarray(drawn.unconstrained)[:, 0] > 0
     for values, truth in ((weight, 1.0), (weight * right, 0.7)):
         assert abs(values.mean() - truth) < SIGMAS * values.std() / np.sqrt(values.size)
     assert abs(float((evidence.places[:, 0] > 0).mean()) - 0.7) < 0.15

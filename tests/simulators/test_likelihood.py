@@ -15,7 +15,14 @@ from oracles import linear_gaussian
 from scoreinfer.simulators.dataset import explained, stored_simulations
 
 QUIET = {"progress_bar": False}
-SMALL = {"num_steps": 400, "width": 16, "depth": 1, "batch_size": 128, "sampler": si.ReverseSDE(num_steps=16), **QUIET}
+SMALL = {
+    "num_steps": 400,
+    "width": 16,
+    "depth": 1,
+    "batch_size": 128,
+    "sampler": si.samplers.ReverseSDE(num_steps=16),
+    **QUIET,
+}
 ORACLE = linear_gaussian(2)
 MATRIX = np.array([[1.0, 0.5], [-0.3, 1.0]])
 EDGE = 0.7
@@ -44,7 +51,7 @@ def likelihood(parameters, outputs, y=None):
 
 
 def run(simulator, draws, path):
-    return si.simulate(jax.random.key(9), draws, simulator, draws.num, store=path, **QUIET)
+    return si.simulators.simulate(jax.random.key(9), draws, simulator, draws.num, store=path, **QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +61,14 @@ def problem():
 
 @pytest.fixture(scope="module")
 def store(problem, tmp_path_factory):
-    return si.simulate(jax.random.key(0), problem, physics, 1500, store=tmp_path_factory.mktemp("runs"), **QUIET)
+    return si.simulators.simulate(
+        jax.random.key(0), problem, physics, 1500, store=tmp_path_factory.mktemp("runs"), **QUIET
+    )
 
 
 @pytest.fixture(scope="module")
 def posterior(problem, store):
-    return si.fit(jax.random.key(1), problem, simulations=store, likelihood=likelihood, **SMALL)
+    return si.NPSE(problem, simulations=store, likelihood=likelihood, **SMALL).fit(jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +87,15 @@ def test_weights_are_exact(posterior, draws, store, tmp_path):
 
     whole = si.from_numpyro(model, y=Y)
     assert np.allclose(
-        weighed.log_joint, jax.vmap(lambda z: whole.log_joint(z, draws.observed))(draws.values), atol=1e-3
+        weighed.log_joint, jax.vmap(lambda z: whole.log_joint(z, draws.observed))(draws.unconstrained), atol=1e-3
     )
     certificate = weighed.certificate
     assert certificate.certified and "explain the data covered" in certificate.reason, certificate
     assert abs(certificate.log_evidence - LOG_EVIDENCE) < 5 * certificate.log_evidence_se
     weight = np.exp(np.asarray(weighed.log_weight, float) - np.max(weighed.log_weight))
-    mean = np.average(draws.values, axis=0, weights=weight)
+    mean = np.average(draws.unconstrained, axis=0, weights=weight)
     assert np.all(np.abs(mean - TRUTH.mean) < 5 * np.sqrt(np.diag(TRUTH.covariance) / certificate.ess))
-    assert weighed.info["num_failed"] == 0
+    assert weighed.info.num_failed == 0
 
 
 def test_where_the_simulator_fails_the_weight_is_zero(posterior, draws, tmp_path):
@@ -112,13 +121,13 @@ def test_stored_simulations_show_what_the_proposal_misses(posterior, store, tmp_
 
 def test_runs_on_draws_may_be_made_elsewhere(posterior, draws, tmp_path):
     fields = np.asarray(draws.sites["theta"]) @ MATRIX.T
-    theirs = si.record(draws, draws.sites, {"field": fields}, store=tmp_path / "theirs")
+    theirs = si.simulators.record(draws, draws.sites, {"field": fields}, store=tmp_path / "theirs")
     ours = run(physics, draws, tmp_path / "ours")
     told = [posterior.weigh(jax.random.key(3), draws, runs).log_weight for runs in (ours, theirs)]
     assert np.allclose(*told, atol=1e-4)
     turned = {"theta": -draws.sites["theta"]}
     with pytest.raises(ValueError, match="must be those of the draws"):
-        si.record(draws, turned, {"field": fields}, store=tmp_path / "turned")
+        si.simulators.record(draws, turned, {"field": fields}, store=tmp_path / "turned")
 
 
 def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tmp_path):
@@ -130,10 +139,10 @@ def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tm
         numpyro.sample("y", dist.LogNormal(outputs["field"], 0.4).to_event(1), obs=y)
 
     with pytest.raises(ValueError, match="other densities or bounds: expected log_likelihood"):
-        si.load(tmp_path / "p", problem, simulations=store, likelihood=narrower)
-    loaded = si.load(tmp_path / "p", problem, simulations=store, likelihood=likelihood)
+        si.NPSE(problem, simulations=store, likelihood=narrower).load(tmp_path / "p")
+    loaded = si.NPSE(problem, simulations=store, likelihood=likelihood).load(tmp_path / "p")
     again = loaded.sample(jax.random.key(2), 2000, y=Y)
-    assert np.array_equal(again.values, draws.values)
+    assert np.array_equal(again.unconstrained, draws.unconstrained)
     ours, theirs = (
         p.weigh(jax.random.key(3), draws, run(physics, draws, tmp_path / "runs")) for p in (posterior, loaded)
     )
@@ -150,7 +159,7 @@ def test_data_of_the_likelihood_are_not_the_outputs(problem, tmp_path):
     def counts(parameters, outputs, hits=None):
         numpyro.sample("hits", dist.Poisson(parameters["share"] * outputs["y"]).expand([3]).to_event(1), obs=hits)
 
-    store = si.simulate(jax.random.key(0), both, lambda p, seed: 9 * p["rate"], 80, store=tmp_path, **QUIET)
+    store = si.simulators.simulate(jax.random.key(0), both, lambda p, seed: 9 * p["rate"], 80, store=tmp_path, **QUIET)
     learned = stored_simulations(jax.random.key(1), si.from_numpyro(both), store, counts)
     assert learned.y["hits"].shape == (80, 3) and len({tuple(row) for row in np.asarray(learned.y["hits"])}) > 40
     hits = np.array([3, 4, 2])
@@ -164,16 +173,16 @@ def test_data_of_the_likelihood_are_not_the_outputs(problem, tmp_path):
 
 @pytest.mark.slow
 def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
-    settings = {"num_steps": 3000, "width": 32, "depth": 2, "sampler": si.ReverseSDE(num_steps=64), **QUIET}
-    posterior = si.fit(jax.random.key(1), problem, simulations=store, likelihood=likelihood, **settings)
-    others = si.simulate(jax.random.key(7), problem, physics, 460, store=tmp_path, **QUIET)
-    ranks = si.sbc(jax.random.key(1), posterior, others, 400, **QUIET)
+    settings = {"num_steps": 3000, "width": 32, "depth": 2, "sampler": si.samplers.ReverseSDE(num_steps=64), **QUIET}
+    posterior = si.NPSE(problem, simulations=store, likelihood=likelihood, **settings).fit(jax.random.key(1))
+    others = si.simulators.simulate(jax.random.key(7), problem, physics, 460, store=tmp_path, **QUIET)
+    ranks = si.calibration.sbc(jax.random.key(1), posterior, 400, store=others, **QUIET)
     assert ranks.calibrated, ranks
 
 
 def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
     with pytest.raises(ValueError, match="needs draws from the prior; there are none: its simulator is foreign"):
-        posterior.sample(jax.random.key(2), 10, prior_fraction=0.5, y=Y)
+        posterior.condition(y=Y).sample(jax.random.key(2), 10, prior_fraction=0.5)
     unknown = dataclasses.replace(posterior.problem, observation=None)
     plain = si.Posterior(dataclasses.replace(posterior.proposal, problem=unknown), None)
     with pytest.raises(ValueError, match="fit with `likelihood=`"):
@@ -181,21 +190,21 @@ def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
     with pytest.raises(ValueError, match="one run of the simulator for each of the 2000 draws, got 1500 of 1500"):
         posterior.weigh(jax.random.key(3), draws, store)
     with pytest.raises(ValueError, match="needs `simulations`"):
-        si.fit(jax.random.key(1), problem, likelihood=likelihood, **SMALL)
-    with pytest.raises(si.UnsupportedModel, match="no sample site"):
-        si.fit(jax.random.key(1), problem, simulations=store, likelihood=lambda parameters, outputs: None, **SMALL)
+        si.NPSE(problem, likelihood=likelihood, **SMALL).fit(jax.random.key(1))
+    with pytest.raises(si.errors.UnsupportedModel, match="no sample site"):
+        si.NPSE(problem, simulations=store, likelihood=lambda parameters, outputs: None, **SMALL).fit(jax.random.key(1))
 
     def factor(parameters, outputs, y=None):
         likelihood(parameters, outputs, y)
         numpyro.factor("more", outputs["field"].sum())
 
-    with pytest.raises(si.UnsupportedModel, match=r"numpyro\.factor"):
-        si.fit(jax.random.key(1), problem, simulations=store, likelihood=factor, **SMALL)
+    with pytest.raises(si.errors.UnsupportedModel, match=r"numpyro\.factor"):
+        si.NPSE(problem, simulations=store, likelihood=factor, **SMALL).fit(jax.random.key(1))
     with pytest.raises(ValueError, match="got none for y"):
         posterior.sample(jax.random.key(2), 10)
-    few = draws._replace(values=jnp.asarray(draws.values[:5]), sites={"theta": draws.sites["theta"][:5]})
+    few = draws._replace(unconstrained=jnp.asarray(draws.unconstrained[:5]), sites={"theta": draws.sites["theta"][:5]})
     with pytest.raises(ValueError, match="at most the number of draws, 5"):
-        si.simulate(jax.random.key(0), few, physics, 6, store=tmp_path, **QUIET)
+        si.simulators.simulate(jax.random.key(0), few, physics, 6, store=tmp_path, **QUIET)
     run(physics, few, tmp_path)
     with pytest.raises(ValueError, match="`draws` is"):
         run(physics, few._replace(values=2 * few.values), tmp_path)

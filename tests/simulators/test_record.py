@@ -29,7 +29,7 @@ def problem():
 @pytest.fixture(scope="module")
 def here(problem, tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")
-    return si.simulate(jax.random.key(0), problem, simulator, NUM, store=folder, progress_bar=False)
+    return si.simulators.simulate(jax.random.key(0), problem, simulator, NUM, store=folder, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def arrays(problem, here):
 
 
 def test_same_store_as_if_made_here(problem, here, arrays, tmp_path):
-    store = si.record(problem, *arrays, store=tmp_path)
+    store = si.simulators.record(problem, *arrays, store=tmp_path)
     ours, theirs = here.read(), store.read()
     assert np.array_equal(theirs.number, np.arange(NUM)) and (theirs.status == "ok").all()
     assert np.allclose(theirs.z, ours.z, atol=1e-4)
@@ -53,12 +53,12 @@ def test_same_store_as_if_made_here(problem, here, arrays, tmp_path):
 
 def test_interrupted_recording_goes_on(problem, arrays, tmp_path, monkeypatch):
     monkeypatch.setattr("scoreinfer.simulators.run.FLUSH_ROWS", 60)
-    store = si.record(problem, *arrays, store=tmp_path)
+    store = si.simulators.record(problem, *arrays, store=tmp_path)
     shards = sorted(tmp_path.glob("*.npz"))
     assert len(shards) == 4
     whole = store.read()
     shards[1].unlink()
-    again = si.record(problem, *arrays, store=tmp_path).read()
+    again = si.simulators.record(problem, *arrays, store=tmp_path).read()
     assert np.array_equal(again.z, whole.z) and np.array_equal(again.outputs["flow"], whole.outputs["flow"])
     assert sorted(tmp_path.glob("*.npz")) == shards
 
@@ -67,10 +67,10 @@ def test_rows_without_numbers_count_as_failed(problem, arrays, tmp_path):
     parameters, outputs = arrays
     broken = outputs["level"].copy()
     broken[[3, 7]] = np.nan, np.inf
-    store = si.record(problem, parameters, outputs | {"level": broken}, store=tmp_path)
+    store = si.simulators.record(problem, parameters, outputs | {"level": broken}, store=tmp_path)
     assert np.flatnonzero(~store.read().valid).tolist() == [3, 7]
     with pytest.raises(ValueError, match="2 of 200 simulations failed"):
-        si.fit(jax.random.key(0), problem, simulations=store, invalid="raise", progress_bar=False)
+        si.NPSE(problem, simulations=store, invalid="raise", progress_bar=False).fit(jax.random.key(0))
 
 
 def test_masked_entries_count_as_failed(problem, arrays, tmp_path):
@@ -78,17 +78,17 @@ def test_masked_entries_count_as_failed(problem, arrays, tmp_path):
     parameters, outputs = arrays
     flow = np.ma.array(outputs["flow"], fill_value=9.97e36)
     flow[5, 1, 2] = np.ma.masked
-    rows = si.record(problem, parameters, outputs | {"flow": flow}, store=tmp_path).read()
+    rows = si.simulators.record(problem, parameters, outputs | {"flow": flow}, store=tmp_path).read()
     assert np.flatnonzero(~rows.valid).tolist() == [5] and rows.error[5] == "masked: 'flow' (1 of 6 entries)"
     assert np.isnan(rows.outputs["flow"][5, 1, 2]) and np.isfinite(rows.outputs["flow"]).sum() == 6 * NUM - 1
     assert set(rows.error[rows.valid]) == {""}
 
 
 def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
-    si.record(problem, *arrays, store=tmp_path)
+    si.simulators.record(problem, *arrays, store=tmp_path)
     parameters, outputs = arrays
     with pytest.raises(ValueError, match="holds other simulations: `key`"):
-        si.record(problem, parameters, outputs | {"level": -outputs["level"]}, store=tmp_path)
+        si.simulators.record(problem, parameters, outputs | {"level": -outputs["level"]}, store=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
 )
 def test_what_does_not_belong_is_refused(problem, arrays, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        si.record(problem, *change(*arrays), store=tmp_path)
+        si.simulators.record(problem, *change(*arrays), store=tmp_path)
     assert not list(tmp_path.iterdir())

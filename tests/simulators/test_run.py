@@ -33,7 +33,14 @@ from scoreinfer.simulators.dataset import stored_simulations, with_outputs
 from scoreinfer.simulators.store import MANIFEST, Row, Rows, write_shard
 
 QUIET = {"progress_bar": False}
-SMALL = {"num_steps": 600, "width": 16, "depth": 1, "batch_size": 128, "sampler": si.ReverseSDE(num_steps=16), **QUIET}
+SMALL = {
+    "num_steps": 600,
+    "width": 16,
+    "depth": 1,
+    "batch_size": 128,
+    "sampler": si.samplers.ReverseSDE(num_steps=16),
+    **QUIET,
+}
 
 
 def prior():
@@ -48,7 +55,9 @@ def problem():
 @pytest.fixture(scope="module")
 def reference(problem, tmp_path_factory):
     """Rows of the reliable simulator, run one after the other."""
-    store = si.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path_factory.mktemp("store"), **QUIET)
+    store = si.simulators.simulate(
+        jax.random.key(0), problem, programs.noisy, 40, store=tmp_path_factory.mktemp("store"), **QUIET
+    )
     return store.read()
 
 
@@ -74,7 +83,7 @@ def test_threads_give_the_same_rows_and_are_faster(problem, reference, tmp_path)
     for workers in (1, 8):
         with concurrent.futures.ThreadPoolExecutor(workers) as executor:
             start = time.perf_counter()
-            store = si.simulate(
+            store = si.simulators.simulate(
                 jax.random.key(0),
                 problem,
                 programs.slow,
@@ -95,25 +104,25 @@ def test_processes_give_the_same_rows(kind, problem, reference, tmp_path):
     if kind == "spawn":
         with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
             args = jax.random.key(0), problem, programs.noisy, 40
-            assert same(si.simulate(*args, store=tmp_path, executor=executor, **QUIET).read(), reference)
+            assert same(si.simulators.simulate(*args, store=tmp_path, executor=executor, **QUIET).read(), reference)
         return
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         executor = distributed.Client(cluster).get_executor()
         args = jax.random.key(0), problem, programs.noisy, 40
-        assert same(si.simulate(*args, store=tmp_path, executor=executor, **QUIET).read(), reference)
+        assert same(si.simulators.simulate(*args, store=tmp_path, executor=executor, **QUIET).read(), reference)
 
 
 def test_another_program_is_a_simulator(problem, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        rows = si.simulate(
+        rows = si.simulators.simulate(
             jax.random.key(0), problem, programs.by_subprocess, 6, store=tmp_path, executor=executor, **QUIET
         ).read()
     assert np.allclose(rows.outputs["y"], rows.z * [1, 2] + [0.5, 0], atol=1e-4)
 
 
 def test_every_failure_is_recorded(problem, tmp_path):
-    store = si.simulate(jax.random.key(1), problem, programs.unreliable, 60, store=tmp_path, **QUIET)
+    store = si.simulators.simulate(jax.random.key(1), problem, programs.unreliable, 60, store=tmp_path, **QUIET)
     rows, a = store.read(), store.read().z[:, 0]
     assert np.array_equal(rows.number, np.arange(60))
     assert np.array_equal(rows.status == "invalid", (a > 0.8) & (a <= 1.2))
@@ -123,10 +132,10 @@ def test_every_failure_is_recorded(problem, tmp_path):
     assert np.isnan(rows.outputs["y"][rows.status == "failed"]).all()
     assert f"{np.sum(rows.status == 'failed')} failed" in str(store)
     with pytest.raises(OverflowError, match="blew up"):
-        si.simulate(
+        si.simulators.simulate(
             jax.random.key(1), problem, programs.unreliable, 60, store=tmp_path / "2", on_error="raise", **QUIET
         )
-    kept = si.Store(tmp_path / "2").read()  # what came before is kept
+    kept = si.simulators.Store(tmp_path / "2").read()  # what came before is kept
     assert same(Rows(*(column[: len(kept.number)] for column in rows[:-1]), {}), kept._replace(outputs={}))
 
 
@@ -150,7 +159,7 @@ REFUSED = {
 def test_outputs_that_are_no_real_numbers_are_refused_by_name(problem, tmp_path, kind):
     value, message = REFUSED[kind]
     with pytest.warns(UserWarning, match=r"None of the 3 simulations .* The first: ValueError: Output 'h' must be"):
-        store = si.simulate(
+        store = si.simulators.simulate(
             jax.random.key(0), problem, lambda parameters, seed: {"h": value}, 3, store=tmp_path, **QUIET
         )
     rows = store.read()
@@ -164,7 +173,7 @@ def test_refusals_come_back_from_spawned_workers(problem, tmp_path):
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         args = jax.random.key(0), problem, programs.complex_or_masked, 8
         with pytest.warns(UserWarning, match="None of the 8"):
-            rows = si.simulate(*args, store=tmp_path, executor=executor, **QUIET).read()
+            rows = si.simulators.simulate(*args, store=tmp_path, executor=executor, **QUIET).read()
     expected = {0: ("invalid", "masked: 'h' (1 of 2 entries)"), 1: ("failed", "ValueError: Output 'h' must be real")}
     for seed, status, error in zip(rows.seed, rows.status, rows.error, strict=True):
         assert status == expected[seed % 2][0] and error.startswith(expected[seed % 2][1])
@@ -222,9 +231,9 @@ def test_time_outs_and_retries(problem, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(12) as executor:
         settings = {"executor": executor, "timeout": 0.5, **QUIET}
         args = jax.random.key(2), problem, hangs_at_first, 12
-        once = si.simulate(*args, store=tmp_path / "1", **settings).read()
+        once = si.simulators.simulate(*args, store=tmp_path / "1", **settings).read()
         calls.clear()
-        again = si.simulate(*args, store=tmp_path / "2", retries=1, **settings).read()
+        again = si.simulators.simulate(*args, store=tmp_path / "2", retries=1, **settings).read()
     assert np.array_equal(once.status == "timeout", once.seed % 2 == 1)
     assert np.array_equal(once.status == "failed", once.seed % 2 == 0)
     assert all("0.5 s" in text for text in once.error[once.status == "timeout"])
@@ -232,13 +241,13 @@ def test_time_outs_and_retries(problem, tmp_path):
     release = multiprocessing.get_context("spawn").Event()
     executor = concurrent.futures.ThreadPoolExecutor(1)
     with pytest.raises(RuntimeError, match="All 1 workers hang"):
-        si.simulate(
+        si.simulators.simulate(
             jax.random.key(2), problem, lambda parameters, seed: release.wait(2.0), 3, store=tmp_path / "3",
             executor=executor, timeout=0.05, **QUIET,
         )  # fmt: skip
     release.set()
     executor.shutdown()
-    assert si.Store(tmp_path / "3").read().status.tolist() == ["timeout"]
+    assert si.simulators.Store(tmp_path / "3").read().status.tolist() == ["timeout"]
 
 
 CHILD = """
@@ -252,7 +261,7 @@ def slow(parameters, seed):
     with open(sys.argv[2], "a") as file:
         file.write(f"{seed}\\n")
     return programs.noisy(parameters, seed)
-si.simulate(jax.random.key(0), prior, slow, int(sys.argv[3]), store=sys.argv[1], progress_bar=False)
+si.simulators.simulate(jax.random.key(0), prior, slow, int(sys.argv[3]), store=sys.argv[1], progress_bar=False)
 """
 
 
@@ -278,8 +287,10 @@ def run_and_kill(folder, log, num, delays):
 
 
 def check_after_kills(problem, folder, log, num):
-    expected = si.simulate(jax.random.key(0), problem, programs.noisy, num, store=folder.parent / "whole", **QUIET)
-    rows = si.Store(folder).read()
+    expected = si.simulators.simulate(
+        jax.random.key(0), problem, programs.noisy, num, store=folder.parent / "whole", **QUIET
+    )
+    rows = si.simulators.Store(folder).read()
     assert same(rows, expected.read())  # none lost, none doubled, none other
     stored = [row for path in folder.glob("*.npz") for row in np.load(path)["number"]]
     assert len(stored) == len(set(stored)) == num
@@ -302,36 +313,36 @@ def test_simulation_killed_twenty_times_loses_and_doubles_no_row(problem, tmp_pa
 
 def test_more_rows_continue_the_stream_and_others_are_refused(problem, reference, tmp_path):
     args = jax.random.key(0), problem, programs.noisy
-    si.simulate(*args, 15, store=tmp_path, **QUIET)
-    assert same(si.simulate(*args, 40, store=tmp_path, **QUIET).read(), reference)
+    si.simulators.simulate(*args, 15, store=tmp_path, **QUIET)
+    assert same(si.simulators.simulate(*args, 40, store=tmp_path, **QUIET).read(), reference)
     with pytest.raises(ValueError, match="`key` is"):
-        si.simulate(jax.random.key(1), problem, programs.noisy, 40, store=tmp_path, **QUIET)
+        si.simulators.simulate(jax.random.key(1), problem, programs.noisy, 40, store=tmp_path, **QUIET)
     other = si.from_numpyro(lambda: numpyro.sample("b", dist.Normal(0.0, 1.0)))
     with pytest.raises(ValueError, match="`latents` is"):
-        si.simulate(jax.random.key(0), other, programs.noisy, 40, store=tmp_path, **QUIET)
+        si.simulators.simulate(jax.random.key(0), other, programs.noisy, 40, store=tmp_path, **QUIET)
     narrow, wide = (
         si.from_numpyro(lambda high=high: numpyro.sample("a", dist.Uniform(0.0, high))) for high in (1.0, 10.0)
     )  # the same in the unconstrained space, prior and all
-    store = si.simulate(jax.random.key(0), narrow, programs.noisy, 4, store=tmp_path / "narrow", **QUIET)
+    store = si.simulators.simulate(jax.random.key(0), narrow, programs.noisy, 4, store=tmp_path / "narrow", **QUIET)
     with pytest.raises(ValueError, match="`simulator` is slow, was noisy"):
-        si.simulate(jax.random.key(0), problem, programs.slow, 40, store=tmp_path, **QUIET)
+        si.simulators.simulate(jax.random.key(0), problem, programs.slow, 40, store=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="`parameters` is"):
-        si.simulate(jax.random.key(0), wide, programs.noisy, 8, store=tmp_path / "narrow", **QUIET)
+        si.simulators.simulate(jax.random.key(0), wide, programs.noisy, 8, store=tmp_path / "narrow", **QUIET)
     with pytest.raises(ValueError, match="bounds are others"):
         stored_simulations(jax.random.key(0), wide, store)
     with foreign.only_writer(tmp_path), pytest.raises(RuntimeError, match="Another process"):
-        si.simulate(*args, 41, store=tmp_path, **QUIET)
+        si.simulators.simulate(*args, 41, store=tmp_path, **QUIET)
 
 
 def test_wrong_arguments_are_named(problem, tmp_path):
     args = jax.random.key(0), problem, programs.noisy, 4
     with pytest.raises(ValueError, match="'record' or 'raise'"):
-        si.simulate(*args, store=tmp_path, on_error="ignore", **QUIET)
+        si.simulators.simulate(*args, store=tmp_path, on_error="ignore", **QUIET)
     with pytest.raises(ValueError, match="needs an `executor`"):
-        si.simulate(*args, store=tmp_path, timeout=1.0, **QUIET)
+        si.simulators.simulate(*args, store=tmp_path, timeout=1.0, **QUIET)
     forking = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
     with pytest.raises(ValueError, match="spawn"):
-        si.simulate(*args, store=tmp_path, executor=forking, **QUIET)
+        si.simulators.simulate(*args, store=tmp_path, executor=forking, **QUIET)
     assert not list(tmp_path.iterdir())
 
 
@@ -342,7 +353,7 @@ def test_wrong_arguments_are_named(problem, tmp_path):
 def failing(problem, tmp_path_factory):
     """A store of which about half the rows have failed."""
     path = tmp_path_factory.mktemp("failing")
-    return si.simulate(jax.random.key(5), problem, programs.fails_by_chance, 6000, store=path, **QUIET)
+    return si.simulators.simulate(jax.random.key(5), problem, programs.fails_by_chance, 6000, store=path, **QUIET)
 
 
 def exact_moments(y, with_failures):
@@ -361,7 +372,7 @@ def test_posterior_accounts_for_failures(problem, failing, tmp_path):
     y = np.array([-0.5, -0.9])
     (exact, sd), (biased, _) = exact_moments(y, False), exact_moments(y, True)
     assert biased - exact > 0.3 * sd
-    posterior = si.fit(jax.random.key(0), problem, simulations=failing, **SMALL)
+    posterior = si.NPSE(problem, simulations=failing, **SMALL).fit(jax.random.key(0))
     draws = posterior.sample(jax.random.key(1), 4000, y=y)
     weight = np.exp(np.asarray(draws.log_weight) - np.max(draws.log_weight))
     corrected = np.average(np.asarray(draws.sites["a"]), weights=weight)
@@ -373,8 +384,10 @@ def test_posterior_accounts_for_failures(problem, failing, tmp_path):
     assert abs(resampled - exact) < 0.2 * sd
     posterior.save(tmp_path / "p")
     loaded = si.load(tmp_path / "p", problem).sample(jax.random.key(1), 4000, y=y)
-    assert np.array_equal(loaded.values, draws.values) and np.array_equal(loaded.log_weight, draws.log_weight)
-    with pytest.warns(si.MisspecificationWarning):
+    assert np.array_equal(loaded.unconstrained, draws.unconstrained) and np.array_equal(
+        loaded.log_weight, draws.log_weight
+    )
+    with pytest.warns(si.errors.MisspecificationWarning):
         posterior.sample(jax.random.key(1), 512, y=np.array([50.0, -50.0]))
     with pytest.raises(ValueError, match="Expected data for y by name"):
         posterior.sample(jax.random.key(1), 512, x=y)
@@ -385,32 +398,34 @@ def test_calibration_is_the_evidence_where_there_is_no_density(problem, tmp_path
     """Trained on one store, tested on another; a posterior of another simulator fails the test."""
     stores = {}
     for name, number, simulator in (("train", 6, programs.noisy), ("test", 7, programs.noisy)):
-        stores[name] = si.simulate(jax.random.key(number), problem, simulator, 1500, store=tmp_path / name, **QUIET)
-    posterior = si.fit(jax.random.key(0), problem, simulations=stores["train"], **SMALL)
+        stores[name] = si.simulators.simulate(
+            jax.random.key(number), problem, simulator, 1500, store=tmp_path / name, **QUIET
+        )
+    posterior = si.NPSE(problem, simulations=stores["train"], **SMALL).fit(jax.random.key(0))
     assert posterior.validity is None
-    report = si.calibrate(jax.random.key(1), posterior, stores["test"], 400, **QUIET)
+    report = si.calibrate(jax.random.key(1), posterior, 400, store=stores["test"], **QUIET)
     assert report.trusted, report
 
     def louder(parameters, seed):
         return parameters["a"] + 1.5 * np.random.default_rng(seed).normal(size=2)
 
-    other = si.simulate(jax.random.key(8), problem, louder, 450, store=tmp_path / "other", **QUIET)
-    wrong = si.sbc(jax.random.key(1), posterior, other, 400, **QUIET)
+    other = si.simulators.simulate(jax.random.key(8), problem, louder, 450, store=tmp_path / "other", **QUIET)
+    wrong = si.calibration.sbc(jax.random.key(1), posterior, 400, store=other, **QUIET)
     assert not wrong.calibrated and any("too narrow" in row.finding for row in wrong.rows()), wrong
     with pytest.raises(ValueError, match="50 more than"):
-        si.sbc(jax.random.key(1), posterior, other, 440, **QUIET)
+        si.calibration.sbc(jax.random.key(1), posterior, 440, **QUIET)
 
 
 def test_invalid_rows_are_never_dropped_silently(problem, failing):
     tiny = SMALL | {"num_steps": 10}
     with pytest.raises(ValueError, match=r"\d+ of 6000 simulations failed"):
-        si.fit(jax.random.key(0), problem, simulations=failing, invalid="raise", **tiny)
-    with pytest.warns(si.TrainingWarning, match="biased towards where the simulator works"):
-        posterior = si.fit(jax.random.key(0), problem, simulations=failing.path, invalid="drop", **tiny)
+        si.NPSE(problem, simulations=failing, invalid="raise", **tiny).fit(jax.random.key(0))
+    with pytest.warns(si.errors.TrainingWarning, match="biased towards where the simulator works"):
+        posterior = si.NPSE(problem, simulations=failing.path, invalid="drop", **tiny).fit(jax.random.key(0))
     assert posterior.validity is None
     other = si.from_numpyro(lambda: numpyro.sample("b", dist.Normal(0.0, 1.0)))
     with pytest.raises(ValueError, match="this prior's are b"):
-        si.fit(jax.random.key(0), other, simulations=failing, **tiny)
+        si.NPSE(other, simulations=failing, **tiny).fit(jax.random.key(0))
 
 
 # --- stores larger than memory
@@ -429,9 +444,9 @@ def large(problem, tmp_path_factory):
     path = tmp_path_factory.mktemp("large")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(foreign, "FLUSH_BYTES", 50 * 8 * 4000)
-        si.simulate(jax.random.key(0), problem, wide, 400, store=path, **QUIET)
+        si.simulators.simulate(jax.random.key(0), problem, wide, 400, store=path, **QUIET)
     assert len(list(path.glob("*.npz"))) == 8
-    return si.Store(path, memory=2 * 2**20)
+    return si.simulators.Store(path, memory=2 * 2**20)
 
 
 def test_stores_can_be_copied_to_zarr(problem, tmp_path):
@@ -439,7 +454,9 @@ def test_stores_can_be_copied_to_zarr(problem, tmp_path):
     import zarr
 
     for num in (30, 60):
-        store = si.simulate(jax.random.key(1), problem, programs.unreliable, num, store=tmp_path / "npz", **QUIET)
+        store = si.simulators.simulate(
+            jax.random.key(1), problem, programs.unreliable, num, store=tmp_path / "npz", **QUIET
+        )
     store.to_zarr(tmp_path / "zarr")
     group, rows = zarr.open_group(str(tmp_path / "zarr"), mode="r"), store.read()
     columns = {name: getattr(rows, name) for name in Rows._fields if name != "outputs"}
@@ -475,19 +492,19 @@ def test_large_stores_are_read_in_pieces(problem, large):
         seen |= set(np.asarray(z[:, 0]).tolist())
     assert np.array_equal(stored.renew(jax.random.key(29))[0], z)
     assert seen == set(rows.z[rows.valid, 0].astype(np.float32).tolist()) - held_out
-    small = si.Store(large.path)
+    small = si.simulators.Store(large.path)
     assert stored_simulations(jax.random.key(0), problem, small).renew is None
 
 
 def test_large_stores_are_learned_from(problem, large, tmp_path):
     """(Two wide layers compile in seconds: few steps, one fit.)"""
     settings = SMALL | {"num_steps": 8, "batch_size": 16, "invalid": "drop", "checkpoint": tmp_path}
-    with pytest.warns(si.TrainingWarning, match="are left out"):
-        posterior = si.fit(jax.random.key(0), problem, simulations=large, **settings)
+    with pytest.warns(si.errors.TrainingWarning, match="are left out"):
+        posterior = si.NPSE(problem, simulations=large, **settings).fit(jax.random.key(0))
     assert np.isfinite(posterior.history.score.loss).all()
-    whole = si.Store(large.path)  # another training: all rows at once
-    with pytest.warns(si.TrainingWarning), pytest.raises(ValueError, match="`simulations` is"):
-        si.fit(jax.random.key(0), problem, simulations=whole, **settings)
+    whole = si.simulators.Store(large.path)  # another training: all rows at once
+    with pytest.warns(si.errors.TrainingWarning), pytest.raises(ValueError, match="`simulations` is"):
+        si.NPSE(problem, simulations=whole, **settings).fit(jax.random.key(0))
 
 
 # --- strangers and accidents
@@ -495,7 +512,7 @@ def test_large_stores_are_learned_from(problem, large, tmp_path):
 
 def test_hostile_shards_are_refused(problem, reference, tmp_path):
     """Truncated, flipped and forged shards: a clear error quickly, in bounded memory, and never other rows."""
-    si.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path / "store", **QUIET)
+    si.simulators.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path / "store", **QUIET)
     (shard,) = (tmp_path / "store").glob("*.npz")
     content, rng = shard.read_bytes(), np.random.default_rng(0)
     bodies = [content[: int(n)] for n in rng.integers(0, len(content), 60)]
@@ -520,8 +537,8 @@ def test_hostile_shards_are_refused(problem, reference, tmp_path):
             tracemalloc.start()
             start = time.process_time()
             try:
-                rows = si.Store(path).read()
-            except si.UnreadableFile:
+                rows = si.simulators.Store(path).read()
+            except si.errors.UnreadableFile:
                 refused += 1
             else:
                 assert forged or same(rows, reference)  # a forger may lie about numbers, not about their kind
@@ -548,31 +565,31 @@ def zipped(columns, headers=()):
 
 def test_whole_shards_that_lie_are_refused(problem, reference, tmp_path):
     """Other numbers under the old name, and headers that declare far more than there is."""
-    si.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
+    si.simulators.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
     (shard,) = tmp_path.glob("*.npz")
     columns = dict(np.load(shard))
     content = shard.read_bytes()
     shard.write_bytes(zipped(columns | {"output.y": columns["output.y"] + 1.0}))
-    with pytest.raises(si.UnreadableFile, match="checksum"):
-        si.Store(tmp_path).read()
+    with pytest.raises(si.errors.UnreadableFile, match="checksum"):
+        si.simulators.Store(tmp_path).read()
     shard.unlink()
     for shape in ((10**7, 1), (2**62, 2**62), (40,), (-1, 1)):
         body = zipped(columns, {"z": {"shape": shape}})
         forged = tmp_path / f"{hashlib.sha256(body).hexdigest()[:32]}.npz"
         forged.write_bytes(body)
         tracemalloc.start()
-        with pytest.raises(si.UnreadableFile):
-            si.Store(tmp_path).read()
+        with pytest.raises(si.errors.UnreadableFile):
+            si.simulators.Store(tmp_path).read()
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
         tracemalloc.stop()
         forged.unlink()
     shard.write_bytes(content)
-    assert same(si.Store(tmp_path).read(), reference)
+    assert same(si.simulators.Store(tmp_path).read(), reference)
 
 
 def test_columns_of_other_types_and_names_are_refused(problem, reference, tmp_path):
     """Whole shards under a checksum that fits: wrong types and shapes in every column, strange members."""
-    store = si.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
+    store = si.simulators.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
     (shard,) = tmp_path.glob("*.npz")
     columns = dict(np.load(shard))
     shard.unlink()
@@ -587,8 +604,8 @@ def test_columns_of_other_types_and_names_are_refused(problem, reference, tmp_pa
         body = zipped(changed)
         path = tmp_path / f"{hashlib.sha256(body).hexdigest()[:32]}.npz"
         path.write_bytes(body)
-        for read in (si.Store(tmp_path).read, si.Store(tmp_path).index):
-            with pytest.raises(si.UnreadableFile):
+        for read in (si.simulators.Store(tmp_path).read, si.simulators.Store(tmp_path).index):
+            with pytest.raises(si.errors.UnreadableFile):
                 read()
         path.unlink()
     assert len(forged) > 80
@@ -603,14 +620,14 @@ def test_columns_of_other_types_and_names_are_refused(problem, reference, tmp_pa
     for body in spoiled:
         manifest.write_bytes(body)
         try:
-            assert si.Store(tmp_path).manifest == store.manifest  # an indentation
-        except si.UnreadableFile:
+            assert si.simulators.Store(tmp_path).manifest == store.manifest  # an indentation
+        except si.errors.UnreadableFile:
             refused += 1
     assert refused > 80
 
 
 def test_duplicates_of_two_writers_count_once(problem, reference, tmp_path):
-    store = si.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
+    store = si.simulators.simulate(jax.random.key(0), problem, programs.noisy, 40, store=tmp_path, **QUIET)
     outputs = {"y": reference.outputs["y"][3]}
     write_shard(tmp_path, [Row(3, reference.z[3], "ok", "", int(reference.seed[3]), 0.5, outputs)])
     assert same(store.read(), reference)
@@ -623,10 +640,10 @@ def test_hostile_manifests_are_refused(problem, tmp_path, name, value):
         value = "a"
     record = {"format": "scoreinfer simulations", "schema": 1, "dim": 1, "num": 4, "latents": ["a () real"]}
     write_record(tmp_path / MANIFEST, record | {name: value})
-    with pytest.raises(si.UnreadableFile):
-        si.Store(tmp_path)
+    with pytest.raises(si.errors.UnreadableFile):
+        si.simulators.Store(tmp_path)
 
 
 def test_no_store_is_named(tmp_path):
-    with pytest.raises(si.UnreadableFile, match="no such file"):
-        si.Store(tmp_path)
+    with pytest.raises(si.errors.UnreadableFile, match="no such file"):
+        si.simulators.Store(tmp_path)

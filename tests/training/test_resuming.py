@@ -19,7 +19,7 @@ from scoreinfer.training import loop as training
 from scoreinfer.training.resume import IDENTITY
 
 SMALL = {"num_steps": 40, "width": 8, "depth": 1, "batch_size": 64, "num_simulations": 256, "progress_bar": False}
-SAMPLER = si.ReverseSDE(num_steps=4)  # compiles fast; nothing is drawn here
+SAMPLER = si.samplers.ReverseSDE(num_steps=4)  # compiles fast; nothing is drawn here
 
 
 def bits(tree):
@@ -33,7 +33,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def uninterrupted(problem):
-    return si.fit(jax.random.key(0), problem, sampler=SAMPLER, **SMALL)
+    return si.NPSE(problem, sampler=SAMPLER, **SMALL).fit(jax.random.key(0))
 
 
 def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp
     posterior = None
     for _ in range(40):
         try:
-            posterior = si.fit(jax.random.key(0), problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL)
+            posterior = si.NPSE(problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL).fit(jax.random.key(0))
             break
         except KeyboardInterrupt:
             continue
@@ -62,13 +62,13 @@ def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp
         assert np.array_equal(ours.loss, theirs.loss) and np.array_equal(ours.validation, theirs.validation)
         assert (ours.num_steps, ours.num_simulations) == (theirs.num_steps, theirs.num_simulations)
     monkeypatch.setattr(training, "_run_epoch", None)  # a finished run is not trained again
-    again = si.fit(jax.random.key(0), problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL)
+    again = si.NPSE(problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL).fit(jax.random.key(0))
     assert bits(again.proposal) == bits(uninterrupted.proposal)
 
 
 def test_another_run_is_refused(problem, tmp_path):
     def fit(key=0, model=problem, **changed):
-        return si.fit(jax.random.key(key), model, sampler=SAMPLER, checkpoint=tmp_path, **SMALL | changed)
+        return si.NPSE(model, sampler=SAMPLER, checkpoint=tmp_path, **SMALL | changed).fit(jax.random.key(key))
 
     fit(num_steps=4)
     with pytest.raises(ValueError, match=r"`key` is \[0, 1\], was \[0, 0\]"):
@@ -79,10 +79,10 @@ def test_another_run_is_refused(problem, tmp_path):
         fit(model=_doubled(problem), num_steps=4)
     stage = tmp_path / "score.safetensors"
     stage.write_bytes(stage.read_bytes()[:-5])
-    with pytest.raises(si.UnreadableFile, match="safetensors"):
+    with pytest.raises(si.errors.UnreadableFile, match="safetensors"):
         fit(num_steps=4)
     (tmp_path / IDENTITY).write_text('{"format": "something else"}')
-    with pytest.raises(si.UnreadableFile, match="no checksum"):
+    with pytest.raises(si.errors.UnreadableFile, match="no checksum"):
         fit(num_steps=4)
 
 
@@ -120,7 +120,7 @@ from doubles import location_scale
 training.KEEP_SECONDS = 0.0
 posterior = si.fit(
     jax.random.key(0), location_scale, num_steps=8000, width=16, depth=1, batch_size=64,
-    progress_bar=False, sampler=si.ReverseSDE(num_steps=4), checkpoint=sys.argv[1] or None,
+    progress_bar=False, sampler=si.samplers.ReverseSDE(num_steps=4), checkpoint=sys.argv[1] or None,
 )
 leaves = jax.tree.leaves(eqx.filter(posterior.proposal, eqx.is_array))
 print("finished", b"".join(np.asarray(leaf).tobytes() for leaf in leaves).hex(), flush=True)

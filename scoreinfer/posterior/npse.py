@@ -1,0 +1,429 @@
+"""Neural posterior score estimation: simulations, then the whitening map, then the score in the whitened space."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from scoreinfer._tree import arrays_by_name, in_batches, own_broadcasting
+from scoreinfer._typing import Key, Sites
+from scoreinfer.bijections.affine import identity
+from scoreinfer.errors import TrainingWarning, UnsupportedModel
+from scoreinfer.evidence.bank import Outliers, outliers
+from scoreinfer.files import digest
+from scoreinfer.model import problem_of
+from scoreinfer.nets import Concatenate, Embedding
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.posterior.amortised import Posterior
+from scoreinfer.posterior.checkpoint import foreign_outputs, read_posterior
+from scoreinfer.problem import Problem
+from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
+from scoreinfer.samplers.diffusion import AbstractSampler
+from scoreinfer.score.network import score_module
+from scoreinfer.simulators.dataset import StoredSimulations, stored_simulations, with_outputs
+from scoreinfer.simulators.store import Store
+from scoreinfer.simulators.validity import Validity, learn_validity
+from scoreinfer.training.loop import Budget, TrainingHistory, train
+from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision, whitening_loss
+from scoreinfer.training.resume import open_run
+from scoreinfer.training.simulations import (
+    BATCH,
+    Simulations,
+    Standardiser,
+    check_finite,
+    encoded,
+    has_gradient,
+    simulate,
+    standardiser,
+)
+from scoreinfer.training.whitening import Whitening, linear_whitening
+
+NUM_PILOT = 8192
+"""Simulations that scales and the first whitening map are made from."""
+NUM_OUTLIERS = 512
+"""Simulations kept to tell outliers by."""
+POOL = 32_768
+"""Most simulations in the pool of one epoch."""
+PATIENCE = 30
+"""Epochs without a better validation loss after which training on a fixed budget stops."""
+
+
+@dataclass(frozen=True, eq=False)
+class NPSE:
+    """Neural posterior score estimation: the amortised posterior of a model, from the model's own simulations.
+
+    First the whitening map of each observation is learned by Gaussian likelihood, then the score in the whitened
+    space by denoising (and target-score matching where the joint density has a usable gradient).
+
+    Args:
+        model: a NumPyro model, or a `Problem`.
+        num_simulations: fixed budget of simulations, a tenth of them held out for validation and early stopping.
+            None: fresh simulations at every epoch.
+        num_steps: optimiser steps of the score; the whitening map takes as many of its own
+            (a quarter of that on a fixed budget).
+        batch_size: simulations per step.
+        learning_rate: peak learning rate.
+        width: width of the score network (that of the whitening map is twice as wide).
+        depth: residual blocks of the score network.
+        embedding: module from the standardised observed sites (a dictionary) to one vector. None: side by side.
+        sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
+        target_score: use gradients of the joint density in training. None: where there are any, finite ones, that pass
+            Stein's identity.
+        observed: names of the observed sites, where they cannot be told from the model without data.
+        simulations: a store of foreign simulations (`scoreinfer.simulators.simulate`), or its folder; ``model`` is
+            their prior. The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``. A
+            store larger than its ``memory`` is never read whole: every epoch takes other rows.
+        likelihood: where the density of the data given the simulator's outputs is known: a NumPyro model
+            ``likelihood(parameters, outputs, ...data)`` of the data alone, given parameters and outputs by name. Data
+            to learn from are drawn from it, anew for every epoch, and draws can be weighed (`Conditioned.weigh`).
+        invalid: what to do about rows of the store that failed or are not finite. ``learn``: learn the probability
+            of success v(z) and weigh draws by 1 / v(z), right where failing has nothing to do with the data that
+            would have come out. ``drop``: learn from the others alone, biased towards where the simulator works (and
+            right where failing is part of the model). ``raise``.
+        checkpoint: folder in which the training is kept every few seconds, and from which it goes on where it is
+            there. A run that was killed and started again with the same arguments ends with the weights, to the last
+            bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
+            goes on; without a folder an interrupted training keeps the best weights so far.
+        progress_bar: show progress bars on a terminal.
+
+    Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
+
+    References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
+    arXiv 2206.00364 (preconditioning).
+    """
+
+    model: Callable | Problem
+    num_simulations: int | None = None
+    num_steps: int = 10_000
+    batch_size: int = 256
+    learning_rate: float = 4e-3
+    width: int = 96
+    depth: int = 3
+    embedding: Embedding | None = None
+    sampler: AbstractSampler | None = None
+    target_score: bool | None = None
+    observed: tuple[str, ...] | None = None
+    simulations: Store | str | os.PathLike[str] | None = None
+    likelihood: Callable[..., Any] | None = None
+    invalid: Literal["learn", "drop", "raise"] = "learn"
+    checkpoint: str | os.PathLike[str] | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the model's arguments."""
+        if self.likelihood is not None and self.simulations is None:
+            raise ValueError(
+                "A `likelihood` needs `simulations`: the store of the simulator whose outputs it is about."
+            )
+        if self.simulations is not None and (
+            self.invalid not in ("learn", "drop", "raise") or self.num_simulations is not None
+        ):
+            raise ValueError(
+                f"With `simulations`, `invalid` must be 'learn', 'drop' or 'raise', got {self.invalid!r}, and "
+                f"`num_simulations` must be left to the store, got {self.num_simulations}."
+            )
+
+    @own_broadcasting
+    def fit(self, key: Key, *args: Any, **kwargs: Any) -> Posterior:
+        """Learn the posterior, for every observation of the design in these model arguments.
+
+        Args:
+            key: random key; the same key gives the same weights.
+            *args: the model's own arguments; data may be left out, and are not looked at.
+            **kwargs: the model's own keyword arguments.
+
+        Returns:
+            The `Posterior`, with the history of its training.
+
+        Raises:
+            UnsupportedModel: where the model cannot be read or simulated.
+            ValueError: where simulations are not finite, or another training is kept in the folder ``checkpoint``.
+            UnreadableFile: where what is in that folder is damaged.
+        """
+        streams = _Streams(*jax.random.split(key, len(_Streams._fields)))
+        data = _read(self, streams.pilot, problem_of(self.model, args, kwargs, self.observed))
+        budget = _budget(self, data)
+        embedding = Concatenate() if self.embedding is None else self.embedding
+        stages = _open_checkpoint(self, key, data, embedding)
+        whitening, white_history = _learn_whitening(self, streams, data, budget, embedding, stages[0])
+        score, embedding, score_history = _learn_score(self, streams, data, budget, whitening, embedding, stages[1])
+        problem, stored = data.problem, data.stored
+        weighed = problem.has_density or problem.observation is not None
+        sampler = self.sampler or default_sampler(problem.dim, weighed=weighed)
+        proposal = AmortisedProposal(data.scale, whitening, identity(problem.dim), embedding, score, sampler)
+        history = TrainingHistory(white_history, score_history, budget)
+        if stored is None:
+            usual = _standardise(data.scale, simulate(streams.bank, problem, NUM_OUTLIERS)).x
+        else:
+            usual = _rows(data.validation.x, slice(None, NUM_OUTLIERS))
+        validity = _validity(self, streams.validity, stored)
+        return Posterior(problem, proposal, _outliers(usual), history, validity)
+
+    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Posterior:
+        """Load a saved posterior for the model it was fitted to.
+
+        Nothing in the files is executed and nothing is trained or compiled for a template: the networks' shapes follow
+        from the model and from ``config.json``. What was saved on one kind of device loads on any other. Of the
+        options ``embedding`` (one like that it was fitted with, trained or not), ``observed``, ``likelihood`` and
+        ``simulations`` (a store of the same simulator) are looked at.
+
+        Args:
+            path: the folder that `Posterior.save` wrote.
+            *args: the model's own arguments, as for `fit`; data may be left out.
+            **kwargs: the model's own keyword arguments.
+
+        Raises:
+            UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
+            ValueError: where sites or densities of the model differ from those of the model that was learned (the
+                message says which), or a module of the user's own is needed.
+
+        Exactness: the loaded posterior draws the same as the saved one, to the last bit on the same machine. Whatever
+            the files hold, weights are computed from the model at hand.
+        """
+        problem = problem_of(self.model, args, kwargs, self.observed)
+        if self.likelihood is not None:
+            problem = _stored(self, jax.random.key(0), problem).problem
+        else:
+            outputs = foreign_outputs(Path(path))
+            problem = problem if outputs is None else with_outputs(problem, outputs)
+        return Posterior(problem, *read_posterior(Path(path), problem, self.embedding))
+
+
+def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
+    """Learn the posterior of a model by the defaults of `NPSE`: ``NPSE(model).fit(key, *args, **kwargs)``.
+
+    >>> import numpyro, numpyro.distributions as dist, scoreinfer as si
+    >>> def model(y=None):
+    ...     z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> posterior = si.NPSE(model, num_steps=20, progress_bar=False).fit(jax.random.key(0))
+    >>> posterior.sample(jax.random.key(1), 500, y=0.5).sites["z"].shape
+    (500,)
+    """
+    return NPSE(model).fit(key, *args, **kwargs)
+
+
+def load(path: str | os.PathLike[str], model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
+    """Load a saved posterior: ``NPSE(model).load(path, *args, **kwargs)``."""
+    return NPSE(model).load(path, *args, **kwargs)
+
+
+class _Streams(NamedTuple):
+    """Independent random streams of one training."""
+
+    pilot: Key
+    white: Key
+    net: Key
+    train: Key
+    score: Key
+    bank: Key
+    validity: Key
+
+
+class _Data(NamedTuple):
+    """What is learned from.
+
+    Args:
+        problem: the problem.
+        scale: the scale of the observations.
+        training: standardised simulations to learn from.
+        validation: those that no step of training ever sees.
+        renew: from a random key (and whether gradients are wanted) to the simulations of one more epoch; None: always
+            ``training``.
+        online: whether simulations are fresh at every epoch, without a budget.
+        stored: the rows of a store, where they come from one.
+    """
+
+    problem: Problem
+    scale: Standardiser
+    training: Simulations
+    validation: Simulations
+    renew: Callable[[Key, bool], Simulations] | None
+    online: bool
+    stored: StoredSimulations | None
+
+    def pool(self, key: Key, gradient: bool) -> Simulations:
+        """Make the simulations of one epoch."""
+        return self.training if self.renew is None else self.renew(key, gradient)
+
+
+def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
+    """Simulate, or read a store."""
+    if options.simulations is not None:
+        return _read_store(options, key, problem)
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+    use_gradient = options.target_score is not False and has_gradient(problem)
+    if options.target_score and not use_gradient:
+        raise ValueError(
+            "`target_score=True` needs the gradient of the joint density, and this model has none (a loop or a call "
+            "that cannot be differentiated, or no density at all). Leave it out: the score is learned without."
+        )
+    pilot = simulate(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
+    if pilot.gradient is not None and options.target_score is None and not jnp.isfinite(pilot.gradient).all():
+        pilot = pilot._replace(gradient=None)
+    check_finite(pilot)
+    scale = standardiser(pilot.x)
+    online = options.num_simulations is None
+    size = min(POOL, min(250, options.num_steps) * options.batch_size)
+
+    def renew(key: Key, gradient: bool) -> Simulations:
+        return _standardise(scale, simulate(key, problem, size, gradient=gradient))
+
+    training, validation = _held_out(_standardise(scale, pilot), max(pilot.num // 10, 1))
+    return _Data(problem, scale, training, validation, renew if online else None, online, None)
+
+
+def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
+    stored = _stored(options, key, prior)
+    problem, renew_rows = stored.problem, stored.renew
+    if options.target_score:
+        raise ValueError("`target_score=True` needs the gradient of the joint density, which stored runs do not have.")
+    pilot = encoded(problem, stored.z, stored.y)
+    check_finite(pilot)
+    scale = standardiser(pilot.x)
+
+    def renew(key: Key, gradient: bool) -> Simulations:
+        assert renew_rows is not None
+        return _standardise(scale, encoded(problem, *renew_rows(key)))
+
+    training, validation = _held_out(_standardise(scale, pilot), stored.num_held_out)
+    return _Data(problem, scale, training, validation, None if renew_rows is None else renew, False, stored)
+
+
+def _stored(options: NPSE, key: Key, prior: Problem) -> StoredSimulations:
+    """Read the rows of a store, and say what becomes of those that failed."""
+    assert options.simulations is not None
+    stored = stored_simulations(key, prior, options.simulations, options.likelihood)
+    num, num_bad = len(stored.valid), int(np.sum(~stored.valid))
+    if num_bad and options.invalid == "raise":
+        raise ValueError(
+            f"{num_bad} of {num} simulations failed or are not finite. Let `fit` learn where (invalid='learn'), or "
+            "leave them out (invalid='drop'), which biases the posterior towards where the simulator works."
+        )
+    if num_bad and options.invalid == "drop":
+        warnings.warn(
+            f"{num_bad} of {num} simulations are left out: the posterior is biased towards where the simulator works.",
+            TrainingWarning,
+            stacklevel=6,
+        )
+    return stored
+
+
+def _budget(options: NPSE, data: _Data) -> Budget:
+    batch_size = min(options.batch_size, data.training.num)
+    passes = -(-2 * data.training.num // batch_size)
+    epoch_steps = min(250, options.num_steps) if data.online else min(250, options.num_steps, passes)
+    patience = None if data.online else PATIENCE
+    return Budget(options.num_steps, batch_size, epoch_steps, options.learning_rate, patience)
+
+
+def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding) -> tuple[Path | None, Path | None]:
+    """Open the folder of the training; return the files of its two stages."""
+    if options.checkpoint is None:
+        return None, None
+    folder = Path(options.checkpoint)
+    settings = {
+        "num_simulations": None if data.online else data.training.num + data.validation.num,
+        "num_steps": options.num_steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate,
+        "width": options.width, "depth": options.depth, "sampler": str(options.sampler),
+        "target_score": options.target_score,
+    }  # fmt: skip
+    all_z = None if data.stored is None else data.stored.all_z
+    simulated = [(part.z, part.x) for part in (data.validation, data.training)]
+    open_run(folder, key, settings | _identity(data.problem, (all_z, simulated, data.scale, embedding)))
+    return folder / "whitening.safetensors", folder / "score.safetensors"
+
+
+def _learn_whitening(
+    options: NPSE, streams: _Streams, data: _Data, budget: Budget, embedding: Embedding, checkpoint: Path | None
+) -> tuple[Whitening, Any]:
+    # On a fixed budget a large whitening map would learn its simulations by heart.
+    size = {"width": 2 * options.width, "depth": 3} if data.online else {"width": options.width, "depth": 2}
+    whitening = linear_whitening(streams.white, data.training.z, data.training.x, embedding, **size)
+    short = budget._replace(num_steps=options.num_steps if data.online else options.num_steps // 4)
+    return train(
+        streams.train, whitening, whitening_loss, lambda key: data.pool(key, False), data.validation, short,
+        progress_bar=options.progress_bar, title="whitening", checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def _learn_score(
+    options: NPSE, streams: _Streams, data: _Data, budget: Budget, whitening: Whitening, embedding: Embedding,
+    checkpoint: Path | None,
+) -> tuple[Any, Embedding, Any]:  # fmt: skip
+    whitened = _whiten(whitening, data.training)
+    use_gradient = data.training.gradient is not None
+    precision = target_precision(whitened, options.target_score) if use_gradient else None
+    module = score_module(
+        streams.net, data.problem.dim, embedding, data.training.x, width=options.width, depth=options.depth
+    )
+
+    def pool(key: Key) -> ScoreBatch:
+        return whitened if data.renew is None else _whiten(whitening, data.pool(key, precision is not None))
+
+    module, history = train(
+        streams.score, module, jax.tree_util.Partial(denoising_loss, precision=precision), pool,
+        _whiten(whitening, data.validation), budget, progress_bar=options.progress_bar, title="score",
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    return module.score, module.embedding, history
+
+
+def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Validity | None:
+    """Learn where the simulator succeeds, where it does not always."""
+    if stored is None or options.invalid != "learn" or stored.valid.all():
+        return None
+    success = jnp.asarray(stored.valid, jnp.float32)
+    return learn_validity(key, stored.all_z, success, progress_bar=options.progress_bar)
+
+
+def _held_out(simulations: Simulations, num: int) -> tuple[Simulations, Simulations]:
+    """Split simulations into those to learn from and those held out."""
+    return _rows(simulations, slice(num, None)), _rows(simulations, slice(None, num))
+
+
+def _identity(problem: Problem, start: tuple) -> dict[str, Any]:
+    """Describe what a training depends on besides its settings: the sites, the simulations, the embedding."""
+    arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
+    sites = [f"{site.name} {site.shape} {site.support}" for site in (*problem.latents, *problem.observed)]
+    return {"sites": sites, "embedding": type(start[-1]).__qualname__, "simulations": digest(arrays)}
+
+
+def _outliers(x: Sites) -> Outliers:
+    return outliers(jax.vmap(flatten)(x))
+
+
+def _rows(tree, where):
+    return jax.tree.map(lambda leaf: leaf[where], tree)
+
+
+@eqx.filter_jit
+def _standardise(scale: Standardiser, simulations: Simulations) -> Simulations:
+    return simulations._replace(x=jax.vmap(scale)(simulations.x))
+
+
+def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
+    """Move simulations, and the gradients of their log density, to the whitened space."""
+    return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, BATCH)
+
+
+@eqx.filter_jit
+def _whiten_rows(whitening: Whitening, simulations: Simulations, rows: Int[Array, " num"]) -> ScoreBatch:
+
+    def one(simulation):
+        affine = whitening(simulation.x)
+        gradient = simulation.gradient
+        gradient = jnp.zeros_like(simulation.z) if gradient is None else affine.factor.T @ gradient
+        u = affine.inverse(simulation.z.astype(jnp.float32))
+        return ScoreBatch(u, simulation.x, gradient.astype(jnp.float32))
+
+    return jax.vmap(one)(_rows(simulations, rows))

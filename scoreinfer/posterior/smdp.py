@@ -1,0 +1,498 @@
+"""Score matching via differentiable physics: learn a model's physics in reverse from simulated or recorded paths."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreinfer._tree import in_batches, own_broadcasting
+from scoreinfer._typing import Key, Sites
+from scoreinfer.errors import UnsupportedModel
+from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
+from scoreinfer.model import unknowns
+from scoreinfer.montecarlo.weights import log_effective_share
+from scoreinfer.paths import LearnedBackward, linear_frame, path_controls, through_time
+from scoreinfer.paths.build import Reversal, read_reversal, samplers, untrained
+from scoreinfer.paths.losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
+from scoreinfer.paths.proposal import END_STATE, PARAMETERS, AbstractPaths, StartedPaths, layout_conditions, pinned
+from scoreinfer.posterior.npse import NPSE
+from scoreinfer.posterior.path_checkpoint import read_paths
+from scoreinfer.posterior.paths import PathPosterior, path_features
+from scoreinfer.problem import Problem
+from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process.physics import Step
+from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
+from scoreinfer.samplers.base import Target
+from scoreinfer.simulators.outputs import real_numbers
+from scoreinfer.training.loop import Budget, History, train
+from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate, standardiser
+
+NUM_PILOT, PER_STEP = 8192, 64
+"""Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
+PENALTY = 200.0
+"""Penalty of learned variances on a fixed budget of paths, times their number."""
+FAR_OUT = 0.7
+"""How much more rare states count where controls take the noise away (see `spread_weight`)."""
+POOL = 8192
+"""Paths in a pool of fresh simulations: every one has many transitions."""
+MAX_NUMBERS = 1 << 26
+"""Numbers in a pool of simulated paths: bounds the memory."""
+TRANSITIONS = 2048
+"""Transitions per optimiser step."""
+PATIENCE = 30
+"""Epochs without a better validation loss after which training on a fixed budget stops."""
+NUM_BANK, NUM_PROPOSALS = 128, 24
+"""Simulated truths of the forward check, and proposals that each is held against."""
+NUM_ENDS = 2048
+"""Simulated ends that a given end's distance is compared with."""
+
+
+@dataclass(frozen=True, eq=False)
+class SMDP:
+    """Score matching via differentiable physics: a model's physical process as the forward SDE, learned in reverse.
+
+    Other latent sites than the process are unknown parameters, drawn and weighed jointly with its paths; any states
+    may be observed. Regression of every transition comes first, then a network of what it leaves.
+
+    Args:
+        model: a NumPyro model.
+        site: name of an ``EulerMaruyama`` or `PhysicsPath` site of the model.
+        reverse: the physics run backwards, ``reverse(t0, t1, x)``: from the state ``x`` at ``t1`` to the earlier
+            ``t0``. None: minus the drift, x - (Phi(x) - x). What is learned is added to it, so anything will do, but
+            what is stable learns faster: for strong dissipation the identity is better than an explicit step back, and
+            of a step that is part transport, part dissipation, the transport alone turned round.
+        waves: learn in Fourier space, wavenumber by wavenumber, for fields on periodic grids whose laws are the same
+            everywhere. For linear physics regression alone then is the answer, whatever the size of the field; for
+            others give a `ConvNet` as ``net``, which moves fields.
+        separate: show the network the state that the physics backwards has led to (separate updates: physics first,
+            then the learned correction of its result), not the one it started from (joint updates). What the network
+            moves is the same; where the physics backwards is good, its result is nearer to what is to be corrected.
+        num_simulations: fixed budget of paths, a tenth of them held out for validation and early stopping. None: fresh
+            paths at every epoch.
+        num_steps: optimiser steps; 0 leaves regression alone.
+        batch_size: paths per step.
+        learning_rate: peak learning rate.
+        width: width of the network, where it is a perceptron.
+        depth: its residual blocks.
+        net: the network, such as a `ConvNet` for fields, instead of a perceptron. Every step then takes one transition
+            of each of its ``batch_size`` paths, not 2048 transitions.
+        windows: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of training each after
+            that on single transitions; for reverse solvers that are not stable alone. `Windows` says more: noise,
+            truncated gradients, memory.
+        trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
+            simulations.
+        resimulate: with ``trajectories``: take their first states alone, and run the model's physics and noise anew
+            from these for every epoch. Nothing but the beginnings is learned by heart then, and what is learned from
+            has less noise (`scoreinfer.paths.path_controls`); right where the physics of the model is that of the
+            record.
+        observed: names of the observed sites, where they cannot be told from the model without data.
+        progress_bar: show progress bars on a terminal.
+
+    Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
+
+    References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250.
+    """
+
+    model: Callable
+    site: str
+    reverse: Step | None = None
+    waves: bool = False
+    separate: bool = False
+    num_simulations: int | None = None
+    num_steps: int = 10_000
+    batch_size: int = 256
+    learning_rate: float = 4e-3
+    width: int = 32
+    depth: int = 2
+    net: Callable | None = None
+    windows: tuple[int, ...] | Windows = ()
+    trajectories: Float[Array | np.ndarray, "num times *state"] | None = None
+    resimulate: bool = False
+    observed: tuple[str, ...] | None = None
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the model's arguments."""
+        if isinstance(self.model, Problem):
+            raise ValueError("Physics is read from a NumPyro model: expected the model, got a `Problem`.")
+        if self.resimulate and self.trajectories is None:
+            raise ValueError(
+                "`resimulate` runs the physics again from the first states of `trajectories`; there are none."
+            )
+        if self.trajectories is not None and self.num_simulations is not None:
+            raise ValueError(
+                "Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget."
+            )
+
+    @property
+    def physics(self) -> Physics:
+        """The process, and how it is reversed."""
+        return Physics(self.site, self.reverse, self.waves, self.separate)
+
+    @own_broadcasting
+    def fit(self, key: Key, *args: Any, **kwargs: Any) -> PathPosterior:
+        """Learn the reverse of the physics in these model arguments.
+
+        What has to be known before a path is drawn backwards, unknown parameters and a last state that is not observed
+        itself with Gaussian noise, is drawn by an amortised posterior that is learned beside the kernels (`NPSE`). The
+        kernels are conditioned on parameters, and on the observation where it sees earlier states; the reverse physics
+        that they start from is that of one value of the parameters. The kernels keep to the budget; the learned start
+        takes simulations of its own, and 2048 more paths tell how far simulated ends lie from each other.
+
+        Args:
+            key: random key; the same key gives the same weights.
+            *args: the model's own arguments; data may be left out, and are not looked at.
+            **kwargs: the model's own keyword arguments.
+
+        Returns:
+            The `PathPosterior`, with the history of its training.
+
+        Raises:
+            UnsupportedModel: where the model cannot be read or simulated, or the site is no process in time.
+            ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside
+                them, or ``net`` does not fit the state.
+        """
+        for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
+        reversal = read_reversal(self.physics, self.model, *args, observed=self.observed, **kwargs)
+        windows = check_windows(self.windows, reversal.physics.num_steps)
+        source = _read(self, reversal)
+        data = _pilot(self, for_pilot, reversal, source)
+        backward = _start_from(self, for_net, reversal, data)
+        backward, history = _learn(self, for_training, backward, data, source, windows)
+        start = _learn_start(self, for_start, reversal)
+        proposal, known = samplers(reversal, backward, data.scale, start)
+        problem, end_problem = reversal.problem, pinned(reversal.problem)
+        answers = problem if problem.observed else end_problem
+        z, y = _joint(for_truths, answers, proposal)
+        few = jax.tree.map(lambda leaf: leaf[:NUM_BANK], (z, y))
+        bank = _bank(for_bank, answers, proposal, *few)
+        return PathPosterior(problem, end_problem, proposal, known, bank, _ends(answers, proposal, y), history)
+
+    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PathPosterior:
+        """Load a saved posterior of paths for the model it was fitted to.
+
+        As `NPSE.load`. Of the options the physics (``site``, ``reverse``, ``waves``, ``separate``), which is code,
+        ``observed`` and ``net`` (one like that it was fitted with, trained or not) are looked at.
+
+        Args:
+            path: the folder that `PathPosterior.save` wrote.
+            *args: the model's own arguments, as for `fit`; data may be left out.
+            **kwargs: the model's own keyword arguments.
+
+        Raises:
+            UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
+            ValueError: where sites, densities or physics of the model differ from those of the model that was learned
+                (the message says which), or a module of the user's own is needed.
+        """
+        reversal = read_reversal(self.physics, self.model, *args, observed=self.observed, **kwargs)
+        built, parts = read_paths(Path(path), reversal, self.net)
+        problem, end_problem = reversal.problem, pinned(reversal.problem)
+        return PathPosterior(
+            problem, end_problem, *built, parts.bank, parts.outliers, parts.history, parts.num_particles
+        )
+
+
+class Simulated(NamedTuple):
+    """Paths in components, and what the kernels of each are conditioned on, encoded."""
+
+    states: Float[Array, "num times dim"]
+    conditions: Sites
+
+
+class Conditions(NamedTuple):
+    """Paths in components, what the kernels of each are conditioned on, as they see it, and what its noise tells."""
+
+    states: Float[Array, "num times dim"]
+    context: Float[Array, "num context"]
+    known: Float[Array, "num steps dim"]
+
+
+class _Source(NamedTuple):
+    """Where paths come from.
+
+    Args:
+        recorded: recorded paths; None: the model's own simulations.
+        draw: makes so many paths; of recorded ones, anew from their first states.
+        online: whether every epoch has fresh paths.
+        controlled: the physics that control variates come from; None: none.
+        room: most paths that the memory holds at once.
+    """
+
+    recorded: Float[Array, "num times *state"] | None
+    draw: Callable[[Key, int], Simulated]
+    online: bool
+    controlled: PhysicsProcess | None
+    room: int
+
+
+class _Data(NamedTuple):
+    """Paths to learn from, paths held out, and the scale of conditions."""
+
+    scale: Standardiser
+    training: Conditions
+    validation: Conditions
+
+
+def _read(options: SMDP, reversal: Reversal) -> _Source:
+    """Check recorded paths, and see where others come from."""
+    problem, physics = reversal.problem, reversal.physics
+    if problem.simulate is None:
+        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+    if reversal.num_parameters and options.trajectories is not None:
+        raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
+    recorded = None if options.trajectories is None else check_trajectories(options.trajectories, reversal.free)
+    simulated = recorded is None or options.resimulate
+
+    def draw(key: Key, num: int) -> Simulated:
+        if recorded is None:
+            return _simulated(key, reversal, num)
+        for_paths, for_ends = jax.random.split(key)
+        return _recorded(for_ends, _rolled_forward(for_paths, reversal.free, recorded[:, 0], num), reversal)
+
+    online = options.resimulate or (recorded is None and options.num_simulations is None)
+    room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if options.net is None else 3)) + 1
+    return _Source(recorded, draw, online, physics if simulated and _has_controls(reversal) else None, room)
+
+
+def _pilot(options: SMDP, key: Key, reversal: Reversal, source: _Source) -> _Data:
+    """Make the paths that regression learns from, and those held out."""
+    if source.recorded is None or options.resimulate:
+        num = max(NUM_PILOT, PER_STEP * reversal.physics.num_steps)
+        pilot = source.draw(key, options.num_simulations or min(num, source.room))
+    else:
+        pilot = _recorded(key, source.recorded, reversal)
+    scale = standardiser(pilot.conditions)
+    standardised = _condition(scale, source.controlled, pilot)
+    held_out = max(len(pilot.states) // 10, 1)
+    training, validation = (
+        jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
+    )
+    return _Data(scale, training, validation)
+
+
+def _start_from(options: SMDP, key: Key, reversal: Reversal, data: _Data) -> LearnedBackward:
+    """Make kernels of regression alone."""
+    physics, training = reversal.physics, data.training
+    usual = jnp.zeros(training.context.shape[1], jnp.float32)
+    frame = linear_frame(physics, training.states, training.context, reversal.num_parameters, training.known)
+    return untrained(key, physics, frame, usual, options.net, options.width, options.depth)
+
+
+def _learn(
+    options: SMDP, key: Key, backward: LearnedBackward, data: _Data, source: _Source, windows: Windows
+) -> tuple[LearnedBackward, History]:
+    """Train the network, one stage for each length of windows (1: single transitions alone)."""
+    training, online = data.training, source.online
+    if options.num_steps == 0:
+        return backward, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
+    stages = (1, *windows.lengths)
+    per_stage = max(options.num_steps // len(stages), 1)
+    batch_size = min(options.batch_size, len(training.states))
+    budget = Budget(per_stage, batch_size, min(250, per_stage), options.learning_rate, None if online else PATIENCE)
+    settings: dict[str, Any] = {
+        "times": through_time(backward.process),
+        "num_pairs": 1 if options.net is not None else max(TRANSITIONS // batch_size, 1),
+        "penalty": 0.0 if online else PENALTY / len(training.states),
+        "far_out": 0.0 if source.controlled is None else FAR_OUT,
+    }
+    network, histories = backward.network, []
+    for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
+        prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
+        loss: Callable = partial(transition_loss, **settings)
+        if window > 1:
+            loss = partial(multistep_loss, **settings, backward=backward, window=window, how=windows)
+        fixed = None if online else prepare(training)
+
+        def pools(key: Key, prepare: Callable = prepare, fixed: Any = fixed) -> Any:
+            if fixed is not None:
+                return fixed
+            return prepare(_condition(data.scale, source.controlled, source.draw(key, min(POOL, source.room))))
+
+        network, history = train(
+            for_stage, network, loss, pools, prepare(data.validation), budget, progress_bar=options.progress_bar,
+            title=f"backward kernels, window {window}",
+        )  # fmt: skip
+        histories.append(history)
+        if history.stopped == "interrupted":
+            break
+    return eqx.tree_at(lambda tree: tree.network, backward, network), _joined(histories)
+
+
+def _learn_start(options: SMDP, key: Key, reversal: Reversal) -> AmortisedProposal | None:
+    """Learn to draw what has to be known before a path: unknown parameters, an unseen last state."""
+    beginnings = reversal.start_problem
+    if beginnings is None:
+        return None
+    by = default_sampler(beginnings.dim, weighed=True)  # within the weights of whole paths
+    num_steps = max(options.num_steps, 1)
+    return (
+        NPSE(beginnings, num_steps=num_steps, sampler=by, progress_bar=options.progress_bar).fit(key).proposal.amortised
+    )
+
+
+def _joined(histories: list[History]) -> History:
+    """Make one history of several stages."""
+    loss, validation = (np.concatenate([getattr(h, name) for h in histories]) for name in ("loss", "validation"))
+    num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
+    seconds = sum(h.seconds for h in histories)
+    return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
+
+
+@eqx.filter_jit
+def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simulated) -> Conditions:
+    """Standardise conditions, and compute controls from the noise of ``physics`` (None: none)."""
+    context = jnp.zeros((len(drawn.states), 0), jnp.float32)
+    if drawn.conditions:
+        context = jax.vmap(partial(layout_conditions, scale))(drawn.conditions)
+    known = jnp.zeros_like(drawn.states[:, 1:]) if physics is None else path_controls(physics, drawn.states)
+    return Conditions(drawn.states, context, known)
+
+
+def _has_controls(reversal: Reversal) -> bool:
+    """Tell whether `path_controls` hold: for kernels given the next state alone, of physics with derivatives."""
+    if reversal.num_parameters or reversal.conditioned:
+        return False
+    physics = reversal.free
+    try:
+        jax.eval_shape(lambda x: jax.vjp(partial(physics.forward, 0), x)[1](x), jnp.zeros(physics.dim))
+    except (TypeError, ValueError, NotImplementedError):  # a callback, a loop of unknown length
+        return False
+    return True
+
+
+def _simulated(key: Key, reversal: Reversal, num: int) -> Simulated:
+    """Simulate paths, with the observation as their last state where the process ends in its noise."""
+    drawn, end = simulate(key, reversal.problem, num), reversal.end
+    check_finite(drawn)
+    parameters, paths = jax.vmap(unknowns(reversal.problem, reversal.site).parts)(drawn.z)
+    conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (drawn.x if reversal.conditioned else {})
+    return Simulated(_with_ends(reversal.physics, paths, None if end is None else drawn.x[end.site]), conditions)
+
+
+@eqx.filter_jit
+def _with_ends(physics, z, ends):
+    paths = z.reshape(z.shape[0], -1, *physics.shape)
+    if ends is not None:
+        paths = jnp.concatenate([paths, ends[:, None]], axis=1)
+    return physics.flatten(paths)
+
+
+def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Array, "num times *state"]:
+    """Check recorded paths against the process (without the noise of an observation)."""
+    paths = jnp.asarray(real_numbers("`trajectories`", trajectories).values, jnp.result_type(float))
+    expected = (physics.num_steps + 1, *physics.shape)
+    if paths.shape[1:] != expected or paths.shape[0] < 2:
+        raise ValueError(
+            "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
+            f"{', '.join(map(str, expected))}), got {paths.shape}."
+        )
+    finite = np.isfinite(paths).reshape(len(paths), -1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"`trajectories` must be finite, but {np.sum(~finite)} of the {len(paths)} hold numbers that are not, "
+            f"first number {int(np.argmin(finite))}. Drop those in which the simulator or the record failed."
+        )
+    return paths
+
+
+@eqx.filter_jit
+def _rolled_forward(
+    key: Key, physics: PhysicsProcess, starts: Float[Array, "recorded *state"], num: int
+) -> Float[Array, "num times *state"]:
+    """Simulate paths anew from recorded first states, each as often as the others."""
+    starts = physics.flatten(starts)[jnp.arange(num) % len(starts)]
+    return physics.unflatten(jax.vmap(physics.simulate)(jax.random.split(key, num), starts))
+
+
+def _recorded(key: Key, paths: Float[Array, "num times *state"], reversal: Reversal) -> Simulated:
+    """Observe the ends of paths, or else what the model observes of them."""
+    num, end = len(paths), reversal.end
+    z, x = paths.reshape(num, -1), {}
+    if end is not None or reversal.conditioned:
+        x = _observed_of(jax.random.split(key, num), reversal.problem, z)
+    states = _with_ends(reversal.physics, z, None if end is None else x[end.site])
+    return Simulated(states, x if reversal.conditioned else {})
+
+
+@eqx.filter_jit
+def _observed_of(keys: Array, problem: Problem, z: Float[Array, "num dim"]) -> Sites:
+    assert problem.simulate_observation is not None
+    observe: Callable = problem.simulate_observation
+    return jax.vmap(lambda key, path: encode(problem, observe(key, path)))(keys, z)
+
+
+def _transitions(backward: LearnedBackward, paths: Conditions) -> Transitions:
+    num = len(paths.states)
+    return in_batches(lambda i: _transition_rows(backward, jax.tree.map(lambda x: x[i], paths)), num, min(num, 4096))
+
+
+def _path_batch(backward: LearnedBackward, paths: Conditions) -> PathBatch:
+    return PathBatch(_transitions(backward, paths), paths.states)
+
+
+@eqx.filter_jit
+def _transition_rows(backward: LearnedBackward, paths: Conditions) -> Transitions:
+    """Whiten transitions by the frame, so that training need not run the physics."""
+    frame = backward.frame
+
+    def whiten(factor: Array, x: Array) -> Array:
+        x = x / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T
+        return x.astype(jnp.float32)
+
+    def one(k: Array, old: Array, new: Array, known: Array) -> tuple[Array, Array, Array]:
+        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, paths.context)
+        v = jax.vmap(lambda x: backward.features(k, x))(new)
+        return v, whiten(frame.factor[k], rest), whiten(frame.factor[k], known)
+
+    by_step = (x.swapaxes(0, 1) for x in (paths.states[:, :-1], paths.states[:, 1:], paths.known))
+    v, rest, known = (
+        x.swapaxes(0, 1) for x in jax.lax.map(lambda row: one(*row), (jnp.arange(backward.process.num_steps), *by_step))
+    )
+    return Transitions(v, rest, paths.context, known)
+
+
+@eqx.filter_jit
+def _joint(key: Key, problem: Problem, paths: AbstractPaths) -> tuple[Float[Array, "num dim"], Sites]:
+    """Simulate paths and what is known of each."""
+    assert problem.simulate is not None
+    z, y = jax.lax.map(problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
+    if not problem.observed:
+        path = jax.vmap(paths.unknowns.parts)(z)[1] if isinstance(paths, StartedPaths) else z
+        y = {END_STATE: path.reshape(NUM_ENDS, -1, *paths.backward.process.shape)[:, -1]}
+    return z, y
+
+
+@eqx.filter_jit
+def _bank(key: Key, problem: Problem, paths: AbstractPaths, z: Float[Array, "num dim"], y: Sites) -> ForwardBank:
+    """Hold simulated paths against the proposals for their own observations.
+
+    Exactness: log_excess estimates log p(path | y) - log q(path | y); exact as proposals grow in number.
+    """
+
+    def one(inputs: tuple[Key, Array, Sites]) -> tuple[Array, Array, Array]:
+        key, z, y = inputs
+        target = Target(problem, y)
+        context = paths.context(target)
+        for_truth, for_draws = jax.random.split(key)
+        truth = paths.weigh(for_truth, target, context, z).log_weight
+        keys = jax.random.split(for_draws, NUM_PROPOSALS)
+        log_ws = jax.vmap(lambda key: paths.sample(key, target, context).log_weight)(keys)
+        log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
+        mean = jax.nn.logsumexp(log_ws) - jnp.log(NUM_PROPOSALS)
+        return path_features(paths, target), truth - mean, log_effective_share(log_ws)
+
+    features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
+    return ForwardBank(features, excess, share)
+
+
+@eqx.filter_jit
+def _ends(problem: Problem, paths: AbstractPaths, y: Sites) -> Outliers:
+    return outliers(jax.vmap(lambda y: path_features(paths, Target(problem, y)))(y))
