@@ -80,15 +80,12 @@ def run_untrained(args) -> Iterator[Row]:
     oracle, num_networks = oracles.gaussian_mixture(), 20
     posterior = si.NPSE(oracle.model, num_steps=1, progress_bar=False).fit(jax.random.key(args.seed))
     truth = oracle.truth(oracle.data).log_evidence
-    for name, sampler in (
-        ("flow", si.samplers.ProbabilityFlow(num_steps=8)),
-        ("sde", si.samplers.ReverseSDE(num_steps=24)),
-    ):
+    samplers = {"flow": si.samplers.ProbabilityFlow(num_steps=8), "sde": si.samplers.ReverseSDE(num_steps=24)}
+    for name, sampler in samplers.items():
         errors, shares = [], []
         for key in jax.random.split(jax.random.key(args.seed + 1), num_networks):
-            proposal = dataclasses.replace(
-                posterior.proposal, sampler=sampler, score=_disturb(key, posterior.proposal.score)
-            )
+            score = _disturb(key, posterior.proposal.score)
+            proposal = dataclasses.replace(posterior.proposal, sampler=sampler, score=score)
             draws = dataclasses.replace(posterior, proposal=proposal).sample(key, NUM_DRAWS, **oracle.data)
             value, error = log_evidence(draws.log_weight)
             errors.append((np.exp(value - truth) - 1.0) / (error * np.exp(value - truth)))
@@ -124,12 +121,13 @@ def run_sbibm(args) -> Iterator[Row]:
             posterior = si.NPSE(task.model, progress_bar=args.progress, **_options(args)).fit(key)
         for number in args.observations:
             y, own = task.observation(number), jax.random.fold_in(key, number)
+            conditioned = posterior.condition(y=y)
             with Clock() as drawing:
-                draws = posterior.sample(own, NUM_DRAWS, y=y)
+                draws = conditioned.sample(own, NUM_DRAWS)
             with Clock() as correcting:
                 focused = not draws.certificate.certified
-                source = posterior.condition(y=y).focus(own).posterior if focused else posterior
-                corrected = source.condition(y=y).sample(own, NUM_DRAWS, max_proposals=20 * NUM_DRAWS, num_moves=100)
+                source = conditioned.focus(own) if focused else conditioned
+                corrected = source.condition().sample(own, NUM_DRAWS, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:
@@ -219,7 +217,7 @@ def run_multimodal(args) -> Iterator[Row]:
         with Clock() as running:
             mcmc.run(key, **target.arguments, extra_fields=("accept_prob",))
             draws = _only(mcmc.get_samples())
-        found = si.certify(mcmc, num=NUM_DRAWS)
+        found = si.certify_chains(mcmc, num=NUM_DRAWS)
         print(f"  {found}", flush=True)
         figures = {"score_mode_error": _mode_error(target, target.mode_of(draws)), "score_s": running.times.wall}
         if target.log_evidence is not None:
@@ -228,7 +226,9 @@ def run_multimodal(args) -> Iterator[Row]:
         figures |= {"certified": float(found.certified), "accept_prob": found.accept_prob}
         if not args.no_classifier:
             figures["c2st"] = si.calibration.c2st(key, target.reference(), draws)
-        rivals = si.compare(key, target.model, target.rivals, seconds=running.times.wall, **budget, **target.arguments)
+        rivals = si.Comparison(target.model, target.rivals, seconds=running.times.wall, **budget).run(
+            key, **target.arguments
+        )
         for name, result in rivals.results.items():
             numbers = target.mode_of(_only(rivals.mcmc[name].get_samples()))
             figures |= {f"{name}_mode_error": _mode_error(target, numbers), f"{name}_r_hat": result.r_hat}
@@ -321,10 +321,13 @@ def run_unimodal(args) -> Iterator[Row]:
         kernels = {"score": si.ScoreSDE(task.model), "nuts": NUTS(task.model)}
         # Everything that both models have: the reference's may be the same posterior in other coordinates.
         latent = [site.name for site in si.from_numpyro(task.model, **task.data).latents]
-        compared = si.compare(
-            key, task.model, kernels, num_warmup=(args.num_steps or 10_000) // 10, num_samples=1000,
-            reference={name: reference[name] for name in latent}, **task.data,
-        )  # fmt: skip
+        compared = si.Comparison(
+            task.model,
+            kernels,
+            num_warmup=(args.num_steps or 10_000) // 10,
+            num_samples=1000,
+            reference={name: reference[name] for name in latent},
+        ).run(key, **task.data)
         figures: dict[str, float] = {}
         for name, result in compared.results.items():
             figures |= {f"{name}_mean_error": result.mean_error, f"{name}_sd_error": result.sd_error}
@@ -417,12 +420,10 @@ def run_lynx_hare(args) -> Iterator[Row]:
     reference = json.loads((HERE / "data" / "lynx_hare_reference.json").read_text())["parameters"]
     key = jax.random.key(args.seed)
     with Clock() as training:
-        posterior = si.NPSE(
-            lynx_hare.model, target_score=False, progress_bar=args.progress, **{"num_steps": 8000} | _options(args)
-        ).fit(key)
+        options = {"num_steps": 8000} | _options(args)
+        posterior = si.NPSE(lynx_hare.model, target_score=False, progress_bar=args.progress, **options).fit(key)
     with Clock() as drawing:
-        posterior = posterior.condition(pelts=lynx_hare.PELTS).focus(key).posterior
-        draws = posterior.sample(key, NUM_DRAWS, pelts=lynx_hare.PELTS)
+        draws = posterior.condition(pelts=lynx_hare.PELTS).focus(key).sample(key, NUM_DRAWS)
     yield "batch", _verdict(draws) | _seconds(training, drawing)
     values = draws.resample(key, NUM_DRAWS)
     for site in sorted(values):
@@ -456,17 +457,9 @@ def run_smdp(args) -> Iterator[Row]:
             continue
         jax.clear_caches()
         end = np.sqrt(modes.covariances()[:, -1, -1]) * np.linspace(-1.5, 1.2, len(modes.rates))
-        reverse = (lambda t0, t1, x: x) if name == "heat" else None
+        options = {"reverse": (lambda t0, t1, x: x) if name == "heat" else None, "num_steps": 2000} | _options(args)
         with Clock() as training:
-            posterior = si.SMDP(
-                modes.model,
-                "x",
-                reverse=reverse,
-                progress_bar=args.progress,
-                width=32,
-                depth=2,
-                **{"num_steps": 2000} | _options(args),
-            ).fit(key)
+            posterior = si.SMDP(modes.model, "x", progress_bar=args.progress, **options).fit(key)
         with Clock() as drawing:
             draws = posterior.sample(key, NUM_DRAWS, y=jax.numpy.asarray(end, jax.numpy.float32))
         figures = {
@@ -478,10 +471,9 @@ def run_smdp(args) -> Iterator[Row]:
         jax.clear_caches()
         one = ornstein_uhlenbeck()._replace(rates=np.ones(1), start_sd=np.ones(1))
         rate, y = UnknownRate(one, (0, 2, 4, 6, 8)), np.array([[1.2], [0.3], [0.6], [-0.2], [0.1]], np.float32)
+        options = {"depth": 1, "num_steps": 1000} | _options(args)
         with Clock() as training:
-            posterior = si.SMDP(
-                rate.model, "x", progress_bar=args.progress, width=32, depth=1, **{"num_steps": 1000} | _options(args)
-            ).fit(key)
+            posterior = si.SMDP(rate.model, "x", progress_bar=args.progress, **options).fit(key)
         with Clock() as drawing:
             draws = posterior.sample(key, NUM_DRAWS, y=y)
         centre, sd, log_evidence, mean, covariance = rate.truth(y)

@@ -90,10 +90,8 @@ def main() -> int:
     ours, raw, corrected = run_scoreinfer(args.seed, task.observation(1))
     reference, split = task.reference(1), jax.random.key(1)
     theirs["c2st"] = si.calibration.c2st(split, reference, their_draws)
-    ours |= {
-        "before": si.calibration.c2st(split, reference, raw),
-        "after": si.calibration.c2st(split, reference, corrected),
-    }
+    ours["before"] = si.calibration.c2st(split, reference, raw)
+    ours["after"] = si.calibration.c2st(split, reference, corrected)
     ours |= {
         "train_ratio": ours["train_cpu_s"] / theirs["train_cpu_seconds"],
         "first_train_ratio": ours["first_train_cpu_s"] / theirs["train_cpu_seconds"],

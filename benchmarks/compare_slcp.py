@@ -37,10 +37,9 @@ def main():
         "mala": si.mcmc.MALA(slcp),
         "underdamped": si.mcmc.UnderdampedLangevin(slcp),
     }
-    comparison = si.compare(
-        jax.random.key(args.seed), slcp, kernels, y=task.observation(args.observation), num_warmup=args.num_warmup,
-        num_samples=args.num_samples, reference=reference, modes=modes,
-    )  # fmt: skip
+    comparison = si.Comparison(
+        slcp, kernels, num_warmup=args.num_warmup, num_samples=args.num_samples, reference=reference, modes=modes
+    ).run(jax.random.key(args.seed), y=task.observation(args.observation))
     print(comparison)
 
 

@@ -107,6 +107,11 @@ class Problem(NamedTuple):
     share: float
     seed: int
 
+    @property
+    def data(self) -> np.ndarray:
+        """The data."""
+        return self.corner.observation(self.share, self.seed)
+
 
 class Outcome(NamedTuple):
     """What the certificate said, and what the known answers say."""
@@ -170,18 +175,20 @@ def outcomes(key, kind: str, corner: Corner) -> Iterator[Outcome]:
     if kind == "chains":
         yield _chains(key, observations[1 + corner.dim % 3])
         return
+    keys = [jax.random.fold_in(key, p.seed) for p in observations]
     if kind == "paths":
         model = path_model(corner)
-        posterior: Any = si.SMDP(model, "x", num_steps=1000, progress_bar=False).fit(key)
-        yield from (_drawn(jax.random.fold_in(key, p.seed), p, posterior, "x") for p in observations)
+        paths = si.SMDP(model, "x", num_steps=1000, progress_bar=False).fit(key)
+        for own, p in zip(keys, observations, strict=True):
+            yield _drawn(own, p, paths.condition(y=p.data[0]), "x")
         return
     options = {"num_simulations": BUDGET} if kind == "budget" else {}
     posterior = si.NPSE(corner.model, num_steps=STEPS, progress_bar=False, **options).fit(key)
-    yield from (_drawn(jax.random.fold_in(key, p.seed), p, posterior, "z") for p in observations)
+    for own, p in zip(keys, observations, strict=True):
+        yield _drawn(own, p, posterior.condition(y=p.data), "z")
     if corner in FOCUSED:
-        for p in observations:
-            own = jax.random.fold_in(key, p.seed)
-            focused = posterior.condition(y=corner.observation(p.share, p.seed)).focus(own, num_steps=500).posterior
+        for own, p in zip(keys, observations, strict=True):
+            focused = posterior.condition(y=p.data).focus(own, num_steps=500)
             yield _drawn(own, p._replace(kind="focused"), focused, "z")
 
 
@@ -197,31 +204,29 @@ def path_model(corner: Corner) -> Any:
 
 
 def _drawn(key, problem: Problem, posterior: Any, site: str) -> Outcome:
-    """Draw from a posterior."""
-    y = problem.corner.observation(problem.share, problem.seed)
-    draws = posterior.sample(key, 4000, y=y[0] if site == "x" else y)
+    """Draw from the posterior of a problem's data."""
+    draws = posterior.sample(key, 4000)
     log_weight = np.asarray(draws.log_weight, np.float64)
     weight = np.exp(log_weight - np.nanmax(log_weight))
     first = np.asarray(draws.sites[site])[:, -1 if site == "x" else 0]
     found = float(np.nansum(weight * (first > problem.corner.edge)) / np.nansum(weight))
     c = draws.certificate
-    return _outcome(problem, y, found, c, c.certified, c.reason)
+    return _outcome(problem, found, c, c.certified, c.reason)
 
 
 def _chains(key, problem: Problem) -> Outcome:
     """Learn this posterior alone, and run chains."""
-    y = problem.corner.observation(problem.share, problem.seed)
     mcmc = MCMC(
         si.ScoreSDE(problem.corner.model, num_proposals=4, progress_bar=False), num_warmup=300, num_samples=1000,
         num_chains=4, chain_method="vectorized", progress_bar=False,
     )  # fmt: skip
-    mcmc.run(key, y=y)
+    mcmc.run(key, y=problem.data)
     verdict = si.certify(mcmc)
     found = float((np.asarray(mcmc.get_samples()["z"])[:, 0] > problem.corner.edge).mean())
-    return _outcome(problem, y, found, verdict.weights, verdict.certified, verdict.reason)
+    return _outcome(problem, found, verdict.weights, verdict.certified, verdict.reason)
 
 
-def _outcome(problem: Problem, y, found: float, certificate: si.Certificate, certified: bool, reason: str) -> Outcome:
-    share, log_evidence = problem.corner.truth(np.asarray(y, np.float64))
+def _outcome(problem: Problem, found: float, certificate: si.Certificate, certified: bool, reason: str) -> Outcome:
+    share, log_evidence = problem.corner.truth(np.asarray(problem.data, np.float64))
     error = abs(certificate.log_evidence - log_evidence)
     return Outcome(problem, share, found, error, certificate, certified, reason)

@@ -79,15 +79,14 @@ def read(oracle: oracles.Oracle) -> Problem:
 
 def answer_for(posterior: si.Posterior, problem: Problem) -> si.Posterior:
     """Let a trained proposal answer for another problem: its density, and its prior for the witnesses."""
-    proposal = dataclasses.replace(posterior.proposal, problem=problem)
-    return dataclasses.replace(posterior, proposal=proposal)
+    return dataclasses.replace(posterior, problem=problem)
 
 
 def look_elsewhere(posterior: si.Posterior, data: dict) -> si.Posterior:
     """Let the proposal see ``data`` whatever is observed; the density still sees the observation."""
     problem = posterior.problem
     blind = dataclasses.replace(problem, encode=lambda _: problem.encode(data))
-    return dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, problem=blind))
+    return dataclasses.replace(posterior, problem=blind)
 
 
 def observations(oracle: oracles.Oracle, key, num: int) -> list[dict]:

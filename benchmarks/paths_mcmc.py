@@ -89,7 +89,7 @@ def measure(key: Any, case: Case, num_steps: int | None, progress_bar: bool) -> 
         "score_error": abs(np.average(value, weights=weight) - case.mean) / case.sd,
     }
     kernels = {"nuts": NUTS(case.model, max_tree_depth=8), "mala": si.mcmc.MALA(case.model)}
-    compared = si.compare(key, case.model, kernels, num_warmup=300, num_samples=300, **data)
+    compared = si.Comparison(case.model, kernels, num_warmup=300, num_samples=300).run(key, **data)
     for name, result in compared.results.items():
         value = case.function(np.asarray(compared.mcmc[name].get_samples()["x"]))
         figures |= {

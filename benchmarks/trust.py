@@ -18,8 +18,8 @@ from measure import Clock
 from scipy.special import expit
 from scipy.stats import norm
 
+import foreign_programs
 import scoreinfer as si
-import simulators
 from doubles import location_scale
 
 
@@ -32,7 +32,7 @@ def threads() -> dict[str, float]:
     seconds = {}
     for workers in (1, 8):
         with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(workers) as executor:
-            args = jax.random.key(0), prior, simulators.slow
+            args = jax.random.key(0), prior, foreign_programs.slow
             si.simulators.simulate(*args, 1, store=folder, executor=executor, progress_bar=False)
             start = time.perf_counter()
             si.simulators.simulate(*args, 400, store=folder, executor=executor, progress_bar=False)
@@ -44,7 +44,7 @@ def failures(num_rows: int = 10_000) -> dict[str, float]:
     """Find the worst posterior mean, in posterior sd from the exact one, where half of the simulations fail."""
     with tempfile.TemporaryDirectory() as folder:
         store = si.simulators.simulate(
-            jax.random.key(5), prior, simulators.fails_by_chance, num_rows, store=folder, progress_bar=False
+            jax.random.key(5), prior, foreign_programs.fails_by_chance, num_rows, store=folder, progress_bar=False
         )
         posterior = si.NPSE(prior, simulations=store, num_steps=3000, progress_bar=False).fit(jax.random.key(0))
     a, errors = np.linspace(-6, 6, 4001), []

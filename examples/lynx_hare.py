@@ -79,15 +79,16 @@ def draw_and_time(key, posterior, num, pelts):
     Where the amortised draws are not certified, the proposal is focused on these data first.
     """
     start = time.perf_counter()
-    draws = posterior.sample(key, num, pelts=pelts)
+    conditioned = posterior.condition(pelts=pelts)
+    draws = conditioned.sample(key, num)
     print(f"amortised: {draws.certificate}")
     if not draws.certificate.certified:
-        posterior = posterior.condition(pelts=pelts).focus(key, num_steps=0).posterior  # place and scale alone: seconds
-        draws = posterior.sample(key, num, pelts=pelts)
+        conditioned = conditioned.focus(key, num_steps=0)  # place and scale alone: seconds
+        draws = conditioned.sample(key, num)
         print(f"focused on these data: {draws.certificate}")
     seconds = time.perf_counter() - start
     print(f"{seconds:.1f} s")
-    return posterior, draws, seconds
+    return conditioned.posterior, draws, seconds
 
 
 def run_and_time(key, mcmc, pelts):
@@ -191,9 +192,8 @@ def main():
     names = ("train", "draw", "kernel", "nuts", "second", "plot")
     keys = dict(zip(names, jax.random.split(jax.random.key(args.seed), len(names)), strict=True))
     second = simulate_pelts(keys["second"])
-    sampler = (
-        si.samplers.ReverseSDE(num_steps=16) if args.smoke else None
-    )  # None: the default for eight dimensions, the flow
+    # None: the default for eight dimensions, the flow.
+    sampler = si.samplers.ReverseSDE(num_steps=16) if args.smoke else None
     results = {}
 
     print("=== The model\n")
@@ -237,7 +237,7 @@ def main():
     )
     print_table(results)
 
-    data = si.to_arviz(keys["plot"], draws, predictive=True)
+    data = draws.to_arviz(keys["plot"], predictive=True)
     data.to_netcdf(args.output_dir / "posterior.nc")
     plot_predictive(args.output_dir / "predictive.png", draws.resample(keys["plot"], 1000), keys["plot"])
     if not args.smoke:

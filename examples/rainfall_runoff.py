@@ -229,10 +229,11 @@ def run(args):
 
     print("\n=== Draw, run the program on the draws, weigh\n")
     start = time.perf_counter()
-    learned = posterior.sample(draw, num_draws, discharge=discharge)
+    conditioned = posterior.condition(discharge=discharge)
+    learned = conditioned.sample(draw, num_draws)
     shutil.rmtree(args.output_dir / "runs-on-draws", ignore_errors=True)  # of another training
     tried = simulate(catchment, args.seed, num_draws, args.output_dir / "runs-on-draws", learned)
-    draws = posterior.weigh(weigh, learned, tried, store)
+    draws = conditioned.weigh(weigh, learned, tried, store)
     print(f"{draws.certificate}\n{time.perf_counter() - start:.0f} s")
 
     print("\n=== Calibrate the learned draws on other runs, whose parameters are known\n")
@@ -246,7 +247,7 @@ def run(args):
     for name, values in sites.items():
         truth = "" if weather.discharge is not None else f"{TRUTH[name]:12.4g}"
         print(f"{name:8s}{values.mean():12.4g}{values.std():12.4g}{truth}")
-    si.to_arviz(jax.random.key(0), weigh, draws).to_netcdf(args.output_dir / "posterior.nc")
+    draws.to_arviz(weigh).to_netcdf(args.output_dir / "posterior.nc")
     flows = draws._replace(sites={"flow": jnp.asarray(tried.read().outputs["flow"])}).resample(draw, num_draws)["flow"]
     plot_hydrograph(args.output_dir / "hydrograph.png", discharge, np.maximum(flows, DRIEST))
     rows = store.read()

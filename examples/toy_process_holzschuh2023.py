@@ -131,19 +131,12 @@ def q_of_draws(key, ends, reverse, rounds):
 def learn(key, num, num_steps=None, progress_bar=False, resimulate=False):
     """Learn the reverse SDE from ``num`` trajectories, or from their first states and the model's own physics."""
     for_paths, for_training = jax.random.split(key)
-    size = (32, 2, 3e-3) if num > 100 or resimulate else (16, 1, 1e-3)
+    width, depth, learning_rate = (32, 2, 3e-3) if num > 100 or resimulate else (16, 1, 1e-3)
     return si.SMDP(
-        model,
-        "x",
-        reverse=grow,
-        trajectories=simulate(for_paths, num),
-        resimulate=resimulate,
-        num_steps=num_steps or (4000 if resimulate else 6000),
+        model, "x", reverse=grow, trajectories=simulate(for_paths, num), resimulate=resimulate,
+        num_steps=num_steps or (4000 if resimulate else 6000), learning_rate=learning_rate, width=width, depth=depth,
         progress_bar=progress_bar,
-        width=size[0],
-        depth=size[1],
-        learning_rate=size[2],
-    ).fit(for_training)
+    ).fit(for_training)  # fmt: skip
 
 
 def learn_score(key, num, num_steps=6000, progress_bar=False):
@@ -213,10 +206,9 @@ def measure(key, posterior, truth, num=40_000, rounds=8):
         "score_error": score_error(posterior.backward, truth),
     }
     raw, weighted, evidence, shares = [], [], [], []
+    single = posterior.resampled(1)  # however poor the weights, not again
     for end in ENDS:
-        draws = (
-            posterior.resampled(1).condition_on_end(end).sample(for_draws, num)
-        )  # however poor the weights, not again
+        draws = single.condition_on_end(end).sample(for_draws, num)
         plus = np.asarray(draws.sites["x"])[:, 0] > 0
         weight = np.exp(np.asarray(draws.log_weight, np.float64) - np.max(draws.log_weight))
         raw.append(plus.mean() - truth.probability(end))

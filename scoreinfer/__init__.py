@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from scoreinfer import calibration, errors, mcmc, nets, paths, samplers, simulators
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
-from scoreinfer.comparison import compare
+from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate
 from scoreinfer.mcmc import ScoreSDE, certify
@@ -22,6 +22,7 @@ __all__ = [
     "NPSE",
     "SMDP",
     "Certificate",
+    "Comparison",
     "Draws",
     "PathPosterior",
     "PhysicsPath",

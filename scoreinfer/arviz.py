@@ -11,12 +11,9 @@ as the proposal gave them, with ``log_weight``, ``log_q`` and ``lp`` beside them
 that take weights (`arviz.loo_approximate_posterior` of ArviZ 1.x).
 """
 
-import contextlib
 import dataclasses
-import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -26,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from scoreinfer._tree import named_leaves
 from scoreinfer._typing import Key, Sites, Values
+from scoreinfer.identity import versions
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
@@ -274,15 +272,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Name the versions that made the draws."""
-    installed = {"scoreinfer": "0.0.0"}  # a source tree that is not installed
-    for name in ("scoreinfer", "numpyro", "jax"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            installed[name] = metadata.version(name)
+    """Name the versions that made the draws, as ArviZ calls them."""
+    found = versions()
     return {
         "inference_library": "scoreinfer",
-        "inference_library_version": installed["scoreinfer"],
-        "numpyro_version": installed["numpyro"],
-        "jax_version": installed["jax"],
-        "python_version": platform.python_version(),
+        "inference_library_version": found["scoreinfer"],
+        "numpyro_version": found["numpyro"],
+        "jax_version": found["jax"],
+        "python_version": found["python"],
     }

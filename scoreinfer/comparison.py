@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ from numpyro.primitives import Messenger
 from scoreinfer._tree import named_leaves
 from scoreinfer._typing import Key
 from scoreinfer.arviz import file_name, in_file_names
-from scoreinfer.mcmc import MALA, ULA, ChainCertificate, ScoreSDE, UnderdampedLangevin, certify
+from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify_chains
+from scoreinfer.mcmc.score_sde import ScoreSDE
 
 Arrays = Mapping[str, Any]
 """Site names to arrays."""
@@ -72,8 +72,8 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What `compare` returns: one `Result` per kernel, its `MCMC` object, and the verdicts on `ScoreSDE` kernels."""
+class ComparisonResult:
+    """What `Comparison.run` returns: a `Result` and an `MCMC` object of each kernel, verdicts on `ScoreSDE` kernels."""
 
     results: dict[str, Result]
     mcmc: dict[str, MCMC] = field(repr=False)
@@ -115,33 +115,18 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(
-    key: Key,
-    model: Callable | None,
-    kernels: Mapping[str, MCMCKernel],
-    *args: Any,
-    init_params: PyTree = None,
-    num_warmup: int = 500,
-    num_samples: int = 1000,
-    num_chains: int = 4,
-    chain_method: str = "vectorized",
-    seconds: float | None = None,
-    reference: Arrays | None = None,
-    modes: Callable[[Arrays], np.ndarray] | None = None,
-    progress_bar: bool = False,
-    **kwargs: Any,
-) -> Comparison:
-    """Run several kernels on one model and data, with the same keys and iterations or time, and set them side by side.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The same model under several kernels, with the same keys and iterations or time.
 
     Iterations differ in cost from kernel to kernel: give all the same ``seconds``, or compare effective sample sizes
     per second and per evaluation. Both count warm-up (and so what `ScoreSDE` learns), and mean something only where
     R-hat is near one: chains may each sit in a mode of their own.
 
     Args:
-        key: random key, the same for every kernel.
         model: the NumPyro model; its sites are what is compared. None for kernels of one ``potential_fn``.
-        kernels: name to kernel.
-        *args: the model's own arguments, with the data.
+        kernels: name to kernel. Evaluations of the density are counted where a kernel tells: by the extra field
+            ``num_steps``, as NUTS does, or by a method ``num_evaluations(num_iterations, state)``.
         init_params: where the chains start (chain axis first), as `MCMC.run` takes it; a bare density needs it.
         num_warmup: iterations of warm-up.
         num_samples: iterations kept of each chain.
@@ -154,10 +139,6 @@ def compare(
             takes is called ``z``).
         modes: from draws (site to array with the draw axis first) to the number of the mode of each.
         progress_bar: show NumPyro's progress bars.
-        **kwargs: the model's own keyword arguments.
-
-    Returns:
-        A `Comparison`; print it.
 
     Raises:
         ValueError: where a kernel was made for another model.
@@ -166,65 +147,128 @@ def compare(
 
     References: Vehtari et al. 2021, Bayesian Analysis 16(2) (effective sample sizes and R-hat).
     """
-    results, runs, certificates = {}, {}, {}
-    for_warmup, for_measuring, for_sampling = jax.random.split(key, 3)
-    for name, kernel in kernels.items():
-        if getattr(kernel, "model", None) not in (None, model):
-            raise ValueError(f"Expected kernels of the model {model!r}, got another model in {name!r}.")
-        fields = _extra_fields(kernel)
-        make = partial(
-            MCMC, kernel, num_warmup=num_warmup, num_chains=num_chains, chain_method=chain_method,
-            progress_bar=progress_bar,
-        )  # fmt: skip
-        mcmc = make(num_samples=num_samples)
+
+    model: Callable | None
+    kernels: Mapping[str, MCMCKernel]
+    init_params: PyTree = None
+    num_warmup: int = 500
+    num_samples: int = 1000
+    num_chains: int = 4
+    chain_method: str = "vectorized"
+    seconds: float | None = None
+    reference: Arrays | None = None
+    modes: Callable[[Arrays], np.ndarray] | None = None
+    progress_bar: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the kernels are of the model."""
+        for name, kernel in self.kernels.items():
+            if getattr(kernel, "model", None) not in (None, self.model):
+                raise ValueError(f"Expected kernels of the model {self.model!r}, got another model in {name!r}.")
+
+    def run(self, key: Key, *args: Any, **kwargs: Any) -> ComparisonResult:
+        """Run every kernel.
+
+        Args:
+            key: random key, the same for every kernel.
+            *args: the model's own arguments, with the data.
+            **kwargs: the model's own keyword arguments.
+
+        Returns:
+            The results; print them for a table.
+        """
+        results, runs, certificates = {}, {}, {}
+        for name, kernel in self.kernels.items():
+            run = self._run(key, kernel, args, kwargs)
+            if isinstance(kernel, ScoreSDE):
+                certificates[name] = certify_chains(run.mcmc)
+            results[name], runs[name] = self._result(kernel, run, certificates.get(name)), run.mcmc
+        iterations = f"{self.num_warmup} + {self.num_samples} iterations each"
+        if self.seconds is not None:
+            kept = f"{self.num_samples} kept, thinned to {self.seconds:g} s each"
+            iterations = f"{self.num_warmup} iterations of warm-up and {kept}"
+        settings = f"{self.num_chains} chains ({self.chain_method}), {iterations}, same key and data"
+        return ComparisonResult(results, runs, certificates, settings)
+
+    def _run(self, key: Key, kernel: MCMCKernel, args: tuple, kwargs: dict[str, Any]) -> "_Run":
+        """Warm a kernel up, find the thinning where time is what is equal, and sample."""
+        for_warmup, for_measuring, for_sampling = jax.random.split(key, 3)
+        fields, mcmc = _extra_fields(kernel), self._mcmc(kernel, 1)
         with _Clock() as warming:
-            mcmc.warmup(for_warmup, *args, extra_fields=fields, collect_warmup=True, init_params=init_params, **kwargs)
+            mcmc.warmup(
+                for_warmup, *args, extra_fields=fields, collect_warmup=True, init_params=self.init_params, **kwargs
+            )
             jax.block_until_ready(mcmc.post_warmup_state)
         before = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
-        if seconds is not None:
-            state, left, measured = mcmc.post_warmup_state, seconds - (warming.wall - warming.compile), 1
-            for _ in range(3):  # a short run is mostly tracing and collecting: a longer one is measured next
-                with _Clock() as measuring:
-                    mcmc.run(for_measuring, *args, extra_fields=fields, **kwargs)
-                    jax.block_until_ready(mcmc.last_state)
-                thinning = max(1, int(measured * left / (measuring.wall - measuring.compile)))
-                if thinning < 4 * measured:
-                    break
-                if thinning >= 20:
-                    measured = thinning // 10
-                    mcmc = make(num_samples=num_samples * measured, thinning=measured)
-                mcmc.post_warmup_state = state
-            mcmc = make(num_samples=num_samples * thinning, thinning=thinning)
-            mcmc.post_warmup_state = state
+        if self.seconds is not None:
+            left = self.seconds - (warming.wall - warming.compile)
+            mcmc = self._thinned(for_measuring, kernel, mcmc, left, args, kwargs)
         with _Clock() as sampling:
             mcmc.run(for_sampling, *args, extra_fields=fields, **kwargs)
             jax.block_until_ready(mcmc.last_state)
         after = {field: np.asarray(value) for field, value in mcmc.get_extra_fields().items()}
-        log_evidence = np.nan
-        if isinstance(kernel, ScoreSDE):
-            certificates[name] = certify(mcmc)
-            log_evidence = certificates[name].weights.log_evidence
+        return _Run(mcmc, warming, sampling, before, after)
+
+    def _mcmc(self, kernel: MCMCKernel, thinning: int) -> MCMC:
+        return MCMC(
+            kernel, num_warmup=self.num_warmup, num_samples=self.num_samples * thinning, thinning=thinning,
+            num_chains=self.num_chains, chain_method=self.chain_method, progress_bar=self.progress_bar,
+        )  # fmt: skip
+
+    def _thinned(
+        self, key: Key, kernel: MCMCKernel, mcmc: MCMC, left: float, args: tuple, kwargs: dict[str, Any]
+    ) -> MCMC:
+        """Make the run that takes the time that is left, from the end of the warm-up."""
+        state, measured = mcmc.post_warmup_state, 1
+        for _ in range(3):  # a short run is mostly tracing and collecting: a longer one is measured next
+            with _Clock() as measuring:
+                mcmc.run(key, *args, extra_fields=_extra_fields(kernel), **kwargs)
+                jax.block_until_ready(mcmc.last_state)
+            thinning = max(1, int(measured * left / (measuring.wall - measuring.compile)))
+            if thinning < 4 * measured:
+                break
+            if thinning >= 20:
+                measured = thinning // 10
+                mcmc = self._mcmc(kernel, measured)
+            mcmc.post_warmup_state = state
+        mcmc = self._mcmc(kernel, thinning)
+        mcmc.post_warmup_state = state
+        return mcmc
+
+    def _result(self, kernel: MCMCKernel, run: "_Run", certificate: ChainCertificate | None) -> Result:
+        mcmc, warming, sampling = run.mcmc, run.warming, run.sampling
         samples = {site: np.asarray(value, np.float64) for site, value in _named(mcmc.get_samples()).items()}
-        errors = _errors(samples, reference) if reference is not None else (np.nan, np.nan)
-        labels, counts = np.unique(modes(samples) if modes is not None else [], return_counts=True)
-        results[name] = Result(
+        errors = (np.nan, np.nan) if self.reference is None else _errors(samples, self.reference)
+        labels, counts = np.unique([] if self.modes is None else self.modes(samples), return_counts=True)
+        return Result(
             warming.compile + sampling.compile,
             warming.wall - warming.compile,
             sampling.wall - sampling.compile,
             warming.cpu + sampling.cpu,
-            _evaluations(kernel, mcmc, before, after),
+            _evaluations(kernel, run),
             *_worth(_named(mcmc.get_samples(group_by_chain=True))),
-            float(mcmc.thinning * after["diverging"].sum()) if "diverging" in after else np.nan,
-            log_evidence,
+            float(mcmc.thinning * run.after["diverging"].sum()) if "diverging" in run.after else np.nan,
+            np.nan if certificate is None else certificate.weights.log_evidence,
             *errors,
             {int(label): float(count) / counts.sum() for label, count in zip(labels, counts, strict=True)},
         )
-        runs[name] = mcmc
-    iterations = f"{num_warmup} + {num_samples} iterations each"
-    if seconds is not None:
-        iterations = f"{num_warmup} iterations of warm-up and {num_samples} kept, thinned to {seconds:g} s each"
-    settings = f"{num_chains} chains ({chain_method}), {iterations}, same key and data"
-    return Comparison(results, runs, certificates, settings)
+
+
+def compare(
+    key: Key, model: Callable | None, kernels: Mapping[str, MCMCKernel], *args: Any, **kwargs: Any
+) -> ComparisonResult:
+    """Compare kernels by the defaults of `Comparison`: ``Comparison(model, kernels).run(key, *args, **kwargs)``."""
+    return Comparison(model, kernels).run(key, *args, **kwargs)
+
+
+class _Run(NamedTuple):
+    """A finished run, its clocks, and the extra fields of warm-up and sampling."""
+
+    mcmc: MCMC
+    warming: "_Clock"
+    sampling: "_Clock"
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
 
 
 class _Clock:
@@ -279,18 +323,17 @@ def _named(samples: PyTree) -> Arrays:
 def _extra_fields(kernel: MCMCKernel) -> tuple[str, ...]:
     if isinstance(kernel, HMC):
         return "num_steps", "diverging", "accept_prob"
-    if isinstance(kernel, ULA | MALA | UnderdampedLangevin):
-        return "diverging", "accept_prob"
-    return ("accept_prob",) if isinstance(kernel, ScoreSDE) else ()
+    return getattr(kernel, "diagnostics", ())
 
 
-def _evaluations(kernel: MCMCKernel, mcmc: MCMC, before: dict, after: dict) -> float:
-    """Count evaluations of the density by all chains, from what each kernel does in one iteration."""
-    total = mcmc.num_chains * (mcmc.num_warmup + mcmc.num_samples)
-    if "num_steps" in after:
-        return float(before["num_steps"].sum() + mcmc.thinning * after["num_steps"].sum())
+def _evaluations(kernel: MCMCKernel, run: _Run) -> float:
+    """Count evaluations of the density by all chains; NaN where the kernel does not tell."""
+    mcmc = run.mcmc
+    if "num_steps" in run.after:
+        return float(run.before["num_steps"].sum() + mcmc.thinning * run.after["num_steps"].sum())
     counts = getattr(kernel, "num_evaluations", None)
-    return np.nan if counts is None else float(counts(total, mcmc.last_state))
+    num_iterations = mcmc.num_chains * (mcmc.num_warmup + mcmc.num_samples)
+    return np.nan if counts is None else float(counts(num_iterations, mcmc.last_state))
 
 
 def _worth(samples: Arrays) -> tuple[float, float, float]:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = """
 _typing errors _pickling
 _tree files
-_program identity
+_program
 problem nets process bijections
+identity
 score agreement
 montecarlo
 model training arviz

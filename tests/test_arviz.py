@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import arviz as az
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from scoreinfer.arviz import to_arviz
-from scoreinfer.draws import Draws
+from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.problem import Problem, Site
 
 # A linear-Gaussian problem: z ~ N(0, I) in two dimensions, y_i ~ N(z_0 + z_1 t_i, NOISE^2).
@@ -62,7 +61,6 @@ PROBLEM = Problem(
     read=lambda args, kwargs: kwargs,
     pointwise_log_likelihood=pointwise,
 )
-POSTERIOR = SimpleNamespace(problem=PROBLEM)
 
 
 class Verdict(NamedTuple):
@@ -83,24 +81,16 @@ def draws():
     values = MEAN + 0.1 + scale * jax.random.normal(jax.random.key(0), (NUM, 2))
     log_q = normal(values, MEAN + 0.1, scale).sum(-1)
     log_joint = jax.vmap(PROBLEM.log_joint, (0, None))(values, OBSERVED)
-    info = {
-        "num_simulations": 10_000,
-        "score_evaluations": jnp.int32(32),
-        "wall_time": np.float64(1.5),
-        "converged": jnp.array(True),
-        "budget": {"steps": 16, "batch_size": None},
-        "levels": jnp.arange(3.0),
-        "finite": jnp.ones(NUM, bool),
-    }
-    return Draws(jax.vmap(constrain)(values), values, log_joint - log_q, log_q, log_joint, OBSERVED, Verdict(), info)
+    info = DrawInfo(NUM, num_score_evaluations=32, num_simulations=10_000, seconds=1.5)
+    sites, log_weight = jax.vmap(constrain)(values), log_joint - log_q
+    return Draws(sites, values, log_weight, log_q, log_joint, OBSERVED, Verdict(), info, PROBLEM)
 
 
 @pytest.fixture(scope="module")
 def data(draws):
     return to_arviz(
+        jax.random.key(1),
         draws,
-        posterior=POSTERIOR,
-        key=jax.random.key(1),
         log_likelihood=True,
         predictive=True,
         prior=500,
@@ -118,7 +108,7 @@ def test_groups_and_dimensions(data):
     for group in ("posterior", "sample_stats", "observed_data", "log_likelihood", "prior", "posterior_predictive"):
         assert group in data
     assert data["posterior"]["slope"].dims == ("chain", "draw")
-    assert data["posterior"]["end"].shape == (4, NUM // 4, 2)
+    assert data["posterior"]["end"].shape == (1, NUM, 2)
     assert data["log_likelihood"]["y"].dims == ("chain", "draw", "time")
     assert data["prior"]["slope"].shape == (1, 500)
     assert data["prior_predictive"]["y"].shape == (1, 500, 6)
@@ -197,7 +187,7 @@ def test_loo_is_exact_on_the_oracle(draws, data):
 @pytest.mark.skipif(not hasattr(az, "loo_approximate_posterior"), reason="ArviZ 1.x has it")
 def test_weighted_loo_is_exact_on_the_oracle(draws):
     """The proposal's draws with their densities give the same leave-one-out as the resampled ones."""
-    data = to_arviz(draws, posterior=POSTERIOR, resample=False, log_likelihood=True)
+    data = to_arviz(jax.random.key(0), draws, resample=False, log_likelihood=True)
     stats = data["sample_stats"]
     result = az.loo_approximate_posterior(data, log_p=stats["lp"], log_q=stats["log_q"])
     assert abs(float(result.elpd) - exact_loo()) < loo_error(draws)
@@ -209,7 +199,7 @@ def test_summary_works(data):
 
 
 def test_weighted_keeps_the_proposal(draws):
-    data = to_arviz(draws, resample=False, num_chains=3)
+    data = to_arviz(jax.random.key(0), draws, resample=False, num_chains=3)
     assert data["posterior"]["slope"].shape == (3, 666)
     np.testing.assert_array_equal(data["posterior"]["slope"].to_numpy().ravel(), draws.sites["slope"][:1998])
     np.testing.assert_array_equal(data["sample_stats"]["log_weight"].to_numpy().ravel(), draws.log_weight[:1998])
@@ -217,22 +207,22 @@ def test_weighted_keeps_the_proposal(draws):
 
 
 def test_without_density_nothing_is_resampled(draws):
-    data = to_arviz(draws._replace(log_weight=None, log_joint=None))
+    data = to_arviz(jax.random.key(0), draws._replace(log_weight=None, log_joint=None))
     np.testing.assert_array_equal(data["posterior"]["slope"].to_numpy().ravel(), draws.sites["slope"])
-    assert set(data["sample_stats"].data_vars) == {"log_q", "finite"}
+    assert set(data["sample_stats"].data_vars) == {"log_q"}
 
 
 def test_same_key_same_groups(draws, data):
     """Also whatever other groups are asked for."""
-    again = to_arviz(draws, posterior=POSTERIOR, key=jax.random.key(1), predictive=True)
+    again = to_arviz(jax.random.key(1), draws, predictive=True)
     np.testing.assert_array_equal(again["posterior"]["slope"], data["posterior"]["slope"])
     np.testing.assert_array_equal(again["posterior_predictive"]["y"], data["posterior_predictive"]["y"])
-    other = to_arviz(draws, key=jax.random.key(2))
+    other = to_arviz(jax.random.key(2), draws)
     assert not np.array_equal(other["posterior"]["slope"], data["posterior"]["slope"])
 
 
 def test_both_key_styles(draws):
-    assert "posterior" in to_arviz(draws, key=jax.random.PRNGKey(0), posterior=POSTERIOR, predictive=True, prior=8)
+    assert "posterior" in to_arviz(jax.random.PRNGKey(0), draws, predictive=True, prior=8)
 
 
 def test_attributes(data):
@@ -240,9 +230,9 @@ def test_attributes(data):
     assert attrs["inference_library"] == "scoreinfer"
     assert {"numpyro_version", "jax_version", "inference_library_version"} <= set(attrs)
     assert attrs["num_simulations"] == 10_000
-    assert attrs["score_evaluations"] == 32
-    assert attrs["converged"] == 1
-    assert attrs["budget_steps"] == 16
+    assert attrs["num_score_evaluations"] == 32
+    assert attrs["seconds"] == 1.5
+    assert "num_failed" not in attrs  # not known
     assert attrs["certificate_certified"] == 1
     assert attrs["certificate_k_hat"] == 0.21
     assert attrs["certificate_reason"] == ""
@@ -264,30 +254,27 @@ def test_netcdf_round_trip(data, tmp_path):
 
 def test_pointwise_dictionary_is_taken_as_it_is(draws, data):
     given = {"y": jax.vmap(pointwise, (0, None))(draws.unconstrained, OBSERVED)["y"]}
-    built = to_arviz(draws, key=jax.random.key(1), log_likelihood=given)
+    built = to_arviz(jax.random.key(1), draws, log_likelihood=given)
     np.testing.assert_allclose(built["log_likelihood"]["y"], data["log_likelihood"]["y"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem", "message"),
     [
-        ({}, PROBLEM, "needs a random `key` for `resample=True`.*or `resample=False`"),
-        ({"resample": False, "prior": 3}, PROBLEM, "needs a random `key` for `prior=3`"),
         ({"num_chains": NUM + 1}, PROBLEM, f"between 1 and the number of draws, {NUM}, got {NUM + 1}"),
-        ({"resample": False, "log_likelihood": True}, None, "`log_likelihood=True` needs the posterior"),
+        ({"prior": 3}, None, "do not know their problem"),
         (
             {"resample": False, "log_likelihood": True},
             replace(PROBLEM, pointwise_log_likelihood=None),
             "pass a dictionary of arrays",
         ),
         (
-            {"key": jax.random.key(0), "predictive": True},
+            {"predictive": True},
             replace(PROBLEM, simulate=None, simulate_observation=None, not_simulable="factor sites"),
             "can be simulated: factor sites",
         ),
     ],
 )
 def test_errors_name_the_way_out(draws, arguments, problem, message):
-    posterior = None if problem is None else SimpleNamespace(problem=problem)
     with pytest.raises(ValueError, match=message):
-        to_arviz(draws, posterior=posterior, **arguments)
+        to_arviz(jax.random.key(0), draws._replace(problem=problem), **arguments)

@@ -7,7 +7,7 @@ from jax import random
 from numpyro.infer import NUTS
 
 from doubles import Y1, fake_posterior, grid_moments, location_scale
-from scoreinfer.comparison import compare
+from scoreinfer.comparison import Comparison, compare
 from scoreinfer.mcmc import MALA, ScoreSDE
 
 
@@ -20,10 +20,10 @@ def comparison():
     }
     mean, sd = grid_moments(Y1)["mu"]
     reference = {"mu": mean + sd * np.random.default_rng(0).normal(size=20_000)}
-    return compare(
-        random.key(0), location_scale, kernels, Y1, num_warmup=200, num_samples=400, num_chains=2, reference=reference,
+    return Comparison(
+        location_scale, kernels, num_warmup=200, num_samples=400, num_chains=2, reference=reference,
         modes=lambda sites: (sites["mu"] > 0).astype(int),
-    )  # fmt: skip
+    ).run(random.key(0), Y1)  # fmt: skip
 
 
 def test_every_kernel_is_measured(comparison):
@@ -61,10 +61,9 @@ def test_same_seconds_for_all(monkeypatch):
     """A kernel that is done early goes on, thinned to as many draws; a longer run is measured by a longer one."""
     monkeypatch.setattr(ScriptedClock, "walls", iter([1.0, 0.2, 0.1, 0.25, 3.0]))
     monkeypatch.setattr("scoreinfer.comparison._Clock", ScriptedClock)
-    compared = compare(
-        random.key(0), location_scale, {"mala": MALA(location_scale)}, Y1, num_warmup=50, num_samples=50, num_chains=2,
-        seconds=4.0,
-    )  # fmt: skip
+    kernels = {"mala": MALA(location_scale)}
+    plan = Comparison(location_scale, kernels, num_warmup=50, num_samples=50, num_chains=2, seconds=4.0)
+    compared = plan.run(random.key(0), Y1)
     result, mcmc = compared.results["mala"], compared.mcmc["mala"]
     assert mcmc.thinning == 3 * (4 - 1) / 0.25  # measured thinned by 3: a tenth of thirty runs of 0.1 s
     assert mcmc.get_samples()["mu"].shape == (100,)
@@ -86,10 +85,10 @@ def test_bare_densities_are_compared():
     """A normal density of mean 3 and standard deviation 2: its draws are called z."""
     kernels = {"mala": MALA(potential_fn=lambda x: 0.125 * ((x - 3.0) ** 2).sum())}
     reference = {"z": 3.0 + 2.0 * np.random.default_rng(0).normal(size=(20_000, 1))}
-    compared = compare(
-        random.key(0), None, kernels, init_params=jnp.ones((2, 1)), num_warmup=200, num_samples=400, num_chains=2,
+    compared = Comparison(
+        None, kernels, init_params=jnp.ones((2, 1)), num_warmup=200, num_samples=400, num_chains=2,
         reference=reference, modes=lambda draws: (draws["z"][:, 0] > 3.0).astype(int),
-    )  # fmt: skip
+    ).run(random.key(0))  # fmt: skip
     result = compared.results["mala"]
     bound = 5 / np.sqrt(result.bulk_ess)
     assert result.bulk_ess > 100 and result.mean_error < bound and result.sd_error < bound

@@ -21,7 +21,7 @@ from scipy.stats import gaussian_kde
 
 import scoreinfer as si
 from scoreinfer.files import read_record, write_record
-from scoreinfer.identity import differences, fingerprint
+from scoreinfer.identity.simulator import differences, fingerprint
 from scoreinfer.simulators.store import MANIFEST
 
 BASE = """

@@ -104,7 +104,9 @@ def test_names_stay_apart():
 
 def test_compared_kernels_go_to_files(tmp_path):
     kernels = {"mala": si.mcmc.MALA(scoped), "nuts": NUTS(scoped)}
-    compared = si.compare(jax.random.key(0), scoped, kernels, X, y=Y, num_warmup=20, num_samples=30, num_chains=2)
+    compared = si.Comparison(scoped, kernels, num_warmup=20, num_samples=30, num_chains=2).run(
+        jax.random.key(0), X, y=Y
+    )
     for name, data in compared.to_arviz().items():
         data.to_netcdf(tmp_path / f"{name}.nc")
         back = az.from_netcdf(tmp_path / f"{name}.nc")

@@ -156,6 +156,7 @@ def sbc(
         The ranks; print them for a table.
 
     Raises:
+        TypeError: where a model's arguments are given beside a fitted posterior, which knows its problem.
         UnsupportedModel: where the model cannot be simulated, or draws what its density does not describe. (A model
             with the same sites that draws what the posterior's density describes may be given in its place.)
 
@@ -166,6 +167,11 @@ def sbc(
     the data); Lemos et al. 2023, arXiv 2302.03026 (TARP); Hermans et al. 2022, arXiv 2110.06581 (expected coverage).
     """
     start = time.perf_counter()
+    if not is_kernel(posterior) and (model_args or model_kwargs):
+        raise TypeError(
+            "Expected `model_args` and `model_kwargs` beside a kernel alone: a fitted posterior knows its problem. Leave "
+            "them out, or give another model as `problem=from_numpyro(model, *args, **kwargs)`."
+        )
     for_references, for_rows = jax.random.split(key)
     pairs: tuple[Array, Sites] | None = None
     if store is not None:

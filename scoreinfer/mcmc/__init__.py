@@ -1,7 +1,7 @@
 """NumPyro kernels: what `numpyro.infer.MCMC` can drive."""
 
 from scoreinfer.mcmc.annealed import AnnealedLangevin
-from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify
+from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify, certify_chains
 from scoreinfer.mcmc.langevin import MALA, ULA, LangevinState, UnderdampedLangevin
 from scoreinfer.mcmc.score_sde import ScoreSDE
 from scoreinfer.mcmc.transition import ScoreSDEState
@@ -16,4 +16,5 @@ __all__ = [
     "ScoreSDEState",
     "UnderdampedLangevin",
     "certify",
+    "certify_chains",
 ]

@@ -15,6 +15,7 @@ from numpyro.util import is_prng_key
 
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
+from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify as certify_weights
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
@@ -78,8 +79,23 @@ class ChainCertificate(NamedTuple):
         )
 
 
+def certify(drawn: Draws | MCMC) -> Certificate | ChainCertificate:
+    """Judge draws of a posterior, or the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
+
+    Draws have been judged when they were drawn: their certificate is returned. Chains are judged by `certify_chains`.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(drawn, Draws):
+        return drawn.certificate
+    if isinstance(drawn, MCMC):
+        return certify_chains(drawn)
+    raise TypeError(f"Expected draws of a posterior or an `MCMC` object, got {type(drawn).__name__}.")
+
+
 @own_broadcasting
-def certify(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
+def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     """Judge the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
 
     A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer

@@ -116,6 +116,7 @@ class AbstractLangevin(MCMCKernel):
     """What the Langevin kernels share: reading the model, adaptation, chains and diagnostics."""
 
     sample_field = "z"
+    diagnostics = ("diverging", "accept_prob")
     default_fields = ("z", "diverging", "accept_prob", "potential_energy")
     adjusted = True
     default_target: float

@@ -100,6 +100,7 @@ class ScoreSDE(MCMCKernel):
     """
 
     sample_field = "z"
+    diagnostics = ("accept_prob",)
     default_fields = ("z", "log_weight", "accept_prob", "potential_energy")
 
     def __init__(

@@ -191,7 +191,7 @@ def read_description(path: Path, kind: str = FORMAT) -> dict[str, Any]:
     if found in (FORMAT, PATHS_FORMAT) and found != kind:
         raise ValueError(
             f"`{path}` holds a {found.removeprefix('scoreinfer ')}, not a {kind.removeprefix('scoreinfer ')}: "
-            f"`load` it {'with' if found == PATHS_FORMAT else 'without'} `process=`, as it was fitted."
+            f"`load` it as it was fitted, by `{'SMDP(model, site, ...)' if found == PATHS_FORMAT else 'NPSE(model, ...)'}`."
         )
     if found != kind:
         raise UnreadableFile(path / CONFIG, f"expected the format {kind!r}, got {found!r}")
@@ -214,7 +214,7 @@ def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
         if model.get("likelihood"):
             raise ValueError(
                 f"The posterior in `{path}` was fitted with a likelihood, and files hold no code: pass `likelihood=` "
-                "and a store of the same simulator, `simulations=`, to `load`."
+                "and a store of the same simulator, `simulations=`, to the `NPSE` that loads it."
             )
         return {
             str(site["name"]): tuple(size_of(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
@@ -265,7 +265,7 @@ def _check_sites(stored: dict[str, Any], problem: Problem) -> None:
     if differences:
         raise ValueError(
             f"This posterior was learned for another model ({stored['name']}): {'; '.join(differences)}. "
-            "Pass the model and the arguments it was fitted with (and `observed=`, where it was given to `fit`)."
+            "Pass the model and the arguments it was fitted with (and `observed=`, where it was given to `NPSE`)."
         )
 
 
@@ -344,7 +344,7 @@ def _check_embedding(path: Path, stored: dict[str, Any], embedding: Embedding | 
     if stored["type"] == "yours" and embedding is None:
         raise ValueError(
             f"The posterior in `{path}` embeds its data by a module of your own, {stored['name']}, and files are never "
-            "executed. Pass such a module, trained or not: `load(path, model, ..., embedding=module)`."
+            "executed. Pass such a module, trained or not: `NPSE(model, embedding=module).load(path, ...)`."
         )
 
 
@@ -424,7 +424,7 @@ def outline(problem: Problem, network: dict[str, Any], embedding: Embedding | No
     octaves = tuple(size_of(number, "octaves", MAX_DEPTH, 0) for number in network["score"]["octaves"])
     if len(octaves) not in (0, problem.dim):
         raise TypeError(f"expected no octaves or {problem.dim}, got {len(octaves)}")
-    kind = network["proposal"]
+    kind = "AmortisedProposal" if network["proposal"] == "Proposal" else network["proposal"]  # its former name
     if kind not in ("AmortisedProposal", "FocusedProposal", "RefinedProposal"):
         raise TypeError(f"unknown proposal {kind!r}")
     has_validity = network["validity"]

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from scoreinfer._tree import arrays_by_name, in_batches, own_broadcasting
+from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import identity
 from scoreinfer.errors import TrainingWarning, UnsupportedModel
 from scoreinfer.evidence.bank import Outliers, outliers
-from scoreinfer.files import digest
+from scoreinfer.identity import describe_run
 from scoreinfer.model import problem_of
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
@@ -339,7 +339,8 @@ def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding)
     }  # fmt: skip
     all_z = None if data.stored is None else data.stored.all_z
     simulated = [(part.z, part.x) for part in (data.validation, data.training)]
-    open_run(folder, key, settings | _identity(data.problem, (all_z, simulated, data.scale, embedding)))
+    start = (all_z, simulated, data.scale, embedding)
+    open_run(folder, key, settings | describe_run(data.problem, embedding, start))
     return folder / "whitening.safetensors", folder / "score.safetensors"
 
 
@@ -389,13 +390,6 @@ def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Vali
 def _held_out(simulations: Simulations, num: int) -> tuple[Simulations, Simulations]:
     """Split simulations into those to learn from and those held out."""
     return _rows(simulations, slice(num, None)), _rows(simulations, slice(None, num))
-
-
-def _identity(problem: Problem, start: tuple) -> dict[str, Any]:
-    """Describe what a training depends on besides its settings: the sites, the simulations, the embedding."""
-    arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
-    sites = [f"{site.name} {site.shape} {site.support}" for site in (*problem.latents, *problem.observed)]
-    return {"sites": sites, "embedding": type(start[-1]).__qualname__, "simulations": digest(arrays)}
 
 
 def _outliers(x: Sites) -> Outliers:

@@ -146,13 +146,13 @@ def read_paths(path: Path, reversal: Reversal, net: Callable | None) -> tuple[Sa
         if network["kernels"]["type"] == "yours" and net is None:
             raise ValueError(
                 f"The kernels in `{path}` have a network of your own, {network['kernels']['name']}, and files are "
-                "never executed. Pass such a module, trained or not: `load(path, model, ..., process=..., net=module)`."
+                "never executed. Pass such a module, trained or not: `SMDP(model, site, net=module).load(path, ...)`."
             )
         separate = reversal.free.source is not None and reversal.free.source.separate
         if _yes_or_no(network["separate"], "separate") != separate:
             raise ValueError(
                 f"The kernels in `{path}` were learned by {'joint' if separate else 'separate'} updates; these are "
-                f"another model's. Pass `process=Physics(..., separate={not separate})`."
+                f"another model's. Pass `SMDP(..., separate={not separate})`."
             )
         num = network["num_particles"]
         particles.append(None if num is None else size_of(num, "num_particles", MAX_PARTICLES))
@@ -320,5 +320,5 @@ def _check_physics(saved: Saved, process: PhysicsProcess) -> None:
         if not np.allclose(np.asarray(own[name]) / unit, np.asarray(stored) / unit, 1e-3, 1e-4, equal_nan=True):
             raise ValueError(
                 f"This posterior was learned for another model: the `{name}` of its physics differs. Pass the model, "
-                "its arguments and the `process=Physics(site, reverse, waves)` it was fitted with."
+                "its arguments, and the `reverse` and `waves` of `SMDP` that it was fitted with."
             )

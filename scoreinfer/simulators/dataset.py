@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnreadableFile, UnsupportedModel
+from scoreinfer.identity import describe_sites, same_parameters
 from scoreinfer.model import read_likelihood
 from scoreinfer.problem import Problem, Site
 from scoreinfer.simulators.outputs import real_numbers
@@ -185,7 +186,7 @@ def stored_simulations(
         UnreadableFile: where the store is damaged.
     """
     store = store if isinstance(store, Store) else Store(store)
-    own = [f"{site.name} {site.shape} {site.support}" for site in prior.latents]
+    own = describe_sites(prior.latents)
     if own != store.manifest["latents"]:
         raise ValueError(
             f"The store's parameters are {', '.join(store.manifest['latents'])}, this prior's are {', '.join(own)}. "
@@ -232,11 +233,9 @@ def _check_bounds(prior: Problem, store: Store) -> None:
         raise UnreadableFile(
             store.path, f"its manifest does not say what the first parameters are ({error!r})"
         ) from error
-    for name, values in jax.vmap(prior.latent_sites)(jnp.asarray(places, float)).items():
-        stored = told[name]
-        if values.shape != stored.shape or not np.allclose(values, stored, rtol=1e-2, atol=1e-3):
-            raise ValueError(
-                f"The store's first parameters are {name} = {stored}, under this prior they would be "
-                f"{np.asarray(values).tolist()}: its bounds are others. Pass the prior that the "
-                "simulations were made with."
-            )
+    differs = same_parameters(prior, jnp.asarray(places, float), told)
+    if differs:
+        raise ValueError(
+            f"The store's first parameters are {differs}: its bounds are others. Pass the prior that the simulations "
+            "were made with."
+        )

@@ -23,7 +23,7 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.files import digest
-from scoreinfer.identity import Version, fingerprint, moved
+from scoreinfer.identity import Version, describe_sites, fingerprint, key_bits, moved
 from scoreinfer.model import problem_of
 from scoreinfer.problem import Problem
 from scoreinfer.simulators.outputs import named_outputs, say_masked
@@ -40,7 +40,6 @@ from scoreinfer.simulators.store import (
     status_of,
     write_shard,
 )
-from scoreinfer.training.resume import key_bits
 
 Simulator = Callable[[dict[str, Any], int], Any]
 """From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
@@ -193,7 +192,7 @@ def told_of_prior(problem: Problem) -> dict[str, Any]:
     """Describe the prior in a store's manifest."""
     if problem.simulate is None:
         raise UnsupportedModel(f"Parameters are drawn from the prior, and this one cannot be: {problem.not_simulable}")
-    return {"dim": problem.dim, "latents": [f"{site.name} {site.shape} {site.support}" for site in problem.latents]}
+    return {"dim": problem.dim, "latents": describe_sites(problem.latents)}
 
 
 def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:

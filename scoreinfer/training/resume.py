@@ -8,8 +8,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -17,6 +15,7 @@ from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Key
 from scoreinfer.errors import UnreadableFile
 from scoreinfer.files import read_arrays, read_record, remove_leftovers, write_arrays, write_record
+from scoreinfer.identity import key_bits
 
 FORMAT, SCHEMA = "scoreinfer training", 1
 IDENTITY = "fit.json"
@@ -117,12 +116,6 @@ def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
             f"Another training run is kept in `{folder}`: {'; '.join(changed)}. Resume it with the arguments it was "
             "started with, or choose another `checkpoint` folder."
         )
-
-
-def key_bits(key: Key) -> list[int]:
-    """Write a random key, of either style, as plain numbers."""
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return np.asarray(data).tolist()
 
 
 def _shortly(value: Any) -> str:

@@ -22,7 +22,7 @@ from compilations import Compilations
 from doubles import Y1, location_scale
 from oracles import oracles
 from scoreinfer.calibration.uniformity import chi_squared_p, judge
-from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import AbstractDensityProposal
 
 ARTEFACT = Path(__file__).parents[1] / "artefacts" / "location_scale"
 QUIET = {"progress_bar": False}
@@ -34,20 +34,15 @@ def linear(y=None):
     numpyro.sample("y", dist.Normal(a, 0.5).to_event(1), obs=y)
 
 
-class Sabotaged(eqx.Module):
+class SabotagedProposal(AbstractDensityProposal):
     """The exact posterior of ``linear``, stretched and shifted in units of its standard deviation; or the prior."""
 
-    problem: Problem = eqx.field(static=True)
     stretch: jax.Array = eqx.field(default=1.0, converter=jnp.float32)
     shift: jax.Array = eqx.field(default=0.0, converter=jnp.float32)
     ignores_data: bool = eqx.field(static=True, default=False)
 
-    @property
-    def proposal(self):
-        return self
-
-    def context(self, y):
-        mean, sd = (jnp.zeros(2), jnp.ones(())) if self.ignores_data else (0.8 * y["y"], jnp.sqrt(0.2))
+    def context(self, target):
+        mean, sd = (jnp.zeros(2), jnp.ones(())) if self.ignores_data else (0.8 * target.y["y"], jnp.sqrt(0.2))
         return mean + self.shift * sd, self.stretch * sd
 
     def propose(self, key, context):
@@ -56,6 +51,13 @@ class Sabotaged(eqx.Module):
 
     def log_q(self, key, context, z):
         return jax.scipy.stats.norm.logpdf(z, *context).sum()
+
+
+class Sabotaged:
+    """The posterior of such a proposal, as far as calibration looks at one."""
+
+    def __init__(self, problem, *args, **kwargs):
+        self.problem, self.proposal = problem, SabotagedProposal(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +149,10 @@ def test_kernels_are_calibrated_where_they_are_exact(problem):
     wild = si.mcmc.ULA(linear, step_size=0.9, adapt_step_size=False, adapt_mass_matrix=False)
     biased = si.calibration.sbc(jax.random.key(4), wild, 100, **CHAIN)
     assert not biased.calibrated and any(row.finding for row in biased.rows()), biased
-    with pytest.raises(ValueError, match="no `model`"):
-        si.calibration.sbc(jax.random.key(4), NUTS(potential_fn=lambda z: 0.5 * z**2), 10, **CHAIN)
+    bare = NUTS(potential_fn=lambda z: 0.5 * z**2)
+    for data in ({}, {"problem": problem}):
+        with pytest.raises(ValueError, match="no `model`"):
+            si.calibration.sbc(jax.random.key(4), bare, 10, **data, **CHAIN)
 
 
 @pytest.mark.slow
@@ -258,12 +262,12 @@ def test_simuk_says_the_same(stretch, fine, monkeypatch):
 
 def test_predictive_check_finds_data_the_model_does_not_make(learned):
     fine = learned.sample(jax.random.key(6), 2000, Y1)
-    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), learned.problem, fine)}
+    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), fine)}
     assert rows.keys() == {"y mean", "y sd", "y min", "y max"}
     assert all(row.p_value > 0.05 and row.low < row.observed < row.high for row in rows.values())
     assert np.isclose(rows["y sd"].observed, Y1.std())
     spiked = fine._replace(observed={"y": jnp.asarray([0.3, 0.9, 60.0, 0.1, 0.8])})  # draws of other data
-    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), learned.problem, spiked)}
+    rows = {row.name: row for row in si.calibration.predictive_check(jax.random.key(7), spiked)}
     assert rows["y max"].p_value < 0.01 < rows["y min"].p_value
 
 
@@ -355,4 +359,12 @@ def test_model_without_simulator_is_refused(learned):
         numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
 
     with pytest.raises(si.errors.UnsupportedModel, match="improper"):
-        si.calibration.sbc(jax.random.key(0), learned, 10, model_kwargs={"y": 1.0}, **QUIET)
+        si.calibration.sbc(jax.random.key(0), learned, 10, problem=si.from_numpyro(improper, y=1.0), **QUIET)
+
+
+@pytest.mark.parametrize("given", [{"model_args": (Y1,)}, {"model_kwargs": {"y": Y1}}])
+@pytest.mark.parametrize("check", [si.calibration.sbc, si.calibrate])
+def test_posterior_knows_its_problem(learned, check, given):
+    """Arguments of a model say nothing beside it."""
+    with pytest.raises(TypeError, match="a fitted posterior knows its problem"):
+        check(jax.random.key(0), learned, 10, **given, **QUIET)

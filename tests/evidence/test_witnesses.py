@@ -17,8 +17,9 @@ from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
 from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.paths import Frame, Moments
 from scoreinfer.paths.build import read_reversal, samplers, untrained
-from scoreinfer.paths.proposal import END_STATE, KnownEnd
+from scoreinfer.paths.proposal import END_STATE, KnownEnd, pinned
 from scoreinfer.process import Physics
+from scoreinfer.samplers.base import Target
 from scoreinfer.training.simulations import Standardiser
 
 SIGMAS = 5.0
@@ -126,9 +127,10 @@ def test_known_end_is_normalised():
     frame = Frame(rows, rows + 1, rows, rows, rows + 1, None, Moments(rows, rows + 1, None, None), None)
     backward = untrained(jax.random.key(0), reversal.physics, frame, jnp.zeros(0), None, 4, 1)
     paths = samplers(reversal, backward, Standardiser({}, {}), None).paths
-    reference = KnownEnd(paths, paths.context({END_STATE: end}))
+    target = Target(pinned(reversal.problem), {END_STATE: end})
+    reference = KnownEnd(paths, target)
     z = jax.jit(jax.vmap(reference.sample))(jax.random.split(jax.random.key(1), 20_000))
-    log_weight = jax.jit(jax.vmap(lambda z: paths.problem.log_joint(z, {}) - reference.log_density(z)))(z)
+    log_weight = jax.jit(jax.vmap(lambda z: target(z) - reference.log_density(z)))(z)
     weight = np.exp(np.asarray(log_weight, np.float64) - modes.smoother(np.asarray(end), noise_stage=False)[2])
     assert np.allclose(np.asarray(z).reshape(len(z), -1, 2)[:, -1], end)
     assert abs(weight.mean() - 1.0) < SIGMAS * weight.std() / np.sqrt(len(weight)) < 0.1

@@ -44,8 +44,8 @@ class Model:
 class Around(doubles.GaussianProposal):
     """Normal around the exact mean."""
 
-    def context(self, y):
-        return 4 * y["y"].sum() / 13 + self.shift
+    def context(self, target):
+        return 4 * target.y["y"].sum() / 13 + self.shift
 
 
 def run(mcmc, *args, key=0):
@@ -136,7 +136,8 @@ def test_posterior_of_paths_answers_for_the_data_as_they_are():
 def test_learned_anew_for_changed_data(monkeypatch):
     learned = []
 
-    def learn(key, problem, y, effort, **options):
+    def learn(key, target, effort, **options):
+        problem, y = target.problem, target.y
         learned.append(np.asarray(y["y"]))
         return Around(jnp.zeros(1), jnp.full(1, 0.4), problem), Evidence(y, jnp.zeros((1, 1)), 0.0, 0, 1.0)
 

@@ -16,6 +16,7 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.montecarlo.langevin import derivatives, differentiate, move_all
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.single import Effort, learn
 from scoreinfer.training.simulations import check_finite, has_gradient, simulate
 
@@ -133,7 +134,7 @@ def test_langevin_kernels_do_as_they_are_told():
 def test_explorer_finds_the_evidence(model):
     centre, sd, log_evidence = exact()
     y = {"y": jnp.array(DATA, jnp.float32)}
-    _, evidence = learn(random.key(0), from_numpyro(model), y, Effort(512, 5, 8), progress_bar=False)
+    _, evidence = learn(random.key(0), Target(from_numpyro(model), y), Effort(512, 5, 8), progress_bar=False)
     assert abs(evidence.log_evidence - log_evidence) < 0.3
     assert abs(np.asarray(evidence.places).mean() - centre) < 5 * sd / np.sqrt(512) * 2
 
@@ -141,7 +142,7 @@ def test_explorer_finds_the_evidence(model):
 class Prior(GaussianProposal):
     """Proposals from about the prior, so that local moves have work to do."""
 
-    def context(self, y):
+    def context(self, target):
         return self.shift
 
 
@@ -220,7 +221,12 @@ def test_start_where_told_is_looked_at_too(num_chains):
 
 def test_learned_sampler_refuses_what_has_no_gradient():
     with pytest.raises(FloatingPointError, match="gradient of the log density of y with respect to b is not finite"):
-        learn(random.key(0), from_numpyro(counts), {"y": jnp.asarray(COUNTS)}, Effort(256, 2, 10), progress_bar=False)
+        learn(
+            random.key(0),
+            Target(from_numpyro(counts), {"y": jnp.asarray(COUNTS)}),
+            Effort(256, 2, 10),
+            progress_bar=False,
+        )
 
 
 def test_posterior_that_gives_no_number_is_refused():

@@ -21,6 +21,7 @@ from scoreinfer.mcmc import ScoreSDE, score_sde, transition
 from scoreinfer.mcmc.transition import ScoreSDEState
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
+from scoreinfer.samplers.base import AbstractDensityProposal, Target
 from scoreinfer.samplers.single import Evidence
 
 SIGMAS = 5
@@ -271,7 +272,9 @@ def test_refresh_weighs_for_the_new_data(kernel, posterior):
     y = problem.read((Y2,), {})
     log_joint = problem.log_joint(z, y)
     np.testing.assert_allclose(-new.potential_energy, log_joint, rtol=1e-5)
-    np.testing.assert_allclose(new.log_weight, log_joint - posterior.log_q(None, posterior.context(y), z), rtol=1e-4)
+    np.testing.assert_allclose(
+        new.log_weight, log_joint - posterior.log_q(None, posterior.context(Target(problem, y)), z), rtol=1e-4
+    )
     assert new.bank.used == 32 and not np.allclose(new.log_weight, state.log_weight)
     np.testing.assert_array_equal(new.z["mu"], state.z["mu"])
 
@@ -285,7 +288,7 @@ def design(x, y=None):
 
 
 class Regression(doubles.GaussianProposal):
-    def context(self, y):
+    def context(self, target):
         return self.shift
 
 
@@ -297,14 +300,14 @@ def fits(monkeypatch):
     """Replace training by the double; the list grows by one at each fit."""
     done = []
 
-    def fit(key, model, *args, progress_bar, **kwargs):
+    def fit(self, key, *args, **kwargs):
         assert not isinstance(key, jax.core.Tracer)
-        problem = from_numpyro(model, *args, **kwargs)
+        problem = from_numpyro(self.model, *args, **kwargs)
         assert float(problem.log_joint(jnp.zeros(problem.dim), problem.simulate(key)[1])) < 0  # values, not tracers
         done.append(args)
         return Regression(jnp.full(problem.dim, 0.1), jnp.full(problem.dim, 1.5), problem)
 
-    monkeypatch.setattr(score_sde, "fit", fit)
+    monkeypatch.setattr(score_sde.NPSE, "fit", fit)
     return done
 
 
@@ -313,7 +316,8 @@ def learned(monkeypatch):
     """Replace the learning of one posterior by the double; the list grows by one at each."""
     done = []
 
-    def learn(key, problem, y, effort, **options):
+    def learn(key, target, effort, **options):
+        problem, y = target.problem, target.y
         assert not isinstance(key, jax.core.Tracer)
         assert float(problem.log_joint(jnp.zeros(problem.dim), y)) < 0
         done.append(effort)
@@ -431,7 +435,7 @@ ORDERED = dist.transforms.OrderedTransform()
 @pytest.mark.slow
 def test_every_support():
     class Fixed(doubles.GaussianProposal):
-        def context(self, y):
+        def context(self, target):
             return self.shift
 
     problem, y = from_numpyro(supports), np.array([1, 4])
@@ -473,7 +477,7 @@ def test_arviz(kernel):
     np.testing.assert_allclose(stats["lp"][0, -1], log_joint, rtol=1e-5)
 
 
-class Nested(eqx.Module):
+class Nested(AbstractDensityProposal):
     """Made of another sampler, as a focused one is: the problem is the other's, and the model the problem's."""
 
     original: doubles.GaussianProposal
@@ -481,8 +485,8 @@ class Nested(eqx.Module):
     outliers = property(lambda self: None)
     problem = property(lambda self: self.original.problem)
 
-    def context(self, y):
-        return self.original.context(y)
+    def context(self, target):
+        return self.original.context(target)
 
     def propose(self, key, context):
         return self.original.propose(key, context)
@@ -506,14 +510,14 @@ def test_pickle(kernel, nested):
     assert abs(copy.get_samples()["mu"].mean() - grid_moments(Y2)["mu"][0]) < 0.5
 
 
-class Cut(eqx.Module):
+class Cut(AbstractDensityProposal):
     """Proposals that never exceed one: N(.7, 1) cut off there."""
 
     problem: Problem = eqx.field(static=True)
     proposal = property(lambda self: self)
     outliers = property(lambda self: None)
 
-    def context(self, y):
+    def context(self, target):
         return None
 
     def propose(self, key, context):

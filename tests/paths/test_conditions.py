@@ -53,10 +53,11 @@ def test_unknown_rate_seen_at_several_times(unknown_rate):
 def test_drawn_paths_have_the_density_they_were_drawn_by(unknown_rate):
     """Of the start and of every kernel, for given paths as for drawn ones, and as the only particle of a run."""
     proposal = unknown_rate.proposal
-    context = proposal.context({"y": jnp.asarray(SEEN)})
+    target = unknown_rate.condition(y=SEEN).target
+    context = proposal.context(target)
     z, drawn = jax.jit(jax.vmap(lambda key: proposal.propose(key, context)))(jax.random.split(jax.random.key(3), 16))
     for by in (proposal, ResampledPaths(proposal, 1)):
-        weighed = weigh_rows(jax.random.key(4), by, {"y": jnp.asarray(SEEN)}, jnp.arange(16), z)
+        weighed = weigh_rows(jax.random.key(4), by, target, jnp.arange(16), z)
         np.testing.assert_allclose(weighed.log_q, drawn, atol=0.02)
 
 
@@ -83,7 +84,7 @@ def randomised(posterior, key):
 def test_resampled_paths_with_an_unknown_rate(unknown_rate):
     """Every particle with a rate of its own; resampling repairs what broad kernels spoil."""
     spoilt = broadened(unknown_rate, 2.0)
-    plain = draw_rows(jax.random.key(1), spoilt.paths, {"y": jnp.asarray(SEEN)}, jnp.arange(NUM))
+    plain = draw_rows(jax.random.key(1), spoilt.paths, spoilt.condition(y=SEEN).target, jnp.arange(NUM))
     draws = spoilt.resampled(8).sample(jax.random.key(1), NUM, y=SEEN)
     assert effective_sample_size(plain.log_weight) < 0.1 * NUM
     check(draws, RATE.truth(SEEN), 0.5)
@@ -99,8 +100,8 @@ def test_conditional_runs_with_an_unknown_rate(unknown_rate):
     """Around rates and paths of the posterior 1 / Z averages to one over the evidence, as it must for a Gibbs step."""
     proposal = ResampledPaths(broadened(unknown_rate, 2.0).paths, 8)
     values = jnp.asarray(RATE.draws(np.random.default_rng(0), SEEN, NUM), jnp.float32)
-    y = {"y": jnp.asarray(SEEN)}
-    weighed = weigh_rows(jax.random.key(2), proposal, y, jnp.arange(NUM), values)
+    target = unknown_rate.condition(y=SEEN).target
+    weighed = weigh_rows(jax.random.key(2), proposal, target, jnp.arange(NUM), values)
     inverse, error = log_evidence(-np.asarray(weighed.log_weight))
     assert error < 0.1
     assert abs(inverse + RATE.truth(SEEN)[2]) < 5 * error
@@ -163,7 +164,7 @@ def test_unknown_rate_seen_at_a_noisy_end():
     rate = RATE._replace(times=(6,))
     posterior = si.SMDP(rate.model, "x", num_steps=200, **SMALL).fit(jax.random.key(0))
     y = np.array([0.8], np.float32)
-    assert posterior.proposal.start.problem.dim == 1
+    assert posterior.paths.start.adjustment.mean.shape == (1,)
     check(posterior.sample(jax.random.key(1), 4000, y=y), rate.truth(y), 0.3)
     check(posterior.resampled(4).sample(jax.random.key(2), NUM, y=y), rate.truth(y), 0.3)
     with pytest.raises(ValueError, match="fit the model without its observed sites"):

@@ -29,7 +29,7 @@ def posterior():
 
 def test_resampled_paths_are_the_smoother(posterior):
     draws = posterior.resampled(16).sample(jax.random.key(1), NUM, y=END)
-    found, plain = draws.certificate, draw_rows(jax.random.key(1), posterior.paths, {"y": END}, jnp.arange(NUM))
+    found, plain = draws.certificate, draw_rows(jax.random.key(1), posterior.paths, posterior.condition(y=END).target, jnp.arange(NUM))
     assert effective_sample_size(plain.log_weight) < 0.05 * NUM
     assert found.ess > 0.4 * NUM, found
     assert abs(found.log_evidence - MODES.smoother(END)[2]) < 5 * found.log_evidence_se
@@ -43,7 +43,7 @@ def test_conditional_runs_are_the_rest_of_a_run(posterior):
     paths = mean + np.einsum("its,nis->nti", np.linalg.cholesky(covariance), noise)
     proposal = ResampledPaths(posterior.paths, 16)
     values = jnp.asarray(paths.reshape(NUM, -1), jnp.float32)
-    weighed = weigh_rows(jax.random.key(2), proposal, {"y": jnp.asarray(END)}, jnp.arange(NUM), values)
+    weighed = weigh_rows(jax.random.key(2), proposal, posterior.condition(y=END).target, jnp.arange(NUM), values)
     inverse, error = log_evidence(-np.asarray(weighed.log_weight))
     assert error < 0.1
     assert abs(inverse + evidence) < 5 * error

@@ -12,6 +12,7 @@ from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
 from scoreinfer.nets import ResidualMLP
 from scoreinfer.paths import ReverseEuler, ThroughPhysics, draw_path, probability_flow
 from scoreinfer.paths.proposal import END_STATE, PathProposal, pinned
+from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import weigh_rows, weighted_draws
 
 CASES = {"ornstein_uhlenbeck": ornstein_uhlenbeck(), "heat": heat()}
@@ -23,8 +24,8 @@ def an_end(modes, seed=0):
     return sd * np.linspace(-2.0, 1.5, len(sd))
 
 
-def draw(proposal, y, num, seed=1):
-    drawn = weighted_draws(jax.random.key(seed), proposal, y, 1024, None, 0, num)
+def draw(proposal, target, num, seed=1):
+    drawn = weighted_draws(jax.random.key(seed), proposal, target, 1024, None, 0, num)
     return np.asarray(drawn.z).reshape(num, -1, proposal.backward.process.dim), drawn
 
 
@@ -34,7 +35,8 @@ def test_exact_score_gives_the_smoother(name):
     modes = CASES[name]
     problem, end = from_numpyro(modes.model), an_end(modes)
     backward = ThroughPhysics(modes.process(), modes.score(), diagonal=name == "heat")
-    paths, drawn = draw(PathProposal(backward, "y", problem), {"y": jnp.asarray(end, jnp.float32)}, 4000)
+    proposal = PathProposal(backward, backward.process.num_steps, "y")
+    paths, drawn = draw(proposal, Target(problem, {"y": jnp.asarray(end, jnp.float32)}), 4000)
     value, error = log_evidence(drawn.log_weight)
     assert effective_sample_size(drawn.log_weight) > 0.99 * 4000
     assert abs(value - modes.smoother(end)[2]) < 5 * error + 2e-3
@@ -45,18 +47,18 @@ def test_known_end_is_an_observation_without_noise():
     modes = CASES["ornstein_uhlenbeck"]
     problem, end = pinned(from_numpyro(modes.path_model)), an_end(modes)
     backward = ThroughPhysics(modes.process(False), modes.score(False))
-    proposal = PathProposal(backward, END_STATE, problem)
-    y = {END_STATE: jnp.asarray(end, jnp.float32)}
-    paths, drawn = draw(proposal, y, 4000)
-    assert np.array_equal(paths[:, -1], np.broadcast_to(y[END_STATE], (4000, 2)))
+    proposal = PathProposal(backward, backward.process.num_steps, END_STATE)
+    target = Target(problem, {END_STATE: jnp.asarray(end, jnp.float32)})
+    paths, drawn = draw(proposal, target, 4000)
+    assert np.array_equal(paths[:, -1], np.broadcast_to(target.y[END_STATE], (4000, 2)))
     value, _ = log_evidence(drawn.log_weight)
     assert effective_sample_size(drawn.log_weight) > 0.99 * 4000
     assert abs(value - modes.smoother(end, False)[2]) < 1e-3
     assert modes.disagreement(paths, drawn.log_weight, end, False) < 5.5
-    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.z[:9])
+    again = weigh_rows(jax.random.key(0), proposal, target, jnp.arange(9), drawn.z[:9])
     np.testing.assert_allclose(again.log_q, drawn.log_q[:9], atol=2e-4)
     moved = drawn.z[:9].at[:, -1].add(0.1)
-    assert np.all(weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), moved).log_q == -np.inf)
+    assert np.all(weigh_rows(jax.random.key(0), proposal, target, jnp.arange(9), moved).log_q == -np.inf)
 
 
 class RandomScore(eqx.Module):
@@ -74,15 +76,16 @@ def test_untrained_networks_give_unbiased_weights(kernel):
     weight = jax.random.normal(jax.random.key(6), network.last.weight.shape) / 4.0
     score = RandomScore(eqx.tree_at(lambda net: net.last.weight, network, weight))
     end = an_end(modes) / 2
-    proposal = PathProposal(kernel(modes.process(), score), "y", from_numpyro(modes.model))
-    y = {"y": jnp.asarray(end, jnp.float32)}
-    paths, drawn = draw(proposal, y, 20_000)
+    process = modes.process()
+    proposal = PathProposal(kernel(process, score), process.num_steps, "y")
+    target = Target(from_numpyro(modes.model), {"y": jnp.asarray(end, jnp.float32)})
+    paths, drawn = draw(proposal, target, 20_000)
     value, error = log_evidence(drawn.log_weight)
     ess = effective_sample_size(drawn.log_weight)
     assert 100 < ess < 0.9 * 20_000, "the network should be neither useless nor right"
     assert abs(value - modes.smoother(end)[2]) < 5 * error < 0.5
     assert modes.disagreement(paths, drawn.log_weight, end) < 5.5
-    again = weigh_rows(jax.random.key(0), proposal, y, jnp.arange(9), drawn.z[:9])
+    again = weigh_rows(jax.random.key(0), proposal, target, jnp.arange(9), drawn.z[:9])
     np.testing.assert_allclose(again.log_q, drawn.log_q[:9], atol=2e-3)
 
 

@@ -13,6 +13,7 @@ import pytest
 from numpyro.infer import MCMC
 
 import scoreinfer as si
+import scoreinfer.evidence.certificate
 import scoreinfer.evidence.witnesses
 import scoreinfer.posterior.amortised
 from compilations import Compilations
@@ -22,6 +23,7 @@ from scoreinfer.nets import Concatenate
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.amortised import _streams
 from scoreinfer.samplers import refined as refinement
+from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.focused import FocusedProposal, focus
 from scoreinfer.training.loop import Budget, train
@@ -77,9 +79,10 @@ def test_any_sampler_on_any_weights_is_exact(mixture, sampler, focused):
     oracle, posterior = mixture
     proposal = _disturb(dataclasses.replace(posterior.proposal, sampler=sampler), 0.02)
     posterior = dataclasses.replace(posterior, proposal=proposal)
+    conditioned = posterior.condition(**oracle.data)
     if focused:
-        posterior = posterior.condition(**oracle.data).focus(jax.random.key(5)).posterior
-    draws = posterior.sample(jax.random.key(4), 4000, **oracle.data)
+        conditioned = conditioned.focus(jax.random.key(5))
+    draws = conditioned.sample(jax.random.key(4), 4000)
     truth = oracle.truth(oracle.data)
     assert draws.certificate.ess > 100
     assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
@@ -111,9 +114,10 @@ def test_more_proposals_and_moves_give_equal_weights(mixture):
 
 def test_draws_do_not_depend_on_the_batch_size(mixture):
     oracle, posterior = mixture
-    whole = posterior.sample(jax.random.key(1), 500, **oracle.data)
-    parts = posterior.condition(**oracle.data).sample(jax.random.key(1), 500, batch_size=64)
-    more = posterior.sample(jax.random.key(1), 700, **oracle.data)
+    conditioned = posterior.condition(**oracle.data)
+    whole = conditioned.sample(jax.random.key(1), 500)
+    parts = conditioned.sample(jax.random.key(1), 500, batch_size=64)
+    more = conditioned.sample(jax.random.key(1), 700)
     for other in (parts, more):
         assert np.allclose(other.unconstrained[:500], whole.unconstrained, atol=1e-4)
         assert np.allclose(other.log_weight[:500], whole.log_weight, atol=2e-3)
@@ -132,8 +136,8 @@ def test_focusing_and_moving_for_a_second_observation_cost_no_compilation(mixtur
     for shift in (0.0, 0.3):
         data = {k: v + shift for k, v in oracle.data.items()}
         with Compilations() as compilations:
-            focused = posterior.condition(**data).focus(jax.random.key(1)).posterior
-            focused.condition(**data).sample(jax.random.key(2), 500, max_proposals=500)
+            focused = posterior.condition(**data).focus(jax.random.key(1))
+            focused.sample(jax.random.key(2), 500, max_proposals=500)
     assert compilations.count == 0  # of the second round
 
 
@@ -145,21 +149,24 @@ def test_refined_score_is_exact_and_stays_with_its_observation(mixture, monkeypa
     monkeypatch.setattr(refinement, "NUM_MOVES", 5)
     monkeypatch.setattr(scoreinfer.posterior.amortised, "ENOUGH", 1.0)
     bad = dataclasses.replace(posterior, proposal=_disturb(posterior.proposal, 0.15))
-    y = posterior.problem.read((), oracle.data)
-    _, share = focus(jax.random.key(1), bad.proposal, y)
-    refined = bad.condition(**oracle.data).focus(jax.random.key(1), num_steps=600).posterior
-    draws = refined.sample(jax.random.key(2), 4000, **oracle.data)
+    conditioned = bad.condition(**oracle.data)
+    target = conditioned.target
+    _, share = focus(jax.random.key(1), bad.proposal, target)
+    refined = conditioned.focus(jax.random.key(1), num_steps=600)
+    draws = refined.sample(jax.random.key(2), 4000)
     assert draws.certificate.ess > 1.5 * share * 4000
     truth = oracle.truth(oracle.data)
     assert abs(draws.certificate.log_evidence - truth.log_evidence) < 5 * draws.certificate.log_evidence_se
     assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
-    affine, _ = refined.proposal.carry(refined.context(y))  # simulated truths were whitened by the original's
-    assert np.allclose(affine.mean, bad.context(y).affine.mean, atol=1e-5)
+    proposal = refined.proposal
+    context = proposal.context(target)
+    affine, _ = proposal.carry(context)  # simulated truths were whitened by the original's
+    assert np.allclose(affine.mean, bad.proposal.context(target).affine.mean, atol=1e-5)
     z = draws.unconstrained[0]
-    again = refined.log_q(jax.random.key(3), refined.context(y), z)  # by inverting the flow
+    again = proposal.log_q(jax.random.key(3), context, z)  # by inverting the flow
     assert abs(again - draws.log_q[0]) < 1e-3
     other = {name: value + 0.3 for name, value in oracle.data.items()}
-    ours, theirs = (p.sample(jax.random.key(2), 512, **other) for p in (refined, bad))
+    ours, theirs = (p.sample(jax.random.key(2), 512, **other) for p in (refined.posterior, bad))
     assert np.allclose(ours.unconstrained, theirs.unconstrained, atol=1e-4)
 
 
@@ -204,8 +211,7 @@ def half_blind(mixture):
         return flip * z, jax.tree.map(lambda a, b: jnp.where(flip > 0, a, b), y, other)
 
     broken = si.NPSE(dataclasses.replace(problem, simulate=half), **SMALL, target_score=False).fit(jax.random.key(0))
-    proposal = dataclasses.replace(broken.proposal, problem=problem)
-    return dataclasses.replace(broken, proposal=proposal)
+    return dataclasses.replace(broken, problem=problem)
 
 
 def test_missed_mode_is_refused(mixture, half_blind, monkeypatch):
@@ -232,9 +238,9 @@ def test_missed_mode_is_refused_after_further_training(mixture, half_blind, monk
     monkeypatch.setattr(refinement, "NUM_MOVES", 5)
     monkeypatch.setattr(scoreinfer.posterior.amortised, "ENOUGH", 2.0)  # trained further whatever its share, and kept
     monkeypatch.setattr(scoreinfer.posterior.amortised, "refine", lambda *a, **k: (refinement.refine(*a, **k)[0], 2.0))
-    focused = half_blind.condition(**oracle.data).focus(jax.random.key(3), num_steps=400).posterior
+    focused = half_blind.condition(**oracle.data).focus(jax.random.key(3), num_steps=400)
     assert isinstance(focused.proposal, refinement.RefinedProposal)
-    draws = focused.sample(jax.random.key(1), 4000, **oracle.data)
+    draws = focused.sample(jax.random.key(1), 4000)
     # Its particles may have found the way to the other mode: then it is right.
     wrong = disagreement(oracle.truth(oracle.data), oracle.flat(draws.sites), draws.log_weight) > 5
     assert not (draws.certificate.certified and wrong)
@@ -264,11 +270,11 @@ def test_far_observation_is_warned_of(mixture):
 def test_distance_rank_is_uniform_on_data_from_the_model(mixture):
     """Warnings come at their stated rate; the standard error counts the data sets and the simulations."""
     _, posterior = mixture
-    num, rate = 2000, scoreinfer.certificate.MAX_OUTLYING
+    num, rate = 2000, scoreinfer.evidence.certificate.MAX_OUTLYING
 
     def rank(key):
-        y = posterior.problem.simulate(key)[1]
-        return posterior.outliers.rank(flatten(posterior.proposal.features(y)))
+        target = Target(posterior.problem, posterior.problem.simulate(key)[1])
+        return posterior.outliers.rank(flatten(posterior.proposal.features(target)))
 
     ranks = np.asarray(jax.jit(jax.vmap(rank))(jax.random.split(jax.random.key(1000), num)))
     spread = np.sqrt(1 / num + 1 / 512)
@@ -431,8 +437,8 @@ def test_unbiased_before_any_training(mixture):
     """The whole chain (whitening, network, sampler, weights) on a posterior that was never trained."""
     oracle, trained = mixture
     posterior = si.NPSE(trained.problem, **SMALL | {"num_steps": 1}).fit(jax.random.key(0))
-    y = posterior.problem.read((), oracle.data)
-    drawn = weighted_draws(jax.random.key(1), posterior.proposal, y, 1024, None, 0, 20_000)
+    target = posterior.condition(**oracle.data).target
+    drawn = weighted_draws(jax.random.key(1), posterior.proposal, target, 1024, None, 0, 20_000)
     value, error = log_evidence(drawn.log_weight)
     assert effective_sample_size(drawn.log_weight) < 19_000
     assert abs(value - oracle.truth(oracle.data).log_evidence) < 5 * error

@@ -127,7 +127,7 @@ def test_other_models_and_physics_are_told_apart(folder):
     louder = si.PhysicsPath(own.step, 1.2 * own.noise_scale, own.ts, own.init_dist)
     with pytest.raises(ValueError, match=r"another model|other densities"):
         load(louder)
-    with pytest.raises(ValueError, match="`load` it with `process=`"):
+    with pytest.raises(ValueError, match=r"posterior of paths, not a posterior: `load` it .* by `SMDP\(model, site"):
         si.load(folder, MODES.model)
 
 

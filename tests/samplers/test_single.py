@@ -11,12 +11,12 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 
 from doubles import Y1, Y2, grid_moments, location_scale
-from scoreinfer.mcmc import MALA, ScoreSDE, UnderdampedLangevin, certify, chain_certificate as verdict
+from scoreinfer.mcmc import MALA, ScoreSDE, UnderdampedLangevin, certify, certify_chains, chain_certificate as verdict
 from scoreinfer.montecarlo.reference import Overdispersed
 from scoreinfer.montecarlo.resampling import next_power, resample
 from scoreinfer.montecarlo.tempering import begin
 from scoreinfer.problem import from_potential
-from scoreinfer.samplers.base import Weighted
+from scoreinfer.samplers.base import Target, Weighted
 from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.single import Effort, Round, choose, explore, learn, replace
 
@@ -78,7 +78,7 @@ def test_resampling_is_unbiased_and_keeps_equal_weights():
 def test_explorer_says_when_the_density_fails():
     problem = from_potential(lambda x: jnp.nan * x.sum(), jnp.zeros(2))
     with pytest.raises(FloatingPointError, match="finite at none"):
-        learn(random.key(0), problem, {}, SMALL, progress_bar=False)
+        learn(random.key(0), Target(problem, {}), SMALL, progress_bar=False)
 
 
 def test_half_of_the_particles_outlive_a_round():
@@ -111,11 +111,11 @@ def test_round_that_misses_mass_is_not_chosen():
 def test_learned_weights_are_exact(both_modes):
     """Evidence and moments by importance sampling, and the explorer's word for the modes' weights."""
     fit = both_modes.sampler.fit_of(both_modes.last_state)
-    proposal, evidence = fit.proposer, fit.evidence
-    drawn = weighted_draws(random.key(1), proposal, {}, 1024, None, 0, 4096)
+    proposal, evidence = fit.proposal, fit.evidence
+    drawn = weighted_draws(random.key(1), proposal, Target(fit.problem, {}), 1024, None, 0, 4096)
     weight = np.exp(np.asarray(drawn.log_weight, np.float64) - 2.0)
     assert weight.sum() ** 2 / (weight**2).sum() > 0.4 * weight.size
-    right = np.asarray(drawn.unconstrained)[:, 0] > 0
+    right = np.asarray(drawn.z)[:, 0] > 0
     for values, truth in ((weight, 1.0), (weight * right, 0.7)):
         assert abs(values.mean() - truth) < SIGMAS * values.std() / np.sqrt(values.size)
     assert abs(float((evidence.places[:, 0] > 0).mean()) - 0.7) < 0.15
@@ -136,7 +136,7 @@ def test_chain_visits_both_modes(both_modes):
 
 
 def test_certificate_of_chains(both_modes, few_witnesses):
-    found = certify(both_modes, num=2048)
+    found = certify_chains(both_modes, num=2048)
     assert found.certified and "certified: " in str(found), found
     assert abs(found.weights.log_evidence - 2.0) < SIGMAS * found.weights.log_evidence_se < 0.2
     assert len(found.explorer_log_evidence) == 2
@@ -151,7 +151,7 @@ def far_mode(x):
 def test_far_mode_is_refused(few_witnesses):
     """The weights look perfect, the wider explorers know."""
     mcmc = run_bare(far_mode, 2, num_warmup=60, start_scale=1.0, num_local_steps=0)
-    found = certify(mcmc, num=1024)
+    found = certify_chains(mcmc, num=1024)
     assert found.weights.k_hat < 0.7 and found.weights.ess > 500
     assert not found.certified and "above the proposals'" in found.reason
 
@@ -161,7 +161,7 @@ def test_far_mode_is_refused_by_the_last_explorer(monkeypatch, few_witnesses):
     """The second one misses it too: the third is left."""
     monkeypatch.setattr(verdict, "WIDER", 1e-3)
     mcmc = run_bare(far_mode, 2, num_warmup=60, start_scale=1.0, num_local_steps=0)
-    found = certify(mcmc, num=1024)
+    found = certify_chains(mcmc, num=1024)
     assert max(found.explorer_log_evidence) < found.weights.log_evidence + 0.3
     assert not found.certified and "never draws" in found.reason
 
@@ -204,7 +204,7 @@ def test_model_is_learned_for_each_data_set():
         for name, (mean, _) in grid_moments(y).items():
             values = np.asarray(draws[name], np.float64)
             assert abs(values.mean() - mean) < SIGMAS * values.std() / np.sqrt(effective_sample_size(values))
-    assert len({id(fit.proposer.problem) for fit in kernel._fits}) == 1 < len(kernel._fits)
+    assert len({id(fit.problem) for fit in kernel._fits}) == 1 < len(kernel._fits)
 
 
 # --- a block of Gibbs --------------------------------------------------------------------------------------------

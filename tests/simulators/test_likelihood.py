@@ -15,14 +15,8 @@ from oracles import linear_gaussian
 from scoreinfer.simulators.dataset import explained, stored_simulations
 
 QUIET = {"progress_bar": False}
-SMALL = {
-    "num_steps": 400,
-    "width": 16,
-    "depth": 1,
-    "batch_size": 128,
-    "sampler": si.samplers.ReverseSDE(num_steps=16),
-    **QUIET,
-}
+SAMPLER = si.samplers.ReverseSDE(num_steps=16)
+SMALL = {"num_steps": 400, "width": 16, "depth": 1, "batch_size": 128, "sampler": SAMPLER, **QUIET}
 ORACLE = linear_gaussian(2)
 MATRIX = np.array([[1.0, 0.5], [-0.3, 1.0]])
 EDGE = 0.7
@@ -72,23 +66,27 @@ def posterior(problem, store):
 
 
 @pytest.fixture(scope="module")
-def draws(posterior):
-    return posterior.sample(jax.random.key(2), 2000, y=Y)
+def conditioned(posterior):
+    return posterior.condition(y=Y)
 
 
-def test_weights_are_exact(posterior, draws, store, tmp_path):
+@pytest.fixture(scope="module")
+def draws(conditioned):
+    return conditioned.sample(jax.random.key(2), 2000)
+
+
+def test_weights_are_exact(conditioned, draws, store, tmp_path):
     """Those of the same model in one piece, with the moments and the evidence of the closed form."""
     assert draws.log_weight is None and "not weighed yet" in draws.certificate.reason
-    weighed = posterior.weigh(jax.random.key(3), draws, run(physics, draws, tmp_path), store)
+    weighed = conditioned.weigh(jax.random.key(3), draws, run(physics, draws, tmp_path), store)
 
     def model(y=None):
         theta = numpyro.sample("theta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         likelihood(None, {"field": jnp.asarray(MATRIX, jnp.float32) @ theta}, y)
 
     whole = si.from_numpyro(model, y=Y)
-    assert np.allclose(
-        weighed.log_joint, jax.vmap(lambda z: whole.log_joint(z, draws.observed))(draws.unconstrained), atol=1e-3
-    )
+    expected = jax.vmap(lambda z: whole.log_joint(z, draws.observed))(draws.unconstrained)
+    assert np.allclose(weighed.log_joint, expected, atol=1e-3)
     certificate = weighed.certificate
     assert certificate.certified and "explain the data covered" in certificate.reason, certificate
     assert abs(certificate.log_evidence - LOG_EVIDENCE) < 5 * certificate.log_evidence_se
@@ -98,9 +96,9 @@ def test_weights_are_exact(posterior, draws, store, tmp_path):
     assert weighed.info.num_failed == 0
 
 
-def test_where_the_simulator_fails_the_weight_is_zero(posterior, draws, tmp_path):
+def test_where_the_simulator_fails_the_weight_is_zero(conditioned, draws, tmp_path):
     """The evidence is that of the part where it works."""
-    weighed = posterior.weigh(jax.random.key(3), draws, run(fragile, draws, tmp_path))
+    weighed = conditioned.weigh(jax.random.key(3), draws, run(fragile, draws, tmp_path))
     failed = np.asarray(draws.sites["theta"])[:, 0] > EDGE
     assert np.array_equal(np.isneginf(weighed.log_weight), failed)
     assert f"failed at {failed.sum()} draws" in weighed.certificate.reason
@@ -113,17 +111,18 @@ def test_where_the_simulator_fails_the_weight_is_zero(posterior, draws, tmp_path
 def test_stored_simulations_show_what_the_proposal_misses(posterior, store, tmp_path):
     affine = posterior.proposal.adjustment
     narrow = dataclasses.replace(affine, factor=0.05 * affine.factor)
-    blind = dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, adjustment=narrow))
-    draws = blind.sample(jax.random.key(2), 512, y=Y)
+    proposal = dataclasses.replace(posterior.proposal, adjustment=narrow)
+    blind = dataclasses.replace(posterior, proposal=proposal).condition(y=Y)
+    draws = blind.sample(jax.random.key(2), 512)
     certificate = blind.weigh(jax.random.key(3), draws, run(physics, draws, tmp_path), store).certificate
     assert certificate.missed > 0.5 and "the stored simulations that explain the data are where" in certificate.reason
 
 
-def test_runs_on_draws_may_be_made_elsewhere(posterior, draws, tmp_path):
+def test_runs_on_draws_may_be_made_elsewhere(conditioned, draws, tmp_path):
     fields = np.asarray(draws.sites["theta"]) @ MATRIX.T
     theirs = si.simulators.record(draws, draws.sites, {"field": fields}, store=tmp_path / "theirs")
     ours = run(physics, draws, tmp_path / "ours")
-    told = [posterior.weigh(jax.random.key(3), draws, runs).log_weight for runs in (ours, theirs)]
+    told = [conditioned.weigh(jax.random.key(3), draws, runs).log_weight for runs in (ours, theirs)]
     assert np.allclose(*told, atol=1e-4)
     turned = {"theta": -draws.sites["theta"]}
     with pytest.raises(ValueError, match="must be those of the draws"):
@@ -143,9 +142,8 @@ def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tm
     loaded = si.NPSE(problem, simulations=store, likelihood=likelihood).load(tmp_path / "p")
     again = loaded.sample(jax.random.key(2), 2000, y=Y)
     assert np.array_equal(again.unconstrained, draws.unconstrained)
-    ours, theirs = (
-        p.weigh(jax.random.key(3), draws, run(physics, draws, tmp_path / "runs")) for p in (posterior, loaded)
-    )
+    runs = run(physics, draws, tmp_path / "runs")
+    ours, theirs = (p.condition(y=Y).weigh(jax.random.key(3), draws, runs) for p in (posterior, loaded))
     assert np.array_equal(ours.log_weight, theirs.log_weight)
 
 
@@ -180,15 +178,15 @@ def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
     assert ranks.calibrated, ranks
 
 
-def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
+def test_wrong_use_is_named(posterior, conditioned, problem, draws, store, tmp_path):
     with pytest.raises(ValueError, match="needs draws from the prior; there are none: its simulator is foreign"):
-        posterior.condition(y=Y).sample(jax.random.key(2), 10, prior_fraction=0.5)
+        conditioned.sample(jax.random.key(2), 10, prior_fraction=0.5)
     unknown = dataclasses.replace(posterior.problem, observation=None)
-    plain = si.Posterior(dataclasses.replace(posterior.proposal, problem=unknown), None)
+    plain = si.Posterior(unknown, posterior.proposal, None).condition(y=Y)
     with pytest.raises(ValueError, match="fit with `likelihood=`"):
         plain.weigh(jax.random.key(3), draws, store)
     with pytest.raises(ValueError, match="one run of the simulator for each of the 2000 draws, got 1500 of 1500"):
-        posterior.weigh(jax.random.key(3), draws, store)
+        conditioned.weigh(jax.random.key(3), draws, store)
     with pytest.raises(ValueError, match="needs `simulations`"):
         si.NPSE(problem, likelihood=likelihood, **SMALL).fit(jax.random.key(1))
     with pytest.raises(si.errors.UnsupportedModel, match="no sample site"):
@@ -207,6 +205,6 @@ def test_wrong_use_is_named(posterior, problem, draws, store, tmp_path):
         si.simulators.simulate(jax.random.key(0), few, physics, 6, store=tmp_path, **QUIET)
     run(physics, few, tmp_path)
     with pytest.raises(ValueError, match="`draws` is"):
-        run(physics, few._replace(values=2 * few.values), tmp_path)
+        run(physics, few._replace(unconstrained=2 * few.unconstrained), tmp_path)
     with pytest.raises(ValueError, match="`simulator` is fragile, was physics"):
         run(fragile, few, tmp_path)

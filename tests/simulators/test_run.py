@@ -33,14 +33,8 @@ from scoreinfer.simulators.dataset import stored_simulations, with_outputs
 from scoreinfer.simulators.store import MANIFEST, Row, Rows, write_shard
 
 QUIET = {"progress_bar": False}
-SMALL = {
-    "num_steps": 600,
-    "width": 16,
-    "depth": 1,
-    "batch_size": 128,
-    "sampler": si.samplers.ReverseSDE(num_steps=16),
-    **QUIET,
-}
+SAMPLER = si.samplers.ReverseSDE(num_steps=16)
+SMALL = {"num_steps": 600, "width": 16, "depth": 1, "batch_size": 128, "sampler": SAMPLER, **QUIET}
 
 
 def prior():
@@ -384,9 +378,8 @@ def test_posterior_accounts_for_failures(problem, failing, tmp_path):
     assert abs(resampled - exact) < 0.2 * sd
     posterior.save(tmp_path / "p")
     loaded = si.load(tmp_path / "p", problem).sample(jax.random.key(1), 4000, y=y)
-    assert np.array_equal(loaded.unconstrained, draws.unconstrained) and np.array_equal(
-        loaded.log_weight, draws.log_weight
-    )
+    assert np.array_equal(loaded.unconstrained, draws.unconstrained)
+    assert np.array_equal(loaded.log_weight, draws.log_weight)
     with pytest.warns(si.errors.MisspecificationWarning):
         posterior.sample(jax.random.key(1), 512, y=np.array([50.0, -50.0]))
     with pytest.raises(ValueError, match="Expected data for y by name"):
@@ -413,7 +406,7 @@ def test_calibration_is_the_evidence_where_there_is_no_density(problem, tmp_path
     wrong = si.calibration.sbc(jax.random.key(1), posterior, 400, store=other, **QUIET)
     assert not wrong.calibrated and any("too narrow" in row.finding for row in wrong.rows()), wrong
     with pytest.raises(ValueError, match="50 more than"):
-        si.calibration.sbc(jax.random.key(1), posterior, 440, **QUIET)
+        si.calibration.sbc(jax.random.key(1), posterior, 440, store=other, **QUIET)
 
 
 def test_invalid_rows_are_never_dropped_silently(problem, failing):

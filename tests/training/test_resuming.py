@@ -118,10 +118,10 @@ from scoreinfer.training import loop as training
 import scoreinfer as si, equinox as eqx
 from doubles import location_scale
 training.KEEP_SECONDS = 0.0
-posterior = si.fit(
-    jax.random.key(0), location_scale, num_steps=8000, width=16, depth=1, batch_size=64,
+posterior = si.NPSE(
+    location_scale, num_steps=8000, width=16, depth=1, batch_size=64,
     progress_bar=False, sampler=si.samplers.ReverseSDE(num_steps=4), checkpoint=sys.argv[1] or None,
-)
+).fit(jax.random.key(0))
 leaves = jax.tree.leaves(eqx.filter(posterior.proposal, eqx.is_array))
 print("finished", b"".join(np.asarray(leaf).tobytes() for leaf in leaves).hex(), flush=True)
 """
