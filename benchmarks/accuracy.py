@@ -127,7 +127,7 @@ def run_sbibm(args) -> Iterator[Row]:
             with Clock() as correcting:
                 focused = not draws.certificate.certified
                 source = conditioned.focus(own) if focused else conditioned
-                corrected = source.condition().sample(own, NUM_DRAWS, max_proposals=20 * NUM_DRAWS, num_moves=100)
+                corrected = source.sample(own, NUM_DRAWS, max_proposals=20 * NUM_DRAWS, num_moves=100)
                 values = corrected.resample(own, NUM_DRAWS)["theta"]
             figures = {}
             if not args.no_classifier:
@@ -153,7 +153,8 @@ class Target(NamedTuple):
         model: the NumPyro model; None for a bare density.
         kernel: the learned sampler.
         rivals: other kernels, by name.
-        arguments: keyword arguments of ``MCMC.run``.
+        data: keyword arguments of the model.
+        init_params: where the chains start; None: where the kernels choose.
         mode_of: number of the mode of every draw.
         modes: the modes' weights.
         log_evidence: log of the normalising constant; None where it is not known.
@@ -164,7 +165,8 @@ class Target(NamedTuple):
     model: Callable | None
     kernel: si.ScoreSDE
     rivals: dict[str, Any]
-    arguments: dict[str, Any]
+    data: dict[str, Any]
+    init_params: Any
     mode_of: Callable
     modes: np.ndarray
     log_evidence: float | None
@@ -184,8 +186,8 @@ def _targets(args) -> Iterator[Target]:
         rivals = {"nuts": NUTS(potential_fn=potential), "mala": si.mcmc.MALA(potential_fn=potential)}
         first = 2.0 * jax.random.normal(jax.random.fold_in(jax.random.key(args.seed), i), (4, target.dim))
         yield Target(
-            target.name, None, kernel, rivals, {"init_params": first}, target.mode_of, target.modes,
-            target.log_evidence, lambda target=target: target.sample(np.random.default_rng(0), NUM_DRAWS),
+            target.name, None, kernel, rivals, {}, first, target.mode_of, target.modes, target.log_evidence,
+            lambda target=target: target.sample(np.random.default_rng(0), NUM_DRAWS),
         )  # fmt: skip
     modes_of = {
         "two_moons": lambda theta: (theta.sum(1) > 0).astype(int),
@@ -198,7 +200,7 @@ def _targets(args) -> Iterator[Target]:
             mode_of, reference = modes_of[task.name], task.reference(1)
             modes = np.bincount(mode_of(reference), minlength=2) / len(reference)
             yield Target(
-                task.name, task.model, kernel, rivals, {"y": task.observation(1)}, mode_of, modes, None,
+                task.name, task.model, kernel, rivals, {"y": task.observation(1)}, None, mode_of, modes, None,
                 lambda draws=reference: draws,
             )  # fmt: skip
 
@@ -215,9 +217,9 @@ def run_multimodal(args) -> Iterator[Row]:
         key = jax.random.fold_in(jax.random.key(args.seed), i)
         mcmc = MCMC(target.kernel, chain_method="vectorized", progress_bar=False, **budget)
         with Clock() as running:
-            mcmc.run(key, **target.arguments, extra_fields=("accept_prob",))
+            mcmc.run(key, **target.data, init_params=target.init_params, extra_fields=("accept_prob",))
             draws = _only(mcmc.get_samples())
-        found = si.certify_chains(mcmc, num=NUM_DRAWS)
+        found = si.mcmc.certify_chains(mcmc, num=NUM_DRAWS)
         print(f"  {found}", flush=True)
         figures = {"score_mode_error": _mode_error(target, target.mode_of(draws)), "score_s": running.times.wall}
         if target.log_evidence is not None:
@@ -226,9 +228,10 @@ def run_multimodal(args) -> Iterator[Row]:
         figures |= {"certified": float(found.certified), "accept_prob": found.accept_prob}
         if not args.no_classifier:
             figures["c2st"] = si.calibration.c2st(key, target.reference(), draws)
-        rivals = si.Comparison(target.model, target.rivals, seconds=running.times.wall, **budget).run(
-            key, **target.arguments
+        comparison = si.Comparison(
+            target.model, target.rivals, init_params=target.init_params, seconds=running.times.wall, **budget
         )
+        rivals = comparison.run(key, **target.data)
         for name, result in rivals.results.items():
             numbers = target.mode_of(_only(rivals.mcmc[name].get_samples()))
             figures |= {f"{name}_mode_error": _mode_error(target, numbers), f"{name}_r_hat": result.r_hat}
@@ -321,13 +324,11 @@ def run_unimodal(args) -> Iterator[Row]:
         kernels = {"score": si.ScoreSDE(task.model), "nuts": NUTS(task.model)}
         # Everything that both models have: the reference's may be the same posterior in other coordinates.
         latent = [site.name for site in si.from_numpyro(task.model, **task.data).latents]
-        compared = si.Comparison(
-            task.model,
-            kernels,
-            num_warmup=(args.num_steps or 10_000) // 10,
-            num_samples=1000,
+        comparison = si.Comparison(
+            task.model, kernels, num_warmup=(args.num_steps or 10_000) // 10, num_samples=1000,
             reference={name: reference[name] for name in latent},
-        ).run(key, **task.data)
+        )  # fmt: skip
+        compared = comparison.run(key, **task.data)
         figures: dict[str, float] = {}
         for name, result in compared.results.items():
             figures |= {f"{name}_mean_error": result.mean_error, f"{name}_sd_error": result.sd_error}

@@ -39,8 +39,8 @@ def main():
     }
     comparison = si.Comparison(
         slcp, kernels, num_warmup=args.num_warmup, num_samples=args.num_samples, reference=reference, modes=modes
-    ).run(jax.random.key(args.seed), y=task.observation(args.observation))
-    print(comparison)
+    )
+    print(comparison.run(jax.random.key(args.seed), y=task.observation(args.observation)))
 
 
 if __name__ == "__main__":

@@ -209,9 +209,8 @@ def run(num_planets, args):
     time, velocity, error = (np.asarray(column, np.float32) for column in read())
     budget = {"num_warmup": 60, "num_samples": 100} if args.smoke else {"num_warmup": 1000, "num_samples": 2500}
     kernels = {"ScoreSDE": si.ScoreSDE(planets), "NUTS": NUTS(planets), "MALA": si.mcmc.MALA(planets)}
-    comparison = si.Comparison(planets, kernels, **budget, modes=lambda sites: aliases.of(sites["period"])).run(
-        jax.random.key(args.seed), time, error, velocity=velocity
-    )
+    contest = si.Comparison(planets, kernels, **budget, modes=lambda sites: aliases.of(sites["period"]))
+    comparison = contest.run(jax.random.key(args.seed), time, error, velocity=velocity)
     table = comparison.to_dataframe()
     table = table.drop(columns=[column for column in table if column.startswith("mode ")])
     print(comparison.settings)

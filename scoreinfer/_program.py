@@ -56,9 +56,9 @@ class Program:
         )
         # Copies: a constant may share memory with an array that is edited in place later.
         self.constants = [value if isinstance(value, jax.Array) else np.array(value) for _, value in constants]
-        inner = [digest(value) for value in _inner_constants(self._jaxpr)]
+        inner = [digest_array(value) for value in _inner_constants(self._jaxpr)]
         self.text = f"{self._jaxpr} {self.uses} {len(constants)} {inner}"
-        self.fingerprint = _hash(" ".join([self.text, *map(digest, self.constants)]).encode())
+        self.fingerprint = _hash(" ".join([self.text, *map(digest_array, self.constants)]).encode())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.text == other.text
@@ -143,7 +143,7 @@ def _inner_constants(jaxpr: Any) -> Iterator[Any]:
                 yield from _inner_constants(getattr(part, "jaxpr", part))
 
 
-def digest(value: Any) -> str:
+def digest_array(value: Any) -> str:
     """Digest one array; of a tracer, whose values are not known, only what is."""
     if is_traced(value):
         return str(value)

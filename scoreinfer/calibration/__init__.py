@@ -4,6 +4,6 @@ from scoreinfer.calibration.predictive import Discrepancy, predictive_check
 from scoreinfer.calibration.ranks import SBC, sbc
 from scoreinfer.calibration.report import CalibrationReport, calibrate
 from scoreinfer.calibration.two_sample import c2st
-from scoreinfer.calibration.uniformity import Row
+from scoreinfer.calibration.uniformity import RankTest
 
-__all__ = ["SBC", "CalibrationReport", "Discrepancy", "Row", "c2st", "calibrate", "predictive_check", "sbc"]
+__all__ = ["SBC", "CalibrationReport", "Discrepancy", "RankTest", "c2st", "calibrate", "predictive_check", "sbc"]

@@ -21,7 +21,7 @@ from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.arviz import to_prior_sbc
-from scoreinfer.calibration.uniformity import Row, judge
+from scoreinfer.calibration.uniformity import RankTest, rank_test
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.mcmc.conditioning import chain_sampler, is_kernel
 from scoreinfer.model import problem_of
@@ -31,7 +31,7 @@ from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target
 from scoreinfer.simulators.dataset import stored_simulations
 from scoreinfer.simulators.store import Store
-from scoreinfer.training.simulations import Simulations, Standardiser, encode, encoded, simulate, standardiser
+from scoreinfer.training.simulations import Simulations, Standardiser, encode, encoded, simulate_joint, standardiser
 
 AT_ONCE = 8192
 """Proposals drawn at once, over all data sets of a batch."""
@@ -70,9 +70,9 @@ class SBC(NamedTuple):
             for index in np.ndindex(values.shape[1:]):
                 yield f"{name}{list(index) if index else ''}", values[(slice(None), *index)], ""
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RankTest]:
         """Test every quantity."""
-        return [judge(name, values, self.num_draws, kind) for name, values, kind in self.columns()]
+        return [rank_test(name, values, self.num_draws, kind) for name, values, kind in self.columns()]
 
     @property
     def p_value(self) -> float:
@@ -169,8 +169,8 @@ def sbc(
     start = time.perf_counter()
     if not is_kernel(posterior) and (model_args or model_kwargs):
         raise TypeError(
-            "Expected `model_args` and `model_kwargs` beside a kernel alone: a fitted posterior knows its problem. Leave "
-            "them out, or give another model as `problem=from_numpyro(model, *args, **kwargs)`."
+            "Expected `model_args` and `model_kwargs` beside a kernel alone: a fitted posterior knows its problem. "
+            "Leave them out, or give another model as `problem=from_numpyro(model, *args, **kwargs)`."
         )
     for_references, for_rows = jax.random.split(key)
     pairs: tuple[Array, Sites] | None = None
@@ -183,7 +183,7 @@ def sbc(
         weighs = is_kernel(posterior) or (corrected and problem.has_density)
         if weighs and (wrong := misdrawn_latents(problem) + misdrawn_data(problem)):
             raise UnsupportedModel(f"Calibration ranks what the model draws, and {say_misdrawn(wrong)}")
-        references = _references(simulate(for_references, problem, max(num_simulations, 100)))
+        references = _references(simulate_joint(for_references, problem, max(num_simulations, 100)))
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):
             sampler = chain_sampler(posterior, problem, model_args, model_kwargs or {}, num_warmup, num_draws, thinning)

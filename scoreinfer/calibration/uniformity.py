@@ -13,7 +13,7 @@ NOTABLE = 3.0
 """Standard errors beyond which the mean or the spread of ranks is put into words."""
 
 
-class Row(NamedTuple):
+class RankTest(NamedTuple):
     """What the ranks of one quantity say.
 
     Args:
@@ -33,21 +33,21 @@ class Row(NamedTuple):
 LEVELS = (0.5, 0.8, 0.95)
 
 
-def judge(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int, kind: str = "") -> Row:
+def rank_test(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int, kind: str = "") -> RankTest:
     """Test the ranks of one quantity among ``num_draws`` draws.
 
     ``kind`` is ``log_joint`` or ``tarp`` for the ranks of these, where only one direction is outwards.
 
-    >>> judge("a", np.arange(1000) % 100, 99).p_value
+    >>> rank_test("a", np.arange(1000) % 100, 99).p_value
     1.0
-    >>> judge("a", 40 + np.arange(1000) % 20, 99).finding
+    >>> rank_test("a", 40 + np.arange(1000) % 20, 99).finding
     'too wide'
     """
     position = (ranks + 0.5) / (num_draws + 1)
     outwards = {"": np.abs(2 * position - 1), "log_joint": 1 - position, "tarp": position}[kind]
     half, most, nearly_all = (float(np.mean(outwards <= level)) for level in LEVELS)
     finding = _joint_finding(outwards) if kind else _finding(position)
-    return Row(name, chi_squared_p(ranks, num_draws), finding, (half, most, nearly_all))
+    return RankTest(name, chi_squared_p(ranks, num_draws), finding, (half, most, nearly_all))
 
 
 def chi_squared_p(ranks: Integer[np.ndarray, " num"], num_draws: int) -> float:

@@ -103,7 +103,7 @@ def seen(num: float | int) -> float:
     return float(1.0 - (1.0 - CONFIDENCE) ** (1.0 / num)) if num > 0 else 1.0
 
 
-def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: ForwardCheck) -> Certificate:
+def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: ForwardCheck) -> Certificate:
     """Judge a batch of importance weights, with evidence from elsewhere where there is some.
 
     Args:
@@ -122,9 +122,9 @@ def certify(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: Forwa
         - nothing was looked for at the observation itself, and it lies further from the simulations than any of them
           from the others.
 
-    >>> certify(np.zeros(1000)).certified
+    >>> certify_weights(np.zeros(1000)).certified
     True
-    >>> certify(np.where(np.arange(1000) < 20, 0.0, -9.0)).reason
+    >>> certify_weights(np.where(np.arange(1000) < 20, 0.0, -9.0)).reason
     'effective sample size 20 < 100'
     """
     ranks = [float(check.distance_rank) for check in checks if not np.isnan(check.distance_rank)]

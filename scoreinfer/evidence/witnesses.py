@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
-from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify
+from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.montecarlo.first_draws import (
     NUM_WITNESSES,
     THOROUGH,
@@ -237,7 +237,7 @@ def judge(
     """
     one, other = (witnesses._replace(values=witnesses.values[i::2]) for i in range(2))
     check = hold_against(key, proposal, target, drawn, one, defence)
-    first = Judged(drawn, certify(drawn.log_weight, check, *others), drawn.num)
+    first = Judged(drawn, certify_weights(drawn.log_weight, check, *others), drawn.num)
     good = first.certificate.certified and first.certificate.missed < MAX_LEFT
     mending = None if good or again is None else repair(held(one), check.log_excess)
     if mending is None or again is None:
@@ -245,7 +245,7 @@ def judge(
     drawn = again(mending)
     check = hold_against(key, proposal, target, drawn, other, mending)
     num = first.num_proposals + drawn.num
-    mended = Judged(drawn, certify(drawn.log_weight, check, *others), num, mending.share)
+    mended = Judged(drawn, certify_weights(drawn.log_weight, check, *others), num, mending.share)
     return max(first._replace(num_proposals=num), mended, key=_standing)
 
 

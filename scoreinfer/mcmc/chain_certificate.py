@@ -16,7 +16,7 @@ from numpyro.util import is_prng_key
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import Draws
-from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify as certify_weights
+from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
 from scoreinfer.montecarlo.first_draws import num_ancestors

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 from numpyro.util import is_prng_key
 
-from scoreinfer._program import digest, trace_afresh
+from scoreinfer._program import digest_array, trace_afresh
 from scoreinfer._tree import Layout, evaluated_at_once, is_traced
 from scoreinfer._typing import Sites
 from scoreinfer.montecarlo.langevin import differentiate
@@ -78,7 +78,7 @@ class Origins:
         return Origin(f"{number} {self._num_edits} {program.fingerprint}")
 
     def _note(self, array: np.ndarray) -> None:
-        known, new = self._digests.get(id(array)), digest(array)
+        known, new = self._digests.get(id(array)), digest_array(array)
         self._num_edits += known is not None and known[0]() is array and known[1] != new
         self._digests[id(array)] = weakref.ref(array), new
 
@@ -104,7 +104,7 @@ def layout(problem: Problem) -> Layout | Ravelled:
     return Layout(tuple(site.name for site in problem.latents), tuple(shapes))
 
 
-def flatten(problem: Problem, sites: PyTree) -> Float[Array, " dim"]:
+def flatten_sites(problem: Problem, sites: PyTree) -> Float[Array, " dim"]:
     """Join unconstrained values that a user gave."""
     if not problem.latents:
         return layout(problem).flatten(sites)

@@ -30,7 +30,7 @@ from scoreinfer.mcmc.contract import (
     Origin,
     Origins,
     any_chain,
-    flatten,
+    flatten_sites,
     layout,
     observe,
     same_bits,
@@ -231,7 +231,7 @@ class AbstractLangevin(MCMCKernel):
         def begin(key: Key, params: PyTree) -> LangevinState:
             key, _, for_momentum, for_adaptation = random.split(key, 4)
             if problem is not None:
-                params = layout(problem).unflatten(flatten(problem, params))
+                params = layout(problem).unflatten(flatten_sites(problem, params))
             space = self._space(problem, y, params)
             x = space.flatten(params)
             value, gradient = self._differentiate(space.log_density, x)(x)

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.base import spread
-from scoreinfer.mcmc.contract import Origin, any_chain, flatten, layout, same_bits
+from scoreinfer.mcmc.contract import Origin, any_chain, flatten_sites, layout, same_bits
 from scoreinfer.montecarlo.langevin import TARGET_ACCEPT_PROB, differentiate, metropolis_langevin_step
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
@@ -125,7 +125,7 @@ def refill(key: Key, proposal: AbstractProposal, target: Target, bank: Bank, sta
     return bank._replace(proposals=proposals, used=jnp.where(stale, 0, bank.used))
 
 
-def select(key: Key, proposals: Weighted, current: Weighted) -> tuple[Weighted, Float[Array, ""]]:
+def multiple_try(key: Key, proposals: Weighted, current: Weighted) -> tuple[Weighted, Float[Array, ""]]:
     """Try one of the proposals, picked by weight: the next draw, and the acceptance probability of the pick.
 
     Exactness: exact: multiple-try Metropolis with independent proposals (proof in the module's docstring).
@@ -166,7 +166,7 @@ def global_move(key: Key, proposal: AbstractProposal, target: Target, state: Sco
     bank = refill(key_bank, proposal, target, state.bank, changed | other_key | (state.bank.used >= size))
     ahead, fresh = jnp.arange(size) - bank.used, current.log_weight == -jnp.inf
     tried = jnp.where(fresh | (ahead >= 0) & (ahead < num), bank.proposals.log_weight, -jnp.inf)
-    draw, accept_prob = select(key_select, bank.proposals._replace(log_weight=tried), current)
+    draw, accept_prob = multiple_try(key_select, bank.proposals._replace(log_weight=tried), current)
     bank = bank._replace(used=jnp.where(fresh, size, bank.used + num))
     return with_draw(target, state._replace(accept_prob=accept_prob, bank=bank, y=target.y), draw)
 
@@ -244,7 +244,7 @@ def start(
     nothing = zero + jnp.finfo(zero.dtype).min
     draw = Weighted(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_target[0] + zero)
     if sites is not None:
-        draw = weigh_anew(key_path, proposal, target, flatten(target.problem, sites).astype(empty.z.dtype))
+        draw = weigh_anew(key_path, proposal, target, flatten_sites(target.problem, sites).astype(empty.z.dtype))
         lost = draw.log_weight == jnp.inf  # where the proposals never come: the chain starts from one of these instead
         draw = draw._replace(log_weight=jnp.where(lost, -jnp.inf, draw.log_weight))
     factor = preconditioner(key_factor, proposal, target) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)

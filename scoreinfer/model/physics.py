@@ -18,7 +18,7 @@ from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_t
 from scoreinfer.model.replay import Open, fixed_key, layers
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
-from scoreinfer.process.physics import Step, flatten, minus_drift, unflatten
+from scoreinfer.process.physics import Step, components_of, minus_drift, states_of
 
 NUM_PROBES = 8
 
@@ -127,7 +127,7 @@ def _checked(step: Step, what: str) -> Step:
 
 
 def _flat(step: Step, state: tuple[int, ...], waves: bool) -> Step:
-    return lambda t0, t1, x: flatten(step(t0, t1, unflatten(x, state, waves)), state, waves)
+    return lambda t0, t1, x: components_of(step(t0, t1, states_of(x, state, waves)), state, waves)
 
 
 def _constant_noise(

@@ -1,6 +1,7 @@
 """Convolutional networks for fields on one- and two-dimensional grids. All weights are float32."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,7 +24,7 @@ class ConvNet(eqx.Module):
     With ``levels`` it is a U-Net: between two runs of blocks on each grid, the same is done on one half as fine (means
     of neighbours), and what comes of it there is added. It then commutes with shifts by 2^(levels - 1).
 
-    For ``fit(..., process=Physics(site), net=ConvNet(key, shape))``.
+    For ``SMDP(model, site, net=ConvNet(key, shape))``.
 
     Args:
         key: random key of the weights.
@@ -32,7 +33,7 @@ class ConvNet(eqx.Module):
         padding: what lies beyond the grid: itself (``periodic``), zero (``dirichlet``), or the value at its edge
             (``neumann``).
         num_context: length of the context vector.
-        num_outputs: number of states it returns: with ``fit``, means and log scales, two.
+        num_outputs: number of states it returns: for `SMDP`, means and log scales, two.
         physics: also see the state as it is, and the physics' own increment Phi(x) - x in units of its noise, beside
             the standardised state.
         width: channels within.
@@ -115,6 +116,15 @@ class ConvNet(eqx.Module):
             for i in range(num_blocks)
         )
         self.last = linear(keys[-1], points * width, num_outputs * num_channels, 0.0)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the network was made with, besides the state's shape and the context."""
+        return {
+            "num_space": self.num_space, "padding": self.padding, "physics": self.physics,
+            "width": self.first.out_features, "dilations": list(self.dilations), "kernel_size": self.kernel_size,
+            "levels": self.levels,
+        }  # fmt: skip
 
     def __call__(
         self, x: Float[Array, " num_in"], log_level: Float[Array, ""], context: Float[Array, " num_context"]

@@ -1,6 +1,7 @@
 """Embeddings: standardised observed sites to one context vector."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,6 +23,11 @@ def flatten(sites: Sites) -> Float[Array, " features"]:
 
 class Concatenate(eqx.Module):
     """The flat embedding: all observed numbers side by side."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the embedding was made with: nothing."""
+        return {}
 
     def __call__(self, sites: Sites) -> Float[Array, " features"]:
         """Concatenate the sites."""
@@ -45,6 +51,12 @@ class DeepSet(eqx.Module):
         self.inner = eqx.tree_at(lambda net: net.last, inner, linear(second, width, width))
         self.outer = linear(second, 2 * width, num_out)
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the embedding was made with."""
+        inner = self.inner.first
+        return {"num_entry": inner.in_features, "width": inner.out_features, "num_out": self.outer.out_features}
+
     def __call__(self, sites: Sites) -> Float[Array, " features"]:
         """Embed the set of entries along the first axis."""
         entries = jnp.concatenate(
@@ -59,6 +71,7 @@ class Series(eqx.Module):
 
     layers: tuple[eqx.nn.Conv1d, ...]
     outer: eqx.nn.Linear
+    length: int = eqx.field(static=True)
 
     def __init__(self, key: Key, length: int, num_channels: int, *, width: int = 32, num_out: int = 64):
         keys = jax.random.split(key, 4)
@@ -73,6 +86,14 @@ class Series(eqx.Module):
             lambda x: _convolve(self.layers, x), jax.ShapeDtypeStruct((num_channels, length), jnp.float32)
         )
         self.outer = linear(keys[3], last.shape[0] * last.shape[1], num_out)
+        self.length = length
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the embedding was made with."""
+        first, num_out = self.layers[0], self.outer.out_features
+        sizes = {"num_channels": first.in_channels, "width": first.out_channels, "num_out": num_out}
+        return {"length": self.length, **sizes}
 
     def __call__(self, sites: Sites) -> Float[Array, " features"]:
         """Embed the series."""

@@ -1,5 +1,7 @@
 """Residual multilayer perceptrons, plain and modulated by a condition. All weights are float32."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,11 @@ class ResidualMLP(eqx.Module):
             for i in range(depth)
         )
         self.last = linear(keys[-1], width, num_out, 0.0)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the network was made with, besides its inputs and outputs."""
+        return {"width": self.first.out_features, "depth": len(self.blocks)}
 
     def __call__(self, x: Float[Array, " num_in"]) -> Float[Array, " num_out"]:
         """Compute the output of the network at ``x``."""
@@ -95,6 +102,11 @@ class ConditionalMLP(eqx.Module):
             for i in range(depth)
         )
         self.last = linear(keys[-1], width, num_out, 0.0)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What the network was made with, besides its inputs and outputs."""
+        return {"width": self.width, "depth": len(self.blocks), "octaves": list(self.octaves)}
 
     def __call__(
         self, x: Float[Array, " num_in"], log_level: Float[Array, ""], context: Float[Array, " num_context"]

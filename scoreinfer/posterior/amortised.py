@@ -22,7 +22,7 @@ from scoreinfer.agreement import misdrawn_latents, say_misdrawn
 from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.errors import TrainingWarning
 from scoreinfer.evidence.bank import Outliers
-from scoreinfer.evidence.certificate import MAX_K_HAT, ForwardCheck, certify
+from scoreinfer.evidence.certificate import MAX_K_HAT, ForwardCheck, certify_weights
 from scoreinfer.evidence.witnesses import Judged, gather, judge
 from scoreinfer.montecarlo.langevin import Moves, rejuvenate
 from scoreinfer.montecarlo.reference import Prior, reference_of
@@ -30,7 +30,7 @@ from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, warn_of_outlier
-from scoreinfer.posterior.checkpoint import Parts, write_posterior
+from scoreinfer.posterior.checkpoint_amortised import Parts, write_posterior
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AbstractAmortised
 from scoreinfer.samplers.base import Target, Weighted
@@ -219,7 +219,7 @@ class Conditioned(AbstractConditioned):
             )
         log_joint = _log_priors(problem, draws.unconstrained) + log_likelihood
         log_weight = log_joint - draws.log_q
-        certificate = certify(log_weight, self._stored_check(key, simulations, log_weight))
+        certificate = certify_weights(log_weight, self._stored_check(key, simulations, log_weight))
         num_failed = int(np.isneginf(log_likelihood).sum())
         if num_failed:
             failed = f"the simulator failed at {num_failed} draws, which count as impossible"
@@ -273,11 +273,11 @@ class Conditioned(AbstractConditioned):
         problem = self.target.problem
         outlying = ForwardCheck(jnp.zeros(0), self._distance_rank())
         if not problem.has_density:
-            certificate = certify(None, outlying)
+            certificate = certify_weights(None, outlying)
             unweighed = problem.observation is not None
             return Judged(drawn, certificate._replace(reason=UNWEIGHED) if unweighed else certificate, drawn.num)
         if problem.simulate is None:
-            return Judged(drawn, certify(drawn.log_weight, outlying), drawn.num)
+            return Judged(drawn, certify_weights(drawn.log_weight, outlying), drawn.num)
         witnesses = gather(streams.witnesses, reference_of(problem), self.target, thorough=thorough)
         return judge(streams.judging, self.proposal, self.target, drawn, witnesses, defence, again, outlying)
 

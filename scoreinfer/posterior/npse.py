@@ -1,5 +1,6 @@
 """Neural posterior score estimation: simulations, then the whitening map, then the score in the whitened space."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from jaxtyping import Array, Int
 
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
-from scoreinfer.bijections.affine import identity
 from scoreinfer.errors import TrainingWarning, UnsupportedModel
 from scoreinfer.evidence.bank import Outliers, outliers
 from scoreinfer.identity import describe_run
@@ -23,15 +23,16 @@ from scoreinfer.model import problem_of
 from scoreinfer.nets import Concatenate, Embedding
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.amortised import Posterior
-from scoreinfer.posterior.checkpoint import foreign_outputs, read_posterior
+from scoreinfer.posterior.checkpoint import foreign_outputs
+from scoreinfer.posterior.checkpoint_amortised import read_posterior
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
+from scoreinfer.samplers.amortised import AmortisedProposal, Architecture, Size, default_sampler, untrained
 from scoreinfer.samplers.diffusion import AbstractSampler
-from scoreinfer.score.network import score_module
+from scoreinfer.score.network import ConditionalScore
 from scoreinfer.simulators.dataset import StoredSimulations, stored_simulations, with_outputs
 from scoreinfer.simulators.store import Store
 from scoreinfer.simulators.validity import Validity, learn_validity
-from scoreinfer.training.loop import Budget, TrainingHistory, train
+from scoreinfer.training.loop import Budget, History, TrainingHistory, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision, whitening_loss
 from scoreinfer.training.resume import open_run
 from scoreinfer.training.simulations import (
@@ -41,10 +42,10 @@ from scoreinfer.training.simulations import (
     check_finite,
     encoded,
     has_gradient,
-    simulate,
+    simulate_joint,
     standardiser,
 )
-from scoreinfer.training.whitening import Whitening, linear_whitening
+from scoreinfer.training.whitening import Whitening, regressed
 
 NUM_PILOT = 8192
 """Simulations that scales and the first whitening map are made from."""
@@ -153,15 +154,14 @@ class NPSE:
         budget = _budget(self, data)
         embedding = Concatenate() if self.embedding is None else self.embedding
         stages = _open_checkpoint(self, key, data, embedding)
-        whitening, white_history = _learn_whitening(self, streams, data, budget, embedding, stages[0])
-        score, embedding, score_history = _learn_score(self, streams, data, budget, whitening, embedding, stages[1])
         problem, stored = data.problem, data.stored
-        weighed = problem.has_density or problem.observation is not None
-        sampler = self.sampler or default_sampler(problem.dim, weighed=weighed)
-        proposal = AmortisedProposal(data.scale, whitening, identity(problem.dim), embedding, score, sampler)
+        proposal = untrained(streams.white, streams.net, problem, _architecture(self, data), embedding)
+        proposal = dataclasses.replace(proposal, standardiser=data.scale)
+        proposal, white_history = _learn_whitening(self, streams.train, data, budget, proposal, stages[0])
+        proposal, score_history = _learn_score(self, streams.score, data, budget, proposal, stages[1])
         history = TrainingHistory(white_history, score_history, budget)
         if stored is None:
-            usual = _standardise(data.scale, simulate(streams.bank, problem, NUM_OUTLIERS)).x
+            usual = _standardise(data.scale, simulate_joint(streams.bank, problem, NUM_OUTLIERS)).x
         else:
             usual = _rows(data.validation.x, slice(None, NUM_OUTLIERS))
         validity = _validity(self, streams.validity, stored)
@@ -267,7 +267,7 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
             "`target_score=True` needs the gradient of the joint density, and this model has none (a loop or a call "
             "that cannot be differentiated, or no density at all). Leave it out: the score is learned without."
         )
-    pilot = simulate(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
+    pilot = simulate_joint(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
     if pilot.gradient is not None and options.target_score is None and not jnp.isfinite(pilot.gradient).all():
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
@@ -276,7 +276,7 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
     size = min(POOL, min(250, options.num_steps) * options.batch_size)
 
     def renew(key: Key, gradient: bool) -> Simulations:
-        return _standardise(scale, simulate(key, problem, size, gradient=gradient))
+        return _standardise(scale, simulate_joint(key, problem, size, gradient=gradient))
 
     training, validation = _held_out(_standardise(scale, pilot), max(pilot.num // 10, 1))
     return _Data(problem, scale, training, validation, renew if online else None, online, None)
@@ -344,39 +344,44 @@ def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding)
     return folder / "whitening.safetensors", folder / "score.safetensors"
 
 
+def _architecture(options: NPSE, data: _Data) -> Architecture:
+    """Choose the hyperparameters. On a fixed budget a large whitening map would learn its simulations by heart."""
+    problem, width = data.problem, options.width
+    weighed = problem.has_density or problem.observation is not None
+    sampler = options.sampler or default_sampler(problem.dim, weighed=weighed)
+    whitening = Size(2 * width, 3) if data.online else Size(width, 2)
+    return Architecture(whitening, Size(width, options.depth), sampler)
+
+
 def _learn_whitening(
-    options: NPSE, streams: _Streams, data: _Data, budget: Budget, embedding: Embedding, checkpoint: Path | None
-) -> tuple[Whitening, Any]:
-    # On a fixed budget a large whitening map would learn its simulations by heart.
-    size = {"width": 2 * options.width, "depth": 3} if data.online else {"width": options.width, "depth": 2}
-    whitening = linear_whitening(streams.white, data.training.z, data.training.x, embedding, **size)
+    options: NPSE, key: Key, data: _Data, budget: Budget, proposal: AmortisedProposal, checkpoint: Path | None
+) -> tuple[AmortisedProposal, History]:
     short = budget._replace(num_steps=options.num_steps if data.online else options.num_steps // 4)
-    return train(
-        streams.train, whitening, whitening_loss, lambda key: data.pool(key, False), data.validation, short,
-        progress_bar=options.progress_bar, title="whitening", checkpoint=checkpoint,
+    whitening, history = train(
+        key, regressed(proposal.whitening, data.training.z, data.training.x), whitening_loss,
+        lambda key: data.pool(key, False), data.validation, short, progress_bar=options.progress_bar,
+        title="whitening", checkpoint=checkpoint,
     )  # fmt: skip
+    return dataclasses.replace(proposal, whitening=whitening), history
 
 
 def _learn_score(
-    options: NPSE, streams: _Streams, data: _Data, budget: Budget, whitening: Whitening, embedding: Embedding,
-    checkpoint: Path | None,
-) -> tuple[Any, Embedding, Any]:  # fmt: skip
+    options: NPSE, key: Key, data: _Data, budget: Budget, proposal: AmortisedProposal, checkpoint: Path | None
+) -> tuple[AmortisedProposal, History]:
+    whitening = proposal.whitening
     whitened = _whiten(whitening, data.training)
     use_gradient = data.training.gradient is not None
     precision = target_precision(whitened, options.target_score) if use_gradient else None
-    module = score_module(
-        streams.net, data.problem.dim, embedding, data.training.x, width=options.width, depth=options.depth
-    )
 
     def pool(key: Key) -> ScoreBatch:
         return whitened if data.renew is None else _whiten(whitening, data.pool(key, precision is not None))
 
     module, history = train(
-        streams.score, module, jax.tree_util.Partial(denoising_loss, precision=precision), pool,
-        _whiten(whitening, data.validation), budget, progress_bar=options.progress_bar, title="score",
-        checkpoint=checkpoint,
+        key, ConditionalScore(proposal.embedding, proposal.score),
+        jax.tree_util.Partial(denoising_loss, precision=precision), pool, _whiten(whitening, data.validation), budget,
+        progress_bar=options.progress_bar, title="score", checkpoint=checkpoint,
     )  # fmt: skip
-    return module.score, module.embedding, history
+    return dataclasses.replace(proposal, embedding=module.embedding, score=module.score), history
 
 
 def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Validity | None:

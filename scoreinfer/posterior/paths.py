@@ -18,7 +18,7 @@ from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.evidence.bank import ForwardBank, Outliers
-from scoreinfer.evidence.certificate import MAX_UNSEEN, ForwardCheck, certify, seen
+from scoreinfer.evidence.certificate import MAX_UNSEEN, ForwardCheck, certify_weights, seen
 from scoreinfer.evidence.witnesses import Judged, gather, judge
 from scoreinfer.montecarlo.reference import reference_of
 from scoreinfer.montecarlo.weights import effective_sample_size
@@ -31,7 +31,7 @@ from scoreinfer.paths import (
 from scoreinfer.paths.particles import ResampledPaths
 from scoreinfer.paths.proposal import END_STATE, AbstractPaths, KnownEnd, PathProposal
 from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, warn_of_outlier
-from scoreinfer.posterior.path_checkpoint import PathParts, write_paths
+from scoreinfer.posterior.checkpoint_paths import PathParts, write_paths
 from scoreinfer.problem import Problem
 from scoreinfer.process import PhysicsProcess
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
@@ -129,7 +129,7 @@ class ConditionedPaths(AbstractConditioned):
         witnesses = gather(for_witnesses, reference, self.target, thorough=thorough)
         near = self._near()
         if seen(witnesses.num_informative) > MAX_UNSEEN:
-            return Judged(drawn, certify(drawn.log_weight, near), drawn.num)
+            return Judged(drawn, certify_weights(drawn.log_weight, near), drawn.num)
         outlying = near._replace(log_excess=jnp.zeros(0))
         return judge(for_weights, by, self.target, drawn, witnesses, None, again, outlying)
 

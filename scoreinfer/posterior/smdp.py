@@ -23,8 +23,8 @@ from scoreinfer.paths import LearnedBackward, linear_frame, path_controls, throu
 from scoreinfer.paths.build import Reversal, read_reversal, samplers, untrained
 from scoreinfer.paths.losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.paths.proposal import END_STATE, PARAMETERS, AbstractPaths, StartedPaths, layout_conditions, pinned
+from scoreinfer.posterior.checkpoint_paths import read_paths
 from scoreinfer.posterior.npse import NPSE
-from scoreinfer.posterior.path_checkpoint import read_paths
 from scoreinfer.posterior.paths import PathPosterior, path_features
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
@@ -33,7 +33,7 @@ from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
 from scoreinfer.samplers.base import Target
 from scoreinfer.simulators.outputs import real_numbers
 from scoreinfer.training.loop import Budget, History, train
-from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate, standardiser
+from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate_joint, standardiser
 
 NUM_PILOT, PER_STEP = 8192, 64
 """Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
@@ -370,7 +370,7 @@ def _has_controls(reversal: Reversal) -> bool:
 
 def _simulated(key: Key, reversal: Reversal, num: int) -> Simulated:
     """Simulate paths, with the observation as their last state where the process ends in its noise."""
-    drawn, end = simulate(key, reversal.problem, num), reversal.end
+    drawn, end = simulate_joint(key, reversal.problem, num), reversal.end
     check_finite(drawn)
     parameters, paths = jax.vmap(unknowns(reversal.problem, reversal.site).parts)(drawn.z)
     conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (drawn.x if reversal.conditioned else {})

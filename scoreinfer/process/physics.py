@@ -84,11 +84,11 @@ class PhysicsProcess(AbstractProcess):
 
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
         """Compute components of states, whose axes come last."""
-        return flatten(states, self.shape, self.waves)
+        return components_of(states, self.shape, self.waves)
 
     def unflatten(self, components: Float[Array, "... dim"]) -> Float[Array, "..."]:
         """Compute states from components."""
-        return unflatten(components, self.shape, self.waves)
+        return states_of(components, self.shape, self.waves)
 
     @property
     def num_steps(self) -> int:
@@ -171,15 +171,15 @@ def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> Phy
     )
 
 
-def flatten(states: Float[Array, "..."], shape: tuple[int, ...], waves: bool) -> Float[Array, "..."]:
+def components_of(states: Float[Array, "..."], shape: tuple[int, ...], waves: bool) -> Float[Array, "..."]:
     """Make one vector of each state: its own components, or its Hartley coefficients."""
     if waves:
         states = hartley(states, len(shape))
     return states.reshape(*states.shape[: states.ndim - len(shape)], -1)
 
 
-def unflatten(components: Float[Array, "..."], shape: tuple[int, ...], waves: bool) -> Float[Array, "..."]:
-    """Invert `flatten`."""
+def states_of(components: Float[Array, "..."], shape: tuple[int, ...], waves: bool) -> Float[Array, "..."]:
+    """Invert `components_of`."""
     states = components.reshape(*components.shape[:-1], *shape)
     return hartley(states, len(shape)) if waves else states
 

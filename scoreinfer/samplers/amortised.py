@@ -3,18 +3,22 @@
 import abc
 from typing import NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.bijections.affine import Affine
+from scoreinfer.bijections.affine import Affine, identity
 from scoreinfer.bijections.base import Change
 from scoreinfer.nets import Embedding
+from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractDensityProposal, Target
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import NeuralScore
+from scoreinfer.score.network import score_module
 from scoreinfer.training.simulations import Standardiser, encode
-from scoreinfer.training.whitening import Whitening
+from scoreinfer.training.whitening import Whitening, untrained_whitening
 
 
 class Context(NamedTuple):
@@ -78,6 +82,56 @@ class AmortisedProposal(AbstractAmortised):
     def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
         return log_q_whitened(key, self.sampler, self.score, *context, z)
+
+
+class Size(NamedTuple):
+    """Width and number of residual blocks of a network."""
+
+    width: int
+    depth: int
+
+
+class Architecture(NamedTuple):
+    """Hyperparameters of an amortised proposal: with the problem and the embedding they say what its arrays are.
+
+    Args:
+        whitening: size of the network of the whitening map.
+        score: size of the score network.
+        sampler: how draws are made.
+        octaves: octaves of sine features of each input of the score; none: no such features.
+        bend: scale units beyond which standardised observations have logarithmic tails.
+    """
+
+    whitening: Size
+    score: Size
+    sampler: AbstractSampler
+    octaves: tuple[int, ...] = ()
+    bend: float = 4.0
+
+
+@eqx.filter_jit
+def untrained(
+    for_whitening: Key, for_score: Key, problem: Problem, architecture: Architecture, embedding: Embedding
+) -> AmortisedProposal:
+    """Make an untrained proposal; with `equinox.filter_eval_shape`, the shapes of its arrays alone.
+
+    Args:
+        for_whitening: random key of the whitening network.
+        for_score: random key of the score network.
+        problem: the problem.
+        architecture: the hyperparameters.
+        embedding: module from the standardised observation to the context.
+
+    Exactness: its weights are exact like those of any other.
+    """
+    dim = problem.dim
+    x = encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
+    scale = Standardiser(x, jax.tree.map(jnp.ones_like, x), architecture.bend)
+    x = scale(x)
+    whitening = untrained_whitening(for_whitening, dim, x, embedding, **architecture.whitening._asdict())
+    rows = jax.tree.map(lambda leaf: leaf[None], x)
+    module = score_module(for_score, dim, embedding, rows, **architecture.score._asdict(), octaves=architecture.octaves)
+    return AmortisedProposal(scale, whitening, identity(dim), module.embedding, module.score, architecture.sampler)
 
 
 def propose_whitened(

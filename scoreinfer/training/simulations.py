@@ -38,7 +38,7 @@ BATCH = 4096
 """Simulations per compiled call."""
 
 
-def simulate(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> Simulations:
+def simulate_joint(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> Simulations:
     """Draw ``num`` joint draws (z, x) from prior and simulator, in batches of bounded memory.
 
     Draw i depends on ``key`` and i alone. With ``gradient`` every draw also carries the gradient of the log joint

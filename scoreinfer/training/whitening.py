@@ -5,6 +5,8 @@ learn that: u = L(x)^{-1} (z - m(x)) is learned first, by Gaussian maximum likel
 space of u. It starts from the linear regression of z on x, which is already the answer for linear-Gaussian models.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,12 +52,17 @@ def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth
     return ResidualMLP(key, num_context, num_out, width=width, depth=depth)
 
 
+def untrained_whitening(key: Key, dim: int, x: Sites, embedding: Embedding, *, width: int, depth: int) -> Whitening:
+    """Make a whitening for standardised observations like ``x`` that leaves everything where it is."""
+    features, context = flatten(x), embedding(x)
+    network = whitening_network(key, dim, context.size, width=width, depth=depth)
+    slope, eye = jnp.zeros((dim, features.size), jnp.float32), jnp.eye(dim, dtype=jnp.float32)
+    return Whitening(slope, jnp.zeros(dim, jnp.float32), eye, embedding, network)
+
+
 @eqx.filter_jit
-def linear_whitening(
-    key: Key, z: Float[Array, "num dim"], x: Sites, embedding: Embedding, *, width: int, depth: int
-) -> Whitening:
-    """Make a whitening from the ridge regression of z on the standardised observations (draw axis first)."""
-    dim = z.shape[1]
+def regressed(whitening: Whitening, z: Float[Array, "num dim"], x: Sites) -> Whitening:
+    """Start a whitening from the ridge regression of z on the standardised observations (draw axis first)."""
     features = jax.vmap(flatten)(x)
     centre, middle = features.mean(0), z.mean(0)
     f, r = features - centre, z - middle
@@ -65,7 +72,5 @@ def linear_whitening(
     covariance = error.T @ error / z.shape[0]
     floor = 1e-8 * jnp.diagonal(r.T @ r / z.shape[0]) + 1e-12
     residual = jnp.linalg.cholesky(covariance + jnp.diag(floor))
-    context = embedding(jax.tree.map(lambda leaf: leaf[0], x))
-    network = whitening_network(key, dim, context.size, width=width, depth=depth)
     slope, intercept, residual = (jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual))
-    return Whitening(slope, intercept, residual, embedding, network)
+    return dataclasses.replace(whitening, slope=slope, intercept=intercept, residual=residual)

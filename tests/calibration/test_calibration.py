@@ -21,7 +21,7 @@ import scoreinfer as si
 from compilations import Compilations
 from doubles import Y1, location_scale
 from oracles import oracles
-from scoreinfer.calibration.uniformity import chi_squared_p, judge
+from scoreinfer.calibration.uniformity import chi_squared_p, rank_test
 from scoreinfer.samplers.base import AbstractDensityProposal
 
 ARTEFACT = Path(__file__).parents[1] / "artefacts" / "location_scale"
@@ -196,7 +196,7 @@ def test_chi_squared_is_that_of_scipy():
 def test_coverage_of_uniform_ranks_is_nominal():
     ranks = np.arange(100_000) % 1000
     for kind in ("", "log_joint", "tarp"):
-        assert np.allclose(judge("a", ranks, 999, kind).coverage, (0.5, 0.8, 0.95), atol=2e-3)
+        assert np.allclose(rank_test("a", ranks, 999, kind).coverage, (0.5, 0.8, 0.95), atol=2e-3)
 
 
 def test_classifier_tells_samples_apart_as_far_as_they_can_be():

@@ -18,7 +18,7 @@ from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.single import Effort, learn
-from scoreinfer.training.simulations import check_finite, has_gradient, simulate
+from scoreinfer.training.simulations import check_finite, has_gradient, simulate_joint
 
 LANGEVIN = [si.mcmc.MALA, si.mcmc.ULA, si.mcmc.UnderdampedLangevin]
 DATA = 1.7
@@ -242,6 +242,6 @@ def test_posterior_that_gives_no_number_is_refused():
 
 def test_training_does_without_a_gradient_that_is_no_number():
     problem = from_numpyro(counts)
-    drawn = simulate(random.key(0), problem, 64, gradient=True)
+    drawn = simulate_joint(random.key(0), problem, 64, gradient=True)
     assert np.isnan(drawn.gradient).all()
     check_finite(drawn)

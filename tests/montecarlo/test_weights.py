@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scoreinfer.evidence.certificate import ForwardCheck, certify
+from scoreinfer.evidence.certificate import ForwardCheck, certify_weights
 from scoreinfer.montecarlo.langevin import metropolis_langevin_step, rejuvenate
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
@@ -93,44 +93,48 @@ def test_rejuvenation_separates_duplicates_and_stays_on_target():
 
 def test_certificate_certifies_good_weights_and_says_why_it_refuses_bad_ones():
     _, good = shifted_normal(4000)
-    assert certify(good).certified
+    assert certify_weights(good).certified
     _, few = shifted_normal(4000, shift=4.5)
-    refused = certify(few)
+    refused = certify_weights(few)
     assert not refused.certified
     assert "effective sample size" in refused.reason
     heavy = 0.95 * np.random.default_rng(0).exponential(size=NUM)
-    assert "k-hat" in certify(heavy).reason
-    assert "NaN" in certify(np.where(np.arange(4000) < 10, np.nan, good)).reason
-    assert "no density" in certify(None).reason
+    assert "k-hat" in certify_weights(heavy).reason
+    assert "NaN" in certify_weights(np.where(np.arange(4000) < 10, np.nan, good)).reason
+    assert "no density" in certify_weights(None).reason
 
 
 def test_certificate_believes_forward_evidence_over_perfect_weights():
     """Equal weights, and yet one truth in eight lies where the proposal never goes."""
     log_weight = np.zeros(4000)
     fine = ForwardCheck(jnp.zeros(64), jnp.array(0.5))
-    assert certify(log_weight, fine).certified
-    missed = certify(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, 60.0, 0.0)))
+    assert certify_weights(log_weight, fine).certified
+    missed = certify_weights(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, 60.0, 0.0)))
     assert not missed.certified
     assert missed.missed == 0.125
-    assert not certify(log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, jnp.inf, 0.0))).certified
-    silent = certify(log_weight, fine._replace(log_excess=jnp.full(64, jnp.nan)))
+    assert not certify_weights(
+        log_weight, fine._replace(log_excess=jnp.where(jnp.arange(64) < 8, jnp.inf, 0.0))
+    ).certified
+    silent = certify_weights(log_weight, fine._replace(log_excess=jnp.full(64, jnp.nan)))
     assert not silent.certified and "none of simulated truths" in silent.reason
     few = fine._replace(log_excess=jnp.where(jnp.arange(64) < 60, jnp.nan, jnp.where(jnp.arange(64) < 61, 60.0, 0.0)))
-    assert certify(log_weight, few).missed == 0.25
+    assert certify_weights(log_weight, few).missed == 0.25
     far = fine._replace(distance_rank=0.0)
-    assert "further from the simulations" in certify(log_weight, far).reason
-    assert certify(log_weight, far, fine._replace(num_informative=100.0, num_first=60_000)).certified
+    assert "further from the simulations" in certify_weights(log_weight, far).reason
+    assert certify_weights(log_weight, far, fine._replace(num_informative=100.0, num_first=60_000)).certified
 
 
 def test_certificate_states_what_it_can_see():
     """Thirty independent witnesses hit a tenth of the posterior with 95 %, 28 do not."""
     log_weight = np.zeros(4000)
     fine = ForwardCheck(jnp.zeros(64), source="the witnesses", num_first=60_000)
-    good = certify(log_weight, fine._replace(num_informative=30.0))
+    good = certify_weights(log_weight, fine._replace(num_informative=30.0))
     assert good.certified and abs(good.seen_mass - (1 - 0.05 ** (1 / 30))) < 1e-9
     assert abs(good.seen_prior_mass - 5e-5) < 1e-6
     assert "at least 0.095 of the posterior in corners of at least 5e-05 of the prior" in str(good)
-    few = certify(log_weight, fine._replace(num_informative=28.0))
+    few = certify_weights(log_weight, fine._replace(num_informative=28.0))
     assert not few.certified and "only 28 independent witnesses" in few.reason
-    assert certify(log_weight, fine._replace(num_informative=28.0), fine._replace(num_informative=30.0)).certified
-    assert "nothing was looked for" in str(certify(log_weight))
+    assert certify_weights(
+        log_weight, fine._replace(num_informative=28.0), fine._replace(num_informative=30.0)
+    ).certified
+    assert "nothing was looked for" in str(certify_weights(log_weight))

@@ -28,8 +28,8 @@ from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.focused import FocusedProposal, focus
 from scoreinfer.training.loop import Budget, train
 from scoreinfer.training.losses import target_mix, whitening_loss
-from scoreinfer.training.simulations import Simulations, check_finite, simulate, standardiser
-from scoreinfer.training.whitening import linear_whitening
+from scoreinfer.training.simulations import Simulations, check_finite, simulate_joint, standardiser
+from scoreinfer.training.whitening import regressed, untrained_whitening
 
 SMALL = {"width": 32, "depth": 2, "num_steps": 1000, "batch_size": 256, "progress_bar": False}
 
@@ -409,10 +409,12 @@ def test_standardiser_is_linear_in_the_bulk_and_logarithmic_beyond():
 def test_linear_whitening_is_the_gaussian_posterior():
     oracle = linear_gaussian(3)
     problem = si.from_numpyro(oracle.model)
-    simulations = simulate(jax.random.key(0), problem, 20_000)
+    simulations = simulate_joint(jax.random.key(0), problem, 20_000)
     scale = standardiser(simulations.x)
     x = jax.vmap(scale)(simulations.x)
-    whitening = linear_whitening(jax.random.key(1), simulations.z, x, Concatenate(), width=16, depth=1)
+    row = jax.tree.map(lambda leaf: leaf[0], x)
+    start = untrained_whitening(jax.random.key(1), problem.dim, row, Concatenate(), width=16, depth=1)
+    whitening = regressed(start, simulations.z, x)
     affine = whitening(scale(problem.encode(jax.tree.map(jnp.asarray, oracle.data))))
     truth = oracle.truth(oracle.data)
     assert np.allclose(affine.mean, truth.mean, atol=0.05)

@@ -13,7 +13,7 @@ import scoreinfer as si
 from modes import UnknownRate, ornstein_uhlenbeck, ring
 from scoreinfer.paths.build import read_reversal
 from scoreinfer.posterior.checkpoint import CONFIG, WEIGHTS
-from scoreinfer.posterior.path_checkpoint import read_paths
+from scoreinfer.posterior.checkpoint_paths import read_paths
 from scoreinfer.posterior.paths import PathPosterior
 from scoreinfer.process import Physics
 

@@ -1,0 +1,151 @@
+"""The arrays and hyperparameters of an amortised posterior, written to a folder and read back."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from scoreinfer._typing import Sites
+from scoreinfer.evidence.bank import Outliers
+from scoreinfer.nets import ConditionalMLP, Embedding
+from scoreinfer.nets.embedding import flatten
+from scoreinfer.posterior.checkpoint import (
+    FORMAT,
+    check_outline,
+    read_folder,
+    read_training,
+    training_record,
+    write_folder,
+)
+from scoreinfer.posterior.hyperparameters import (
+    EMBEDDINGS,
+    MAX_SIZE,
+    YOURS,
+    describe_module,
+    describe_sampler,
+    make_embedding,
+    make_sampler,
+    octaves_of,
+    perceptron_size,
+    positive,
+    size_of,
+    yes_or_no,
+)
+from scoreinfer.problem import Problem
+from scoreinfer.samplers.amortised import AbstractAmortised, AmortisedProposal, Architecture, untrained
+from scoreinfer.samplers.focused import FocusedProposal
+from scoreinfer.samplers.refined import RefinedProposal
+from scoreinfer.simulators.validity import Validity, validity_network
+from scoreinfer.training.loop import TrainingHistory
+from scoreinfer.training.simulations import encode
+
+PROPOSALS = (AmortisedProposal, FocusedProposal, RefinedProposal)
+
+
+class Parts(NamedTuple):
+    """What an amortised posterior is made of, besides its problem."""
+
+    proposal: AbstractAmortised
+    outliers: Outliers | None
+    history: TrainingHistory | None
+    validity: Validity | None = None
+
+
+class Saved(NamedTuple):
+    """What has arrays in an amortised posterior."""
+
+    proposal: AbstractAmortised
+    outliers: Outliers | None
+    validity: Validity | None
+
+
+def write_posterior(path: Path, problem: Problem, parts: Parts) -> None:
+    """Write an amortised posterior to a folder.
+
+    Raises:
+        ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
+    """
+    tree = Saved(parts.proposal, parts.outliers, parts.validity)
+    network = describe(tree)
+    check_outline(tree, outline_of(problem, network, parts.proposal.amortised.embedding))
+    write_folder(path, FORMAT, problem, tree, network, training_record(parts.history))
+
+
+def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) -> Parts:
+    """Read an amortised posterior from a folder, for a problem with the same sites and density.
+
+    Args:
+        path: the folder.
+        problem: the problem of the model at hand.
+        embedding: the embedding module, where it was the user's own; its arrays are replaced.
+
+    Raises:
+        UnreadableFile: where the folder or its content is not whole, of another version, changed, or not ours.
+        ValueError: where it was made for another model, or needs an ``embedding``.
+    """
+
+    def outline(network: dict[str, Any]) -> Saved:
+        stored = network["embedding"]
+        if stored["type"] == YOURS and embedding is None:
+            raise ValueError(
+                f"The posterior in `{path}` embeds its data by a module of your own, {stored['name']}, and files are "
+                "never executed. Give such a module, trained or not: `NPSE(model, embedding=module).load(path, ...)`."
+            )
+        return outline_of(problem, network, embedding)
+
+    saved, history = read_folder(path, FORMAT, problem, outline, read_training)
+    return Parts(saved.proposal, saved.outliers, history, saved.validity)
+
+
+def describe(saved: Saved) -> dict[str, Any]:
+    """Describe everything that is not an array."""
+    proposal = saved.proposal.amortised
+    network = proposal.score.network
+    if not isinstance(network, ConditionalMLP):
+        raise ValueError(f"A score with a {type(network).__name__} cannot be saved, only one with a ConditionalMLP.")
+    return {
+        "proposal": type(saved.proposal).__name__,
+        "bend": proposal.standardiser.bend,
+        "embedding": describe_module(proposal.embedding, EMBEDDINGS),
+        "whitening": proposal.whitening.network.hyperparameters,
+        "score": network.hyperparameters,
+        "sampler": describe_sampler(proposal.sampler),
+        "outliers": None if saved.outliers is None else saved.outliers.distance.size,
+        "validity": saved.validity is not None,
+    }
+
+
+def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> Saved:
+    """Make the tree with shapes in the place of arrays."""
+    whitening, score = (perceptron_size(network[part]) for part in ("whitening", "score"))
+    architecture = Architecture(
+        whitening, score, make_sampler(network["sampler"]), octaves_of(network["score"], problem.dim),
+        positive(network["bend"], "bend"),
+    )  # fmt: skip
+    kinds = {kind.__name__: kind for kind in PROPOSALS}
+    if network["proposal"] not in kinds:
+        raise TypeError(f"unknown proposal {network['proposal']!r}")
+    kind, has_validity = kinds[network["proposal"]], yes_or_no(network["validity"], "validity")
+    num = None if network["outliers"] is None else size_of(network["outliers"], "outliers", MAX_SIZE)
+
+    def build() -> Saved:
+        key, dim = jax.random.key(0), problem.dim
+        first = untrained(key, key, problem, architecture, make_embedding(network["embedding"], embedding))
+        features = flatten(first.standardiser(nothing(problem)))
+        proposal: Any = first
+        if kind is FocusedProposal:
+            proposal = FocusedProposal(first, first)
+        elif kind is RefinedProposal:
+            proposal = RefinedProposal(first, first, features)
+        outliers = None if num is None else Outliers(jnp.zeros((num, features.size)), jnp.zeros(num))
+        validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
+        return Saved(proposal, outliers, validity)
+
+    return eqx.filter_eval_shape(build)
+
+
+def nothing(problem: Problem) -> Sites:
+    """Make an encoded observation of zeros."""
+    return encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
