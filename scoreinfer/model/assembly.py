@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -83,21 +83,51 @@ def _broad_shape(site: dict[str, Any]) -> tuple[int, ...] | None:
     return shape[: len(shape) - site["fn"].event_dim]
 
 
-def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
-    survey, script = facts.survey, facts.script
-    layout, frozen_key = survey.layout, fixed_key()
-    names = [name for name in survey.table if name in script.names]
-    example = {name: survey.sites[name][0] for name in names}
+class _Parts(NamedTuple):
+    """What the functions of a problem are made of.
+
+    Args:
+        survey: what was measured of the model.
+        script: the model, ready to be replayed.
+        names: the observed sites.
+        example: an observation, for where its values do not matter.
+        key: a key, for where it does not matter.
+    """
+
+    survey: Survey
+    script: Script
+    names: list[str]
+    example: Sites
+    key: Key
+
+    @property
+    def layout(self) -> Layout:
+        """How latent sites fill ``z``."""
+        return self.survey.layout
+
+    def play(self, z: Float[Array, " dim"], wanted: Iterable[str]) -> Values:
+        """Replay the model at ``z``, and take the values of some sites."""
+        played = self.script.play(self.key, self.layout.unflatten(z), self.example)
+        return {name: played[name]["value"] for name in wanted}
+
+
+class _Densities(NamedTuple):
+    """Log densities of a problem, as it holds them."""
+
+    log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
+    log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
+    pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None
+
+
+def _densities(parts: _Parts) -> _Densities:
+    survey, script, has_density = parts.survey, parts.script, not parts.survey.notes.draws_keys
     prior = frozenset(
         name for name in survey.terms if (name in survey.latents or LOG_DET in name) and name not in survey.after_data
     )
-    moving = [name for name in survey.latents if name not in survey.supports]
-    bijectors = {name: biject_to(survey.supports[name]) for name in survey.latents if name in survey.supports}
-    reported = [n for n, row in survey.table.items() if row.type == "deterministic" and n not in survey.after_data]
-    has_density = not survey.notes.draws_keys
 
     def log_prior(z: Float[Array, " dim"]) -> Float[Array, ""]:
-        return sum_terms(script.terms(frozen_key, layout.unflatten(z), example), lambda name: name in prior)
+        terms = script.terms(parts.key, parts.layout.unflatten(z), parts.example)
+        return sum_terms(terms, lambda name: name in prior)
 
     def log_likelihood(z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         if not has_density:
@@ -105,23 +135,36 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
                 "This model draws random numbers through `numpyro.prng_key`, so its likelihood has no density "
                 "(`Problem.has_density` is False). Make the noise a sample site to have one."
             )
-        return sum_terms(script.terms(frozen_key, layout.unflatten(z), y), lambda name: name not in prior)
+        return sum_terms(script.terms(parts.key, parts.layout.unflatten(z), y), lambda name: name not in prior)
 
     def pointwise_log_likelihood(z: Float[Array, " dim"], y: Sites) -> Sites:
-        terms = script.terms(frozen_key, layout.unflatten(z), y)
-        return {name: terms[name] for name in names}
+        terms = script.terms(parts.key, parts.layout.unflatten(z), y)
+        return {name: terms[name] for name in parts.names}
 
-    def replayed(z: Float[Array, " dim"], wanted: list[str]) -> Values:
-        played = script.play(frozen_key, layout.unflatten(z), example)
-        return {name: played[name]["value"] for name in wanted}
+    return _Densities(log_prior, log_likelihood, pointwise_log_likelihood if has_density else None)
+
+
+class _Bijections(NamedTuple):
+    """Maps between ``z`` and the sites, as a problem holds them."""
+
+    constrain: Callable[[Float[Array, " dim"]], Values]
+    latent_sites: Callable[[Float[Array, " dim"]], Sites]
+    unconstrain: Callable[[Sites], Float[Array, " dim"]]
+
+
+def _bijections(parts: _Parts) -> _Bijections:
+    survey, layout = parts.survey, parts.layout
+    moving = [name for name in survey.latents if name not in survey.supports]
+    bijectors = {name: biject_to(survey.supports[name]) for name in survey.latents if name in survey.supports}
+    reported = [n for n, row in survey.table.items() if row.type == "deterministic" and n not in survey.after_data]
 
     def latent_sites(z: Float[Array, " dim"]) -> Sites:
         if moving:
-            return replayed(z, list(survey.latents))
+            return parts.play(z, survey.latents)
         return {name: bijectors[name](point) for name, point in layout.unflatten(z).items()}
 
     def constrain(z: Float[Array, " dim"]) -> Values:
-        return replayed(z, [*survey.latents, *reported]) if reported else latent_sites(z)
+        return parts.play(z, [*survey.latents, *reported]) if reported else latent_sites(z)
 
     def unconstrain(sites: Sites) -> Float[Array, " dim"]:
         missing = [name for name in survey.latents if name not in sites]
@@ -130,7 +173,24 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
         values = {name: jnp.asarray(sites[name]) for name in survey.latents}
         if not moving:
             return layout.flatten({name: bijectors[name].inv(value) for name, value in values.items()})
-        return _points(script.play(frozen_key, sites=values | example), layout)
+        return _points(parts.script.play(parts.key, sites=values | parts.example), layout)
+
+    return _Bijections(constrain, latent_sites, unconstrain)
+
+
+def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
+    survey, script = facts.survey, facts.script
+    names = [name for name in survey.table if name in script.names]
+    parts = _Parts(survey, script, names, {name: survey.sites[name][0] for name in names}, fixed_key())
+    layout = parts.layout
+
+    def filled(name: str, value: Array) -> Array:
+        if name not in survey.masks:
+            return value
+        return fill(survey.supports.get(name, constraints.real), survey.masks[name], value)
+
+    def observation(played: Trace) -> Sites:
+        return {name: filled(name, played[name]["value"]) for name in names}
 
     def simulate(key: Key) -> tuple[Float[Array, " dim"], Sites]:
         played = script.play(key)
@@ -139,36 +199,21 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
     def simulate_observation(key: Key, z: Float[Array, " dim"]) -> Sites:
         return observation(script.play(key, layout.unflatten(z)))
 
-    def observation(played: Trace) -> Sites:
-        return {name: filled(name, played[name]["value"]) for name in names}
-
-    def filled(name: str, value: Array) -> Array:
-        if name not in survey.masks:
-            return value
-        return fill(survey.supports.get(name, constraints.real), survey.masks[name], value)
-
     encoders = {name: encoder(survey.table[name], survey.supports.get(name)) for name in names}
     not_simulable = _why_not_simulable(facts)
-    reader = Reader(design, filled)
+    sizes = zip(layout.names, layout.shapes, strict=True)
     return Problem(
         dim=layout.dim,
-        latents=tuple(
-            _site(name, survey, size=int(np.prod(shape)))
-            for name, shape in zip(layout.names, layout.shapes, strict=True)
-        ),
+        latents=tuple(_site(name, survey, size=int(np.prod(shape))) for name, shape in sizes),
         observed=tuple(_site(name, survey) for name in names),
-        log_prior=log_prior,
-        log_likelihood=log_likelihood,
-        constrain=constrain,
-        latent_sites=latent_sites,
-        unconstrain=unconstrain,
+        **_densities(parts)._asdict(),
+        **_bijections(parts)._asdict(),
         simulate=None if not_simulable else simulate,
         simulate_observation=None if not_simulable or survey.after_data & set(survey.latents) else simulate_observation,
         encode=lambda y: {name: encoders[name](y[name]) for name in names},
-        read=reader,
-        has_density=has_density,
+        read=Reader(design, filled),
+        has_density=not survey.notes.draws_keys,
         not_simulable=not_simulable,
-        pointwise_log_likelihood=pointwise_log_likelihood if has_density else None,
         model=model,
     )
 

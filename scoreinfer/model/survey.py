@@ -122,7 +122,37 @@ def draw_probes(function: Callable[[Key], Any], keys: Array) -> Any:
 
 def take_survey(script: Script) -> Survey:
     """Measure a model: joint draws first, then its density at them, with their own and with other data."""
-    notes, tables = Notes(), []
+    notes = Notes()
+    table, drawn = _draw(script, notes)
+    latents = tuple(name for name in table if name in drawn["points"])
+    terms, after_data = _score(script, table, drawn)
+    shapes = tuple(jnp.shape(drawn["points"][name])[1:] for name in latents)
+    return Survey(
+        table=table,
+        latents=latents,
+        layout=Layout(latents, shapes),
+        points=drawn["points"],
+        sites=drawn["sites"],
+        terms=terms,
+        supports={
+            name: jax.tree.unflatten(table[name].support, [leaf[0] for leaf in leaves])
+            for name, leaves in drawn["supports"].items()
+            if all(map(_constant, leaves))
+        },
+        masks={name: np.asarray(mask[0]) for name, mask in drawn["masks"].items() if _constant(mask)},
+        exchangeable={
+            name: axis
+            for name, (moved, stayed) in drawn["alike"].items()
+            if (axis := table[name].plate_axis) is not None and close(moved, stayed)
+        },
+        after_data=after_data,
+        notes=notes,
+    )
+
+
+def _draw(script: Script, notes: Notes) -> tuple[dict[str, Row], dict[str, Any]]:
+    """Draw jointly a few times; return the table of the sites, and what was drawn of each."""
+    tables: list[dict[str, Row]] = []
 
     def draw(key: Key) -> dict[str, Any]:
         played = script.play(key, notes=notes)
@@ -143,8 +173,14 @@ def take_survey(script: Script) -> Survey:
         }
 
     drawn = draw_probes(draw, probe_keys())
-    table: dict[str, Row] = tables[0]
-    latents = tuple(name for name in table if name in drawn["points"])
+    return tables[0], drawn
+
+
+def _score(
+    script: Script, table: dict[str, Row], drawn: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+    """Compute the density of every site at the draws, with their own data; name what other data change."""
+    tables: list[dict[str, Row]] = []
     y = {name: drawn["sites"][name] for name in table if name in script.names}
     other = {name: np.roll(value, 1, axis=0) for name, value in y.items()}
 
@@ -156,36 +192,16 @@ def take_survey(script: Script) -> Survey:
 
     repeat = {name: np.concatenate([value, value]) for name, value in drawn["points"].items()}
     both = {name: np.concatenate([y[name], other[name]]) for name in y}
-    terms, moved = map_probes(score, probe_keys(repeats=2), repeat, both)
+    terms, reported = map_probes(score, probe_keys(repeats=2), repeat, both)
     _refuse_moving(table, tables[-1])
-    shapes = tuple(jnp.shape(drawn["points"][name])[1:] for name in latents)
-    return Survey(
-        table=table,
-        latents=latents,
-        layout=Layout(latents, shapes),
-        points=drawn["points"],
-        sites=drawn["sites"],
-        terms={name: term[:NUM_PROBES] for name, term in terms.items()},
-        supports={
-            name: jax.tree.unflatten(table[name].support, [leaf[0] for leaf in leaves])
-            for name, leaves in drawn["supports"].items()
-            if all(map(_constant, leaves))
-        },
-        masks={name: np.asarray(mask[0]) for name, mask in drawn["masks"].items() if _constant(mask)},
-        exchangeable={
-            name: axis
-            for name, (moved, stayed) in drawn["alike"].items()
-            if (axis := table[name].plate_axis) is not None and close(moved, stayed)
-        },
-        after_data=frozenset(
-            name
-            for name, value in (terms | moved).items()
-            if name not in script.names
-            and not (name in table and table[name].is_factor)
-            and not all(close(leaf[:NUM_PROBES], leaf[NUM_PROBES:]) for leaf in jax.tree.leaves(value))
-        ),
-        notes=notes,
+    after_data = frozenset(
+        name
+        for name, value in (terms | reported).items()
+        if name not in script.names
+        and not (name in table and table[name].is_factor)
+        and not all(close(leaf[:NUM_PROBES], leaf[NUM_PROBES:]) for leaf in jax.tree.leaves(value))
     )
+    return {name: term[:NUM_PROBES] for name, term in terms.items()}, after_data
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:

@@ -62,6 +62,8 @@ def pareto_smooth(log_weight: LogWeights) -> tuple[np.ndarray, float]:
     log_weight = np.asarray(log_weight, np.float64)
     finite = np.isfinite(log_weight)
     smooth = np.where(finite, log_weight, -np.inf)
+    if not finite.any():
+        return smooth, np.inf
     if finite.sum() < 25:  # too few for a tail
         return smooth - np.logaddexp.reduce(smooth), np.inf
     if np.ptp(np.sort(log_weight[finite])[-5:]) == 0.0:  # as after resampling: there is no tail to fit

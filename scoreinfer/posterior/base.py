@@ -51,7 +51,8 @@ class AbstractConditioned(eqx.Module):
         """
         problem = self.target.problem
         if problem.simulate_observation is None:
-            raise UnsupportedModel(f"`predict` simulates data from parameters: {problem.not_simulable}")
+            why = problem.not_simulable or "this model draws latent sites after its data."
+            raise UnsupportedModel(f"`predict` simulates data from parameters: {why}")
         for_draws, for_rows, for_data = jax.random.split(key, 3)
         draws = self.sample(for_draws, num) if draws is None else draws
         numbered = draws._replace(sites={"z": draws.unconstrained}).resample(for_rows, num)

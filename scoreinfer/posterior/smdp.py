@@ -32,7 +32,7 @@ from scoreinfer.process.physics import Step
 from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
 from scoreinfer.samplers.base import Target
 from scoreinfer.simulators.outputs import real_numbers
-from scoreinfer.training.loop import Budget, History, train
+from scoreinfer.training.loop import FINISHED, INTERRUPTED, Budget, History, train
 from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate_joint, standardiser
 
 NUM_PILOT, PER_STEP = 8192, 64
@@ -292,7 +292,7 @@ def _learn(
     """Train the network, one stage for each length of windows (1: single transitions alone)."""
     training, online = data.training, source.online
     if options.num_steps == 0:
-        return backward, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, "finished")
+        return backward, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, FINISHED)
     stages = (1, *windows.lengths)
     per_stage = max(options.num_steps // len(stages), 1)
     batch_size = min(options.batch_size, len(training.states))
@@ -321,7 +321,7 @@ def _learn(
             title=f"backward kernels, window {window}",
         )  # fmt: skip
         histories.append(history)
-        if history.stopped == "interrupted":
+        if history.stopped == INTERRUPTED:
             break
     return eqx.tree_at(lambda tree: tree.network, backward, network), _joined(histories)
 

@@ -28,7 +28,7 @@ from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.score import NeuralScore
 from scoreinfer.score.network import ConditionalScore, score_module
-from scoreinfer.training.loop import Budget, train
+from scoreinfer.training.loop import INTERRUPTED, Budget, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision
 from scoreinfer.training.simulations import blame
 
@@ -246,7 +246,7 @@ def teach(
         rounds.append(Round(proposal, effective_sample_size(drawn.log_weight), *log_evidence(drawn.log_weight)))
         pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn, REPLACED_EACH))
         num_passes += len(history.loss) + 1
-        if history.stopped == "interrupted":
+        if history.stopped == INTERRUPTED:
             break
     best = choose(rounds)
     return best.proposal, best.ess / num, num_passes

@@ -19,6 +19,9 @@ from scoreinfer.errors import TrainingWarning
 from scoreinfer.training.losses import mean_loss
 from scoreinfer.training.resume import Progress, keep_progress, resume_progress
 
+FINISHED, EARLY, INTERRUPTED = "finished", "early", "interrupted"
+BAD_LOSS, BAD_SIMULATIONS = "loss not finite", "simulations not finite"
+"""Why a training run ends."""
 KEEP_SECONDS = 2.0
 """Least time between two writings of a run to disk."""
 Loss = Callable[[PyTree, PyTree, Key], Float[Array, ""]]
@@ -128,44 +131,20 @@ def train(
         FloatingPointError: when the loss is not finite before any epoch has ended well.
     """
     weights = eqx.filter(module, eqx.is_inexact_array)
-    num_epochs = -(-budget.num_steps // budget.epoch_steps)
-    for_validation = jax.random.fold_in(key, num_epochs)
+    task = _Task(key, module, loss, pools, validation, budget)
     state = _State(weights, weights, _optimiser(budget).init(weights), jnp.zeros((), jnp.float32))
     progress = Progress(state, weights)
     if checkpoint is not None:
         progress = resume_progress(checkpoint, progress)
-
-    def next_epoch(progress: Progress) -> Progress:
-        """Train for one epoch, which depends on nothing but the progress so far and the epoch's own key."""
-        epoch = len(progress.loss)
-        for_pool, for_epoch = jax.random.split(jax.random.fold_in(key, epoch))
-        pool = pools(for_pool)
-        if not bool(_all_finite(pool)):
-            return progress._replace(stopped="simulations not finite")
-        state, mean = _run_epoch(loss, budget, module, progress.state, pool, for_epoch)
-        value = float(_validate(loss, module, state.average, validation, for_validation))
-        progress = progress._replace(
-            state=state,
-            loss=(*progress.loss, float(mean)),
-            validation=(*progress.validation, value),
-            num_simulations=progress.num_simulations + jax.tree.leaves(pool)[0].shape[0],
-        )
-        if not np.isfinite(progress.loss[-1] + value):
-            return progress._replace(stopped="loss not finite")
-        if value < progress.best_value:
-            progress = progress._replace(best=state.average, best_value=value, best_epoch=epoch)
-        if budget.patience is not None and epoch - progress.best_epoch >= budget.patience:
-            return progress._replace(stopped="early")
-        return progress._replace(stopped="finished") if epoch + 1 >= num_epochs else progress
-
     kept = began = time.perf_counter()
     spent = progress.seconds
     bar = tqdm(
-        total=num_epochs, initial=len(progress.loss), desc=title, disable=None if progress_bar else True, leave=False
-    )
+        total=task.num_epochs, initial=len(progress.loss), desc=title, disable=None if progress_bar else True,
+        leave=False,
+    )  # fmt: skip
     try:
         while not progress.stopped:
-            progress = next_epoch(progress)
+            progress = _next_epoch(task, progress)
             now = time.perf_counter()
             progress = progress._replace(seconds=spent + now - began)
             bar.set_postfix_str(" ".join(f"{value:.4f}" for value in (*progress.loss[-1:], *progress.validation[-1:])))
@@ -177,20 +156,70 @@ def train(
         if checkpoint is not None:
             keep_progress(checkpoint, progress)
             raise
-        progress = progress._replace(stopped="interrupted")
+        progress = progress._replace(stopped=INTERRUPTED)
     finally:
         bar.close()
+    return eqx.combine(progress.best, module), _history(task, progress, title)
+
+
+class _Task(NamedTuple):
+    """What is trained, and on what; see `train`."""
+
+    key: Key
+    module: PyTree
+    loss: Loss
+    pools: Callable[[Key], PyTree]
+    validation: PyTree
+    budget: Budget
+
+    @property
+    def num_epochs(self) -> int:
+        """Number of epochs of the budget."""
+        return -(-self.budget.num_steps // self.budget.epoch_steps)
+
+
+def _next_epoch(task: _Task, progress: Progress) -> Progress:
+    """Train for one epoch, which depends on nothing but the progress so far and the epoch's own key."""
+    epoch, budget = len(progress.loss), task.budget
+    for_pool, for_epoch = jax.random.split(jax.random.fold_in(task.key, epoch))
+    for_validation = jax.random.fold_in(task.key, task.num_epochs)
+    pool = task.pools(for_pool)
+    if not bool(_all_finite(pool)):
+        return progress._replace(stopped=BAD_SIMULATIONS)
+    state, mean = _run_epoch(task.loss, budget, task.module, progress.state, pool, for_epoch)
+    value = float(_validate(task.loss, task.module, state.average, task.validation, for_validation))
+    progress = progress._replace(
+        state=state,
+        loss=(*progress.loss, float(mean)),
+        validation=(*progress.validation, value),
+        num_simulations=progress.num_simulations + jax.tree.leaves(pool)[0].shape[0],
+    )
+    if not np.isfinite(progress.loss[-1] + value):
+        return progress._replace(stopped=BAD_LOSS)
+    if value < progress.best_value:
+        progress = progress._replace(best=state.average, best_value=value, best_epoch=epoch)
+    if budget.patience is not None and epoch - progress.best_epoch >= budget.patience:
+        return progress._replace(stopped=EARLY)
+    return progress._replace(stopped=FINISHED) if epoch + 1 >= task.num_epochs else progress
+
+
+def _history(task: _Task, progress: Progress, title: str) -> History:
+    """Sum a run up; warn where it did not end as it should.
+
+    Raises:
+        FloatingPointError: where no epoch has ended well.
+    """
     num_done = len(progress.loss)
     history = History(
-        np.array(progress.loss), np.array(progress.validation), num_done * budget.epoch_steps,
+        np.array(progress.loss), np.array(progress.validation), num_done * task.budget.epoch_steps,
         progress.num_simulations, progress.seconds, progress.stopped,
     )  # fmt: skip
-    if history.stopped not in ("finished", "early"):
-        message = f"{title} ended after {num_done} of {num_epochs} epochs: {history.stopped}."
+    if history.stopped not in (FINISHED, EARLY):
+        message = f"{title} ended after {num_done} of {task.num_epochs} epochs: {history.stopped}."
         if not np.isfinite(progress.best_value):
             raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
-        warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=2)
-    return eqx.combine(progress.best, module), history
+        warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=3)
+    return history
 
 
 @eqx.filter_jit

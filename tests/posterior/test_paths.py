@@ -46,6 +46,17 @@ def test_draws_do_not_depend_on_the_batch_size(posterior):
     np.testing.assert_allclose(one.unconstrained, two.unconstrained, atol=1e-5)
 
 
+def test_predictions_are_those_of_the_last_state(posterior):
+    """Ends to come, seen with fresh noise: the smoother's last state and that noise."""
+    seen = np.asarray(posterior.condition(y=END).predict(jax.random.key(1), 2000)["y"], np.float64)
+    mean, covariance, _ = MODES.smoother(END)
+    sd = np.sqrt(covariance[:, -1, -1] + MODES.noise**2)
+    assert seen.shape == (2000, 2)
+    unit = (seen - mean[-1]) / sd
+    assert np.abs(unit.mean(0)).max() < 5 * (2 / 2000) ** 0.5  # draws are weighted nearly equally, and resampled
+    assert np.abs((unit**2).mean(0) - 1).max() < 5 * (2 * 2 / 2000) ** 0.5
+
+
 def test_learned_score_is_grad_log_p(posterior):
     """In units of the state's own spread, at all times: not half of it, not g^2 times it."""
     exact, ts = MODES.score(), posterior.process.ts[1:]

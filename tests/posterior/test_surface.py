@@ -96,8 +96,14 @@ def test_samples_are_the_weighted_draws(draws):
 def test_samples_without_weights_are_the_draws(draws):
     plain = draws._replace(log_weight=None)
     np.testing.assert_array_equal(plain.get_samples()["theta"], draws.sites["theta"])
+
+
+def test_samples_of_no_weight_are_refused(draws):
+    nothing = draws._replace(log_weight=jnp.full(draws.num, -jnp.inf))
     with pytest.raises(ValueError, match="No draw has a positive weight"):
-        draws._replace(log_weight=jnp.full(draws.num, -jnp.inf)).get_samples()
+        nothing.get_samples()
+    with pytest.raises(ValueError, match="No draw has a positive weight"):
+        nothing.resample(jax.random.key(0), 10)
 
 
 def predicted():
