@@ -37,7 +37,7 @@ from scoreinfer.files import (
 from scoreinfer.nets import Concatenate, ConditionalMLP, DeepSet, Embedding, Series
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.problem import Problem, Site
-from scoreinfer.process import VE, VP, SubVP
+from scoreinfer.process import VE, VP, Noising, SubVP
 from scoreinfer.samplers.amortised import Proposal
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.samplers.focused import FocusedProposal
@@ -56,7 +56,7 @@ MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
 """Largest width, number of blocks and number of sampler steps that are written and read."""
 DROPPED = ("1.log_excess", "1.log_share", "1.truth")
 """Arrays of saved posteriors of schema 1 that are no longer needed."""
-PROCESSES = (VE, VP, SubVP)
+SCHEDULES = (VE, VP, SubVP)
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
 
 
@@ -368,10 +368,12 @@ def _make_embedding(network: dict[str, Any], x: Sites, embedding: Embedding | No
 
 
 def _describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
-    if type(sampler) not in SAMPLERS or type(sampler.process) not in PROCESSES:
+    process = sampler.process
+    if type(sampler) not in SAMPLERS or type(process) is not Noising or type(process.schedule) not in SCHEDULES:
         raise ValueError(
-            f"A {type(sampler).__name__} with a {type(sampler.process).__name__} process cannot be saved: expected "
-            f"one of {', '.join(c.__name__ for c in SAMPLERS)} with one of {', '.join(c.__name__ for c in PROCESSES)}. "
+            f"A {type(sampler).__name__} with the process {process!r} cannot be saved: expected one of "
+            f"{', '.join(c.__name__ for c in SAMPLERS)} with a Noising that has one of the schedules "
+            f"{', '.join(c.__name__ for c in SCHEDULES)}. "
             "Save the posterior with one of these and put yours in after loading."
         )
 
@@ -380,11 +382,11 @@ def _describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
         numbers = {name: float(value) for name, value in values.items() if name not in ("process", "num_steps")}
         return {"type": type(thing).__name__, **numbers}
 
-    return {**fields(sampler), "num_steps": sampler.num_steps, "process": fields(sampler.process)}
+    return {**fields(sampler), "num_steps": sampler.num_steps, "process": fields(process.schedule)}
 
 
 def _make_sampler(described: dict[str, Any]) -> AbstractSampler:
-    process = _make(PROCESSES, described["process"])
+    process = Noising(_make(SCHEDULES, described["process"]))
     return _make(SAMPLERS, described | {"process": process})
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._pickling import by_recipe
 from scoreinfer._typing import Key, Sites
-from scoreinfer.process.base import AbstractProcess
+from scoreinfer.process.base import AbstractProcess, Gaussian
 
 Index = Int[Array, ""] | int
 Step = Callable[[Float[Array, ""], Float[Array, ""], Array], Array]
@@ -127,8 +127,8 @@ class PhysicsProcess(AbstractProcess):
         return self.scale[k] / jnp.sqrt(self.ts[k + 1] - self.ts[k])
 
     def step(self, t0, t1, x):
-        """Compute mean and variances of the transition within one step, or over a whole one."""
-        return self.advance(t0, t1, x), self.diffusion(t0) ** 2 * (t1 - t0)
+        """Compute N(advance(t0, t1, x), diffusion(t0)^2 (t1 - t0)), over one step of the grid or a part of it."""
+        return Gaussian(self.advance(t0, t1, x), self.diffusion(t0) * jnp.sqrt(t1 - t0))
 
     def simulate(self, key: Key, start: Float[Array, " dim"]) -> Float[Array, "times dim"]:
         """Draw a path from its first state."""

@@ -22,7 +22,7 @@ from doubles import Y1, location_scale
 from scoreinfer import files as storage
 from scoreinfer.files import read_arrays, read_record, seal, write_arrays, write_record
 from scoreinfer.posterior.checkpoint import CONFIG, SCHEMA, WEIGHTS
-from scoreinfer.process import VP
+from scoreinfer.process import VP, Noising
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
 from scoreinfer.score import GaussianScore, NeuralScore
@@ -141,7 +141,7 @@ def test_other_networks_embeddings_and_samplers(posterior, tmp_path):
     loaded = si.load(tmp_path / "p", location_scale)
     assert same(loaded, sets) and loaded.proposal.sampler == sampler
     assert isinstance(loaded.proposal.embedding, si.DeepSet)
-    process = VP(beta_max=15.0)
+    process = Noising(VP(beta_max=15.0))
     series = untrained(posterior, si.Series(jax.random.key(3), 5, 1, width=4, num_out=3), si.ReverseSDE(process))
     series.save(tmp_path / "q")
     assert same(si.load(tmp_path / "q", posterior.problem), series)
