@@ -120,7 +120,7 @@ def power_law(t: Any, low: float = 0.002, high: float = 10.0, power: float = 7.0
 
 
 def processes() -> dict[str, ProcessCase]:
-    """Name every linear SDE; drift and noise of the first three are equations 30 to 32 of Song et al. 2021."""
+    """Name every linear SDE; drift and noise of the first three are equations 9, 11, 12 of Song et al. 2021."""
     beta, integral = (lambda t, n=n: linear_rate(t)[n] for n in (0, 1))
     first, damped = float(integral(0.0)), CriticallyDamped()
     b, m, friction = damped.beta, damped.mass, damped.friction
@@ -367,7 +367,7 @@ def at_levels(law: Callable[[Any, Any], tuple[Any, Any]]) -> float:
 
 
 def tweedie_is_off(case: ScoreCase) -> float:
-    """The score is the gradient of the log marginal density (Efron 2011, equation 2.8)."""
+    """The score is the gradient of the log marginal density (Tweedie)."""
     return at_levels(lambda level, x: (case.score(level, x), jax.grad(case.log_marginal, 1)(level, x)))
 
 

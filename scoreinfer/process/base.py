@@ -11,8 +11,8 @@ columns.
 The noise is additive. The Ito and the Stratonovich integral are therefore the same, and every solver of diffrax is
 allowed.
 
-References: Sarkka and Solin 2019, "Applied Stochastic Differential Equations", equations 6.2 (moments of a linear SDE)
-and 6.7 (its transitions); Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (a linear SDE in position and velocity).
+References: Sarkka and Solin 2019, "Applied Stochastic Differential Equations", section 6.1 (moments and transitions of
+linear SDEs); Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (a linear SDE in position and velocity).
 """
 
 import abc

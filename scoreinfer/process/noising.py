@@ -4,7 +4,7 @@ The *noise schedule* says how scale and level change with time: `VE`, `VP` or `S
 units. The samplers therefore work with the noise level s alone, on x_0 + s e, and ask a process for
 ``levels(num_steps)`` only.
 
-References: Song et al. 2021, arXiv 2011.13456, equations 29-33 (VE, VP, sub-VP); Karras et al. 2022,
+References: Song et al. 2021, arXiv 2011.13456, equations 9, 11 and 12 (VE, VP, sub-VP); Karras et al. 2022,
 arXiv 2206.00364, equation 5 (power-law grid of levels), and table 1 (scale and level of each process).
 """
 
