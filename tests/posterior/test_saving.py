@@ -170,8 +170,14 @@ def test_what_data_cannot_describe_is_refused_when_saving(posterior, tmp_path):
     class Mine(si.ProbabilityFlow):
         pass
 
-    with pytest.raises(ValueError, match="Mine"):
-        dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, sampler=Mine())).save(tmp_path)
+    class Own(VP):
+        pass
+
+    for sampler, name in ((Mine(), "Mine"), (si.ReverseSDE(Noising(Own())), "Own")):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, sampler=sampler)).save(
+                tmp_path
+            )
     score = NeuralScore(GaussianScore(jnp.zeros(2), jnp.eye(2)))
     with pytest.raises(ValueError, match="GaussianScore"):
         dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, score=score)).save(tmp_path)
