@@ -1,1 +1,1 @@
-"""Bijections: invertible maps between the space of the posterior and one in which it looks like a normal density."""
+"""Bijections: invertible maps from a space in which the posterior is nearly normal to the space of the posterior."""

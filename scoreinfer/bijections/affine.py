@@ -1,4 +1,4 @@
-"""Affine maps with a lower-triangular factor."""
+"""Affine maps with a lower-triangular matrix."""
 
 import equinox as eqx
 import jax
@@ -7,22 +7,28 @@ from jaxtyping import Array, Float
 
 
 class Affine(eqx.Module):
-    """The map u -> z = mean + factor u, with a lower-triangular factor."""
+    """The map u -> z = mean + F u, where F is lower triangular.
+
+    Args:
+        mean: z at u = 0.
+        factor: F. Its diagonal must not contain zeros.
+    """
 
     mean: Float[Array, " dim"]
     factor: Float[Array, "dim dim"]
 
-    def forward(self, u: Float[Array, " dim"]) -> Float[Array, " dim"]:
+    def forward(self, u: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
         """Compute z from u."""
-        return self.mean + self.factor @ u
+        return self.mean + (self.factor @ u[..., None])[..., 0]
 
-    def inverse(self, z: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute u from z."""
-        return jax.scipy.linalg.solve_triangular(self.factor, z - self.mean, lower=True)
+    def inverse(self, z: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
+        """Compute u = F^{-1} (z - mean) from z."""
+        columns = (z - self.mean).reshape(-1, self.mean.size).T
+        return jax.scipy.linalg.solve_triangular(self.factor, columns, lower=True).T.reshape(z.shape)
 
-    def log_det(self, u: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute log |det factor|, the same at every u."""
-        return jnp.log(jnp.abs(jnp.diagonal(self.factor))).sum()
+    def log_det(self, u: Float[Array, "*num dim"]) -> Float[Array, "*num"]:
+        """Compute log |det F|, the same at every u."""
+        return jnp.broadcast_to(jnp.log(jnp.abs(jnp.diagonal(self.factor))).sum(), u.shape[:-1])
 
     def after(self, first: "Affine") -> "Affine":
         """Compose two maps: ``first``, then this one."""
@@ -30,5 +36,5 @@ class Affine(eqx.Module):
 
 
 def identity(dim: int) -> Affine:
-    """Make the map that leaves everything where it is."""
+    """Make the map z = u."""
     return Affine(jnp.zeros(dim, jnp.float32), jnp.eye(dim, dtype=jnp.float32))

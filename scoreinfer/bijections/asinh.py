@@ -1,7 +1,8 @@
-"""Tails: a map that draws heavy tails in, coordinate by coordinate, so that one step size and one network suit them.
+"""Heavy tails: the map z = centre + sinh(bend w) / bend of each coordinate.
 
-Under a wide prior on a scale, a coordinate is narrow in the middle and wide outside. Seen through asinh it has about
-the same spread everywhere.
+A coordinate with heavy tails is narrow in the middle and wide outside: a parameter whose scale has a wide prior, for
+instance. No single step size suits both parts. Its arsinh, w, is about equally wide everywhere: near the centre the map
+is linear, far out w is a logarithm.
 """
 
 import equinox as eqx
@@ -12,14 +13,27 @@ from jaxtyping import Array, Float
 from scoreinfer.bijections.base import fisher_product, pull
 
 WIDTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-"""Widths that are tried, in units of half the interquartile range."""
+"""Widths 1 / bend that are tried, in units of half the interquartile range.
+
+Steps of about a factor of three: 3 is the best for t distributions with 3 degrees of freedom, 1 for Cauchy
+distributions, 0.3 and 0.1 for Neal's funnel.
+"""
 GAIN, ENOUGH = 0.5, 50.0
-"""A coordinate is bent only where that leaves at most this share of its Fisher information, and no more than enough:
-what is left of separate modes is more, and bending makes some of them narrower."""
+"""A coordinate is bent only if this leaves at most GAIN of its `fisher_product`, and at most ENOUGH in absolute value.
+
+Mixtures with separate modes should not be bent, since it makes some of the modes narrower. Measured with 4096 draws:
+bending leaves shares of 0.003 (funnels), 0.002 (Cauchy), 0.5 to 0.6 (t with 3 degrees of freedom) and 1 (mixtures), and
+values of 14 to 28 (funnels) and 57 to 650 (mixtures of 9 or 40 modes).
+"""
 
 
 class Tails(eqx.Module):
-    """The map w -> z = centre + sinh(bend w) / bend of every coordinate; bend 0 shifts it alone."""
+    """The map w -> z = centre + sinh(bend w) / bend of each coordinate; z = centre + w where bend is 0.
+
+    Args:
+        centre: z at w = 0.
+        bend: one over the distance from the centre at which the map turns from linear to exponential.
+    """
 
     centre: Float[Array, " dim"]
     bend: Float[Array, " dim"]
@@ -34,11 +48,11 @@ class Tails(eqx.Module):
         return jnp.where(self.bend > 0, jnp.arcsinh(self.bend * z) / self._safe, z)
 
     def slope(self, w: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
-        """Compute dz/dw."""
+        """Compute dz/dw = cosh(bend w)."""
         return jnp.cosh(self.bend * w)
 
     def log_det(self, w: Float[Array, "*num dim"]) -> Float[Array, "*num"]:
-        """Compute the logarithm of the Jacobian determinant."""
+        """Compute the sum of log cosh(bend w)."""
         return jnp.log(self.slope(w)).sum(-1)
 
     @property
@@ -47,7 +61,9 @@ class Tails(eqx.Module):
 
 
 def fit_tails(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]) -> Tails:
-    """Choose the bend of every coordinate that makes the draws' variance times their Fisher information smallest.
+    """Choose the bend of each coordinate that makes its `fisher_product` smallest, or no bend.
+
+    The centre is the median. The bend is one of those of `WIDTHS`, and 0 unless it passes `GAIN` and `ENOUGH`.
 
     Args:
         values: draws.

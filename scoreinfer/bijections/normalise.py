@@ -1,4 +1,4 @@
-"""Shape: the change of variables through which funnels and heavy tails look like a normal density."""
+"""Normalising: the change of variables that makes funnels and heavy tails look like a normal density."""
 
 from jaxtyping import Array, Float
 
@@ -8,7 +8,9 @@ from scoreinfer.bijections.noncentring import fit_scales
 
 
 def fit_shape(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]) -> Chain:
-    """Undo what coordinates do to the scales of others, then draw heavy tails in; w -> z.
+    """Fit the map w -> z that first bends the tails, by `Tails`, and then scales coordinates by others, by `Scales`.
+
+    From z to w, scales are undone first; the tails are fitted to what is left.
 
     Args:
         values: draws.
@@ -20,5 +22,5 @@ def fit_shape(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]
 
 
 def has_tails(chain: Chain) -> bool:
-    """Tell whether heavy tails have been found and drawn in."""
+    """Tell whether heavy tails were found, that is, whether any coordinate is bent."""
     return any(bool((change.bend > 0).any()) for change in chain.changes if isinstance(change, Tails))

@@ -8,13 +8,13 @@ import jax
 
 from scoreinfer.nets import Concatenate, ConditionalMLP, ConvNet, DeepSet, Embedding, Series
 from scoreinfer.nets.convnet import PADDING_MODES
-from scoreinfer.process import VE, VP, SubVP
+from scoreinfer.process import VE, VP, Noising, SubVP
 from scoreinfer.samplers.amortised import Size
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 
 MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
 """Largest width, number of blocks and number of sampler steps that are written and read."""
-PROCESSES = (VE, VP, SubVP)
+SCHEDULES = (VE, VP, SubVP)
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
 EMBEDDINGS = (Concatenate, DeepSet, Series)
 YOURS = "yours"
@@ -94,16 +94,18 @@ def is_perceptron(network: Any) -> bool:
 
 
 def describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
-    """Describe a sampler and its process.
+    """Describe a sampler and the noise schedule of its process.
 
     Raises:
         ValueError: where they are of other classes than those that are saved.
     """
-    if type(sampler) not in SAMPLERS or type(sampler.process) not in PROCESSES:
+    process = sampler.process
+    if type(sampler) not in SAMPLERS or type(process) is not Noising or type(process.schedule) not in SCHEDULES:
         raise ValueError(
-            f"A {type(sampler).__name__} with a {type(sampler.process).__name__} process cannot be saved: expected "
-            f"one of {', '.join(c.__name__ for c in SAMPLERS)} with one of {', '.join(c.__name__ for c in PROCESSES)}. "
-            "Save the posterior with one of these and put yours in after loading."
+            f"A {type(sampler).__name__} with the process {process!r} cannot be saved: expected one of "
+            f"{', '.join(c.__name__ for c in SAMPLERS)} with a Noising that has one of the schedules "
+            f"{', '.join(c.__name__ for c in SCHEDULES)}. Save the posterior with one of these and put yours in after "
+            "loading."
         )
 
     def fields(thing: Any) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
         numbers = {name: float(value) for name, value in values.items() if name not in ("process", "num_steps")}
         return {"type": type(thing).__name__, **numbers}
 
-    return {**fields(sampler), "num_steps": sampler.num_steps, "process": fields(sampler.process)}
+    return {**fields(sampler), "num_steps": sampler.num_steps, "process": fields(process.schedule)}
 
 
 def make_sampler(described: dict[str, Any]) -> AbstractSampler:
@@ -120,7 +122,7 @@ def make_sampler(described: dict[str, Any]) -> AbstractSampler:
     Raises:
         TypeError: for hyperparameters that are none.
     """
-    return _make(SAMPLERS, described | {"process": _make(PROCESSES, described["process"])})
+    return _make(SAMPLERS, described | {"process": Noising(_make(SCHEDULES, described["process"]))})
 
 
 def _make(classes: tuple[type, ...], described: dict[str, Any]) -> Any:

@@ -1,7 +1,19 @@
 """Forward processes: how a draw is turned into noise, or a state into a later one."""
 
-from scoreinfer.process.base import AbstractProcess
-from scoreinfer.process.noising import VE, VP, AbstractNoising, SubVP
+from scoreinfer.process.base import AbstractLinearSDE, AbstractProcess, Gaussian, LinearGaussian
+from scoreinfer.process.noising import VE, VP, AbstractSchedule, Noising, SubVP
 from scoreinfer.process.physics import Physics, PhysicsProcess
 
-__all__ = ["VE", "VP", "AbstractNoising", "AbstractProcess", "Physics", "PhysicsProcess", "SubVP"]
+__all__ = [
+    "VE",
+    "VP",
+    "AbstractLinearSDE",
+    "AbstractProcess",
+    "AbstractSchedule",
+    "Gaussian",
+    "LinearGaussian",
+    "Noising",
+    "Physics",
+    "PhysicsProcess",
+    "SubVP",
+]

@@ -1,7 +1,9 @@
-"""Physics as the forward process: a simulator's step as drift, its own noise as diffusion, on a grid of times.
+"""Physics as the forward process, on a grid of times.
 
-x_{k+1} = Phi_k(x_k) + N(0, diag Q_k). Physical time is diffusion time: nothing is added to the user's simulator, and
-its transition densities are known exactly, whatever solver Phi_k stands for.
+    x_{k+1} = Phi_k(x_k) + scale_k e_k,        e_k ~ N(0, I).
+
+Phi_k is one step of the user's simulator, by whatever solver. scale_k is the standard deviation of the simulator's own
+noise. Diffusion time is physical time, and no other noise is added. The transition densities are therefore exact.
 
 References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250, section 2.
 """
@@ -18,11 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._pickling import by_recipe
 from scoreinfer._typing import Key, Sites
-from scoreinfer.process.base import AbstractProcess
+from scoreinfer.process.base import AbstractProcess, Gaussian
 
 Index = Int[Array, ""] | int
 Step = Callable[[Float[Array, ""], Float[Array, ""], Array], Array]
-"""A map of states between two times, ``(t0, t1, x)``."""
+"""A map ``(t0, t1, x)`` of a state between two times."""
 
 
 class Physics(NamedTuple):
@@ -30,16 +32,16 @@ class Physics(NamedTuple):
 
     Args:
         site: name of an ``EulerMaruyama`` or `PhysicsPath` site.
-        reverse: the physics run backwards, ``reverse(t0, t1, x)``: from the state ``x`` at ``t1`` to the earlier
-            ``t0``. None: minus the drift, x - (Phi(x) - x). What is learned is added to it, so anything will do, but
-            what is stable learns faster: for strong dissipation the identity is better than an explicit step back, and
-            of a step that is part transport, part dissipation, the transport alone turned round.
-        waves: learn in Fourier space, wavenumber by wavenumber, for fields on periodic grids whose laws are the same
-            everywhere. For linear physics regression alone then is the answer, whatever the size of the field; for
-            others give `fit` a `ConvNet` as ``net``, which moves fields.
-        separate: show the network the state that the physics backwards has led to (separate updates: physics first,
-            then the learned correction of its result), not the one it started from (joint updates). What the network
-            moves is the same; where the physics backwards is good, its result is nearer to what is to be corrected.
+        reverse: the physics backwards, ``reverse(t0, t1, x)``: from the state ``x`` at ``t1`` to the earlier ``t0``.
+            None: minus the drift, x - (Phi(x) - x). The network learns what has to be added, so any map is correct. A
+            stable map is learned faster. For strong dissipation the identity is better than an explicit step back. If
+            a step is part transport and part dissipation, reverse the transport alone.
+        waves: learn in Fourier space, one wavenumber at a time. For fields on periodic grids whose laws are the same
+            everywhere. If the physics is linear, regression alone then gives the answer, for a field of any size. If
+            it is not, give `fit` a `ConvNet` as ``net``.
+        separate: whether the network sees the state after the physics backwards (separate updates: first the physics,
+            then a learned correction of its result), or the state before it (joint updates). What it corrects is the
+            same. Separate updates are better if the physics backwards is good.
 
     >>> Physics("x").site
     'x'
@@ -52,7 +54,7 @@ class Physics(NamedTuple):
 
 
 class PhysicsProcess(AbstractProcess):
-    """A process on a time grid, in flat states.
+    """The process x_{k+1} = Phi_k(x_k) + scale_k e_k, for states written as vectors.
 
     Args:
         ts: the times of the states, increasing.
@@ -60,10 +62,12 @@ class PhysicsProcess(AbstractProcess):
         advance: the noise-free step ``(t0, t1, x)``.
         retreat: the physics run backwards, ``(t0, t1, x)`` from ``x`` at ``t1`` to ``t0``.
         shape: shape of one state.
-        waves: components are real Fourier coefficients (an orthogonal change of variables), not the state's own.
-        source: the site of a model that it was read from, where it was.
-        given: makes the process of other values of the model's latent sites, on the same grid.
-        recipe: makes the process again, from its model: what is pickled in its place.
+        waves: whether components are the real Fourier coefficients of the state (see `hartley`) or its own entries.
+        source: the site of the model that it was read from, if it was.
+        given: makes the process for other values of the model's latent sites, on the same grid.
+        recipe: makes the process again from its model. The recipe is pickled in place of the process.
+
+    Exactness: exact over whole steps of the grid. Over a part of a step the variance is in proportion to the time.
     """
 
     ts: Float[Array, " times"]
@@ -83,7 +87,7 @@ class PhysicsProcess(AbstractProcess):
         return self
 
     def flatten(self, states: Float[Array, "..."]) -> Float[Array, "... dim"]:
-        """Compute components of states, whose axes come last."""
+        """Compute the vectors of components of states. The axes of a state come last."""
         return components_of(states, self.shape, self.waves)
 
     def unflatten(self, components: Float[Array, "... dim"]) -> Float[Array, "..."]:
@@ -123,8 +127,8 @@ class PhysicsProcess(AbstractProcess):
         return self.scale[k] / jnp.sqrt(self.ts[k + 1] - self.ts[k])
 
     def step(self, t0, t1, x):
-        """Compute mean and variances of the transition within one step, or over a whole one."""
-        return self.advance(t0, t1, x), self.diffusion(t0) ** 2 * (t1 - t0)
+        """Compute N(advance(t0, t1, x), diffusion(t0)^2 (t1 - t0)), over one step of the grid or a part of it."""
+        return Gaussian(self.advance(t0, t1, x), self.diffusion(t0) * jnp.sqrt(t1 - t0))
 
     def simulate(self, key: Key, start: Float[Array, " dim"]) -> Float[Array, "times dim"]:
         """Draw a path from its first state."""
@@ -145,10 +149,10 @@ def minus_drift(advance: Step) -> Step:
 
 
 def add_noise_stage(process: PhysicsProcess, scale: Float[Array, " dim"]) -> PhysicsProcess:
-    """Add one more step without drift, which adds noise: what a Gaussian observation of the last state is.
+    """Add one more step, x_{N+1} = x_N + scale e, without drift.
 
-    Running the reverse process from the observation y itself then is exact: p(x_N | y) is the posterior of one more
-    transition, of variance ``scale``^2.
+    An observation y of the last state with Gaussian noise is such a step. The reverse process may then start from y
+    itself, which is exact: p(x_N | y) is the reverse of this transition.
     """
     last, before = process.ts[-1], process.ts[-2]
 
@@ -187,8 +191,8 @@ def states_of(components: Float[Array, "..."], shape: tuple[int, ...], waves: bo
 def hartley(x: Float[Array, "..."], num_axes: int) -> Float[Array, "..."]:
     """Compute the Hartley transform, sum_x f(x) (cos kx + sin kx) / sqrt(n), over the last axes.
 
-    A real Fourier transform that is orthogonal and its own inverse. It makes every covariance that is the same
-    everywhere on a periodic grid diagonal, and leaves white noise white.
+    It is a real Fourier transform, orthogonal and its own inverse. If a covariance on a periodic grid is the same
+    everywhere, it is diagonal in these coefficients. White noise stays white.
 
     References: Bracewell 1983, "Discrete Hartley transform", JOSA 73(12).
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key
-from scoreinfer.process import VE, AbstractNoising
+from scoreinfer.process import VE, Noising
 from scoreinfer.score import AbstractScore
 
 State = Float[Array, " dim"]
@@ -29,8 +29,12 @@ def log_normal(x: State, mean: State | Scalar | float, variance: State | Scalar 
 class AbstractSampler(eqx.Module):
     """A proposal made from a score: draws, and the log density of any draw."""
 
-    process: eqx.AbstractVar[AbstractNoising]
+    process: eqx.AbstractVar[Noising]
     num_steps: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        if not isinstance(self.process, Noising):
+            raise TypeError(f"`process` must be a Noising, got {self.process!r}. Write Noising(VE()) or Noising(VP()).")
 
     @abc.abstractmethod
     def sample(self, key: Key, score: AbstractScore, dim: int, y: PyTree = None) -> tuple[State, Scalar]:
@@ -63,7 +67,7 @@ class ProbabilityFlow(AbstractSampler):
     References: Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
 
-    process: AbstractNoising = VE()
+    process: Noising = Noising(VE())
     num_steps: int = eqx.field(static=True, default=16)
     inflation: float = eqx.field(static=True, default=0.0)
 
@@ -162,7 +166,7 @@ class ReverseSDE(AbstractSampler):
     (optimal reverse variance).
     """
 
-    process: AbstractNoising = VE()
+    process: Noising = Noising(VE())
     num_steps: int = eqx.field(static=True, default=64)
 
     @property

@@ -1,4 +1,4 @@
-"""Scores: analytic and learned estimates of grad log p at every noise level."""
+"""Scores: grad log p of a noisy draw at every noise level, in closed form or learned."""
 
 from scoreinfer.score.analytic import EnsembleScore, GaussianScore, MixtureScore
 from scoreinfer.score.base import AbstractScore

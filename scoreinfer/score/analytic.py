@@ -1,4 +1,11 @@
-"""Scores in closed form: oracles for every sampler, and the ensemble score of a finite sample."""
+"""Scores in closed form, of Gaussians, of mixtures of them, and of finite samples.
+
+Given x_s = x, Bayes' rule for a mixture sum_i w_i N(m_i, C_i) of x_0 gives
+
+    D = sum_i r_i (m_i + C_i (C_i + s^2 I)^{-1} (x - m_i)),        r_i proportional to w_i N(x; m_i, C_i + s^2 I).
+
+References: Bishop 2006, "Pattern Recognition and Machine Learning", equations 2.116 and 9.13.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +15,9 @@ from scoreinfer.score.base import AbstractScore
 
 
 class GaussianScore(AbstractScore):
-    """Exact score of N(mean, covariance) at every noise level.
+    """The score of N(mean, covariance).
+
+    Exactness: exact.
 
     >>> score = GaussianScore(jnp.zeros(1), jnp.eye(1))
     >>> float(score(jnp.array(1.0), jnp.array([3.0]))[0])  # - 3 / (1 + 1)
@@ -19,20 +28,23 @@ class GaussianScore(AbstractScore):
     covariance: Float[Array, "dim dim"]
 
     def denoise(self, level, x, y=None):
-        """Compute mean + C (C + s^2 I)^{-1} (x - mean)."""
+        """Compute D = mean + C (C + s^2 I)^{-1} (x - mean)."""
         noisy = self.covariance + level**2 * jnp.eye(self.mean.size)
         return self.mean + self.covariance @ jnp.linalg.solve(noisy, x - self.mean)
 
 
 class MixtureScore(AbstractScore):
-    """Exact score of a mixture of isotropic Gaussians at every noise level."""
+    """The score of the mixture sum_i weights_i N(means_i, scales_i^2 I).
+
+    Exactness: exact.
+    """
 
     weights: Float[Array, " num"]
     means: Float[Array, "num dim"]
     scales: Float[Array, " num"]
 
     def denoise(self, level, x, y=None):
-        """Compute the responsibilities' average of the components' denoisers."""
+        """Compute the average of the components' denoisers, weighted by their responsibilities r_i."""
         variance = self.scales**2 + level**2
         squares = jnp.sum((x - self.means) ** 2, axis=1)
         log_part = jnp.log(self.weights) - 0.5 * squares / variance - 0.5 * x.size * jnp.log(variance)
@@ -41,16 +53,16 @@ class MixtureScore(AbstractScore):
 
 
 class EnsembleScore(AbstractScore):
-    """Exact score of the empirical distribution of a (weighted) sample.
+    """The score of a weighted sample: of the distribution that has mass exp(log_weight_i) at points_i.
 
-    Exactness: exact for the empirical distribution; as an estimate of the score of what the sample came from it is
-    consistent as the sample grows, and memorises the sample at small noise levels.
+    Exactness: exact for the sample itself. For the distribution that the sample was drawn from it is consistent as the
+    sample grows. It is far off at noise levels below the distance between points: there it leads to the points.
     """
 
     points: Float[Array, "num dim"]
     log_weight: Float[Array, " num"]
 
     def denoise(self, level, x, y=None):
-        """Compute the average of the points under the kernel weights at ``x``."""
+        """Compute the average of the points, with weights proportional to exp(log_weight_i) N(x; points_i, s^2 I)."""
         squares = jnp.sum((x - self.points) ** 2, axis=1)
         return jax.nn.softmax(self.log_weight - 0.5 * squares / level**2) @ self.points

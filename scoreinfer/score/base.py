@@ -1,6 +1,10 @@
-"""The interface of a score: the denoiser D(x, s, y) = E[x_0 | x_s = x, y] and what follows from it.
+"""Scores: the gradient of the log density of x_s = x_0 + s e, e ~ N(0, I), at every noise level s.
 
-With x_s = x_0 + s e, Tweedie's formulas give grad log p(x_s) = (D - x) / s^2 and Cov[x_0 | x_s] = s^2 dD/dx.
+A score is given by its denoiser, D(x, s, y) = E[x_0 | x_s = x, y]. Tweedie's formulas are
+
+    grad log p(x_s | y) = (D - x_s) / s^2,        Cov[x_0 | x_s, y] = s^2 dD/dx.
+
+Here y is what the draw is conditioned on: an observation, or features of it.
 
 References: Efron 2011, "Tweedie's formula and selection bias"; Karras et al. 2022, arXiv 2206.00364, equation 3.
 """
@@ -16,21 +20,21 @@ State = Float[Array, " dim"]
 
 
 class AbstractScore(eqx.Module):
-    """A score at every noise level, by way of its denoiser."""
+    """A score at every noise level. A subclass gives the denoiser alone; the rest follows from it."""
 
     @abc.abstractmethod
     def denoise(self, level: Level, x: State, y: PyTree = None) -> State:
-        """Compute D = E[x_0 | x_0 + level e = x, y]."""
+        """Compute D(x, s, y) = E[x_0 | x_s = x, y], s = ``level``."""
 
     def __call__(self, level: Level, x: State, y: PyTree = None) -> State:
-        """Compute grad log p(x; level, y)."""
+        """Compute the score (D - x) / s^2."""
         return (self.denoise(level, x, y) - x) / level**2
 
     def moments(self, level: Level, x: State, y: PyTree = None) -> tuple[State, State]:
-        """Compute mean and marginal variances of x_0 given x_s = x (by default from the denoiser's Jacobian)."""
+        """Compute E[x_0 | x_s = x, y] and the variance of each component, the diagonal of s^2 dD/dx."""
         mean, jacobian = self.denoise(level, x, y), self.jacobian(level, x, y)
         return mean, level**2 * jacobian.diagonal()
 
     def jacobian(self, level: Level, x: State, y: PyTree = None) -> Float[Array, "dim dim"]:
-        """Compute dD/dx, the posterior covariance of x_0 divided by level^2."""
+        """Compute dD/dx = Cov[x_0 | x_s = x, y] / s^2."""
         return jax.jacfwd(lambda v: self.denoise(level, v, y))(x)

@@ -1,4 +1,12 @@
-"""The learned score: a network preconditioned so that it predicts a quantity of unit variance at every level."""
+"""The learned score: a network F whose inputs and outputs are scaled to unit variance at every noise level.
+
+    D(x, s, y) = c_skip x + c_out F(c_in x, log s, y).
+
+For x_0 of unit variance the scales of Karras et al. 2022, table 1, are c_skip = 1 / (1 + s^2),
+c_out = s / sqrt(1 + s^2) and c_in = 1 / sqrt(1 + s^2). With F = 0 the score is that of N(0, I).
+
+References: Karras et al. 2022, arXiv 2206.00364, equation 7 and table 1.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,21 +19,25 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.nets import ConditionalMLP, Embedding
 from scoreinfer.score.base import AbstractScore
 
+LOG_VARIANCE = -12.0, 6.0
+"""Bounds of the log relative variance. Chosen by judgement: standard deviations of 1/400 to 20 times those for
+x_0 ~ N(0, I). Without bounds an untrained network could overflow."""
+
 
 def preconditioners(level: Float[Array, "..."]) -> tuple[Array, Array, Array]:
-    """Compute c_skip, c_out and c_in for data of unit variance (Karras et al. 2022, table 1)."""
+    """Compute c_skip, c_out and c_in at noise level s."""
     total = 1.0 + level**2
     return 1.0 / total, level / jnp.sqrt(total), 1.0 / jnp.sqrt(total)
 
 
 class NeuralScore(AbstractScore):
-    """A denoiser D = c_skip x + c_out F(c_in x, log s, y), with a second head for the variance of x_0 given x.
+    """The denoiser D = c_skip x + c_out F, and variances of x_0 given x_s from a second output of the network.
 
     Args:
-        network: ``(x, log level, context) -> 2 dim`` numbers: F, and the logarithm of the variance relative to
-            that of a standard normal x_0, s^2 / (1 + s^2).
+        network: ``(c_in x, log s, context) -> 2 dim`` numbers. The first half is F. The second half is
+            log(Var[x_0 | x_s] (1 + s^2) / s^2): the log of the variance relative to that for x_0 ~ N(0, I).
 
-    Exactness: biased: as good as its training. The samplers' weights are exact whatever the network says.
+    Exactness: biased: as good as its training. The samplers' weights are exact for any network.
     """
 
     network: Callable[[Array, Array, PyTree], Array]
@@ -33,7 +45,7 @@ class NeuralScore(AbstractScore):
     def heads(
         self, level: Float[Array, ""], x: Float[Array, " dim"], y: PyTree = None
     ) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
-        """Compute the raw outputs: F, and the log variance relative to a standard normal's."""
+        """Compute both outputs of the network: F, and the log of the relative variance."""
         level, x = jnp.float32(level), x.astype(jnp.float32)
         output = self.network(preconditioners(level)[2] * x, jnp.log(level), y)
         return output[: x.size], output[x.size :]
@@ -41,19 +53,19 @@ class NeuralScore(AbstractScore):
     def _denoise(self, level, x, y):
         first, second = self.heads(level, x, y)
         skip, out, _ = preconditioners(jnp.float32(level))
-        return skip * x + out * first, out**2 * jnp.exp(jnp.clip(second, -12.0, 6.0))
+        return skip * x + out * first, out**2 * jnp.exp(jnp.clip(second, *LOG_VARIANCE))
 
     def denoise(self, level, x, y=None):
         """Compute D = c_skip x + c_out F."""
         return self._denoise(level, x, y)[0]
 
     def moments(self, level, x, y=None):
-        """Compute D and the learned marginal variances of x_0 given x."""
+        """Compute D, and the learned variance of each component of x_0 given x."""
         return self._denoise(level, x, y)
 
 
 class ConditionalScore(NamedTuple):
-    """The trained pair: observation -> context, and (level, u, context) -> denoised u."""
+    """An embedding, which maps an observation to its context, and a score that is given this context as its y."""
 
     embedding: Embedding
     score: NeuralScore
@@ -69,7 +81,17 @@ def score_module(
     depth: int = 3,
     octaves: tuple[int, ...] = (),
 ) -> ConditionalScore:
-    """Make an untrained score for contexts of these standardised observations (draw axis first)."""
+    """Make an untrained score.
+
+    Args:
+        key: random key of the network's weights.
+        dim: number of components of a draw.
+        embedding: maps one observation to its context.
+        x: standardised observations, draw axis first; only the shapes matter.
+        width: width of the network.
+        depth: number of its residual blocks.
+        octaves: for each input, the number of sines and cosines that the network also sees of it; none where empty.
+    """
     context = jax.eval_shape(embedding, jax.tree.map(lambda leaf: leaf[0], x))
     network = ConditionalMLP(key, dim, context.shape[0], 2 * dim, width=width, depth=depth, octaves=octaves)
     return ConditionalScore(embedding, NeuralScore(network))

@@ -122,9 +122,9 @@ def test_reading_euler_maruyama():
     t = jnp.float32(0.45)
     np.testing.assert_allclose(process.drift(t, x), -x - 0.4, rtol=1e-4)
     np.testing.assert_allclose(process.diffusion(t), 0.5, rtol=1e-5)
-    mean, variance = process.step(process.ts[2], process.ts[3], x)
-    np.testing.assert_allclose(mean, process.forward(2, x), rtol=1e-6)
-    np.testing.assert_allclose(variance, process.scale[2] ** 2, rtol=1e-5)
+    step = process.step(process.ts[2], process.ts[3], x)
+    np.testing.assert_allclose(step.mean, process.forward(2, x), rtol=1e-6)
+    np.testing.assert_allclose(step.factor, process.scale[2], rtol=1e-5)
 
 
 def test_reading_a_path_with_a_reverse_of_its_own():

@@ -22,7 +22,7 @@ from doubles import Y1, location_scale
 from scoreinfer import files as storage
 from scoreinfer.files import read_arrays, read_record, seal, write_arrays, write_record
 from scoreinfer.posterior.checkpoint import CONFIG, SCHEMA, WEIGHTS
-from scoreinfer.process import VP
+from scoreinfer.process import VP, Noising
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
 from scoreinfer.score import GaussianScore, NeuralScore
@@ -141,7 +141,7 @@ def test_other_networks_embeddings_and_samplers(posterior, tmp_path):
     loaded = si.load(tmp_path / "p", location_scale)
     assert same(loaded, sets) and loaded.proposal.sampler == sampler
     assert isinstance(loaded.proposal.embedding, si.nets.DeepSet)
-    process = VP(beta_max=15.0)
+    process = Noising(VP(beta_max=15.0))
     series = untrained(
         posterior, si.nets.Series(jax.random.key(3), 5, 1, width=4, num_out=3), si.samplers.ReverseSDE(process)
     )
@@ -172,8 +172,14 @@ def test_what_data_cannot_describe_is_refused_when_saving(posterior, tmp_path):
     class Mine(si.samplers.ProbabilityFlow):
         pass
 
-    with pytest.raises(ValueError, match="Mine"):
-        dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, sampler=Mine())).save(tmp_path)
+    class Own(VP):
+        pass
+
+    for sampler, name in ((Mine(), "Mine"), (si.samplers.ReverseSDE(Noising(Own())), "Own")):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, sampler=sampler)).save(
+                tmp_path
+            )
     score = NeuralScore(GaussianScore(jnp.zeros(2), jnp.eye(2)))
     with pytest.raises(ValueError, match="GaussianScore"):
         dataclasses.replace(posterior, proposal=dataclasses.replace(posterior.proposal, score=score)).save(tmp_path)
