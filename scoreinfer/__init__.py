@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer import calibration, errors, mcmc, nets, paths, samplers, simulators
+from scoreinfer import calibration, errors, mcmc, nets, paths, process, samplers, simulators
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
@@ -41,6 +41,7 @@ __all__ = [
     "mcmc",
     "nets",
     "paths",
+    "process",
     "samplers",
     "simulators",
     "to_arviz",
