@@ -1,4 +1,7 @@
-"""scoreinfer: learned score-SDE samplers for NumPyro models, corrected by the model's own density and certified."""
+"""scoreinfer: learned score-SDE samplers for NumPyro models.
+
+The model's own density corrects the draws, and a certificate says whether they can be trusted.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,7 @@
-"""Pickling by recipe: what holds the functions of a model is made again from the model, which pickle finds by name."""
+"""Pickling by recipe: an object that holds a model's functions is pickled as a call that builds it again.
+
+Pickle finds the model by its name.
+"""
 
 import pickle
 import sys
@@ -6,29 +9,30 @@ from collections.abc import Callable
 from typing import Any
 
 BY_VALUE = {"cloudpickle", "dill"}
-"""Packages that pickle lambdas and local functions, too."""
+"""Packages that can pickle lambdas and local functions."""
 
 
 class NotImportable(pickle.PicklingError):
-    """A model that cannot be pickled, since it cannot be imported by its name."""
+    """The model cannot be pickled, because it cannot be imported by its name."""
 
 
 def by_recipe(recipe: Callable[[], Any]) -> tuple[Callable[..., Any], tuple[Any]]:
-    """Answer ``__reduce_ex__``: pickle a call that makes the object again.
+    """Make the value that ``__reduce_ex__`` returns: a call that builds the object again.
 
     Raises:
-        NotImportable: where the call, or what it is given, cannot be pickled.
+        NotImportable: if the call or its arguments cannot be pickled.
     """
     if not _pickles_by_value():
         try:
             pickle.dumps(recipe)
         except NotImportable:
             raise
-        except Exception as error:  # whatever a user's objects make a pickler raise
+        except Exception as error:  # a user's objects may raise anything
             raise NotImportable(
-                f"The model or its arguments cannot be pickled: {error}. Pickle finds functions by name: move the "
-                "model to a module that can be imported (no lambda, no function in a function), or use cloudpickle. Or "
-                "keep the posterior with `posterior.save(path)`, and read it with `scoreinfer.load(path, model)`."
+                f"Expected a model and arguments that can be pickled, got this error: {error}. Pickle finds functions "
+                "by name: move the model to a module that can be imported (no lambda, no function in a function), or "
+                "use cloudpickle. Or save the posterior with `posterior.save(path)`, and read it with "
+                "`scoreinfer.load(path, model)`."
             ) from error
     return _follow, (recipe,)
 
@@ -38,7 +42,7 @@ def _follow(recipe: Callable[[], Any]) -> Any:
 
 
 def _pickles_by_value() -> bool:
-    """Say whether one of the picklers that need no names is at work."""
+    """Say whether a pickler of `BY_VALUE` is among the callers."""
     frame: Any = sys._getframe()
     while frame is not None:
         if BY_VALUE & set(frame.f_globals.get("__name__", "").split(".")):

@@ -1,7 +1,8 @@
-"""Functions as they are now: traced anew, with what they close over as inputs of the program.
+"""Programs: functions that are traced again, so that they see the current values of what they close over.
 
-A compiled function keeps the values that it closed over when it was traced. Where those may have changed since, the
-function is traced again, which is cheap; programs of the same text share one compilation, whatever their constants.
+A compiled function keeps the values that it closed over when it was traced. If those values may have changed, the
+function is traced again, which is cheap. The closed-over values are inputs of the program. So programs with the same
+text share one compilation, even if their constants differ.
 """
 
 import hashlib
@@ -22,27 +23,28 @@ NEEDS_VALUES = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
+"""The errors that JAX raises if a function needs the values of traced arrays."""
 
 
 class Program:
-    """What a function does now: the operations that its outputs need, and the constants in them.
+    """A traced function: the operations that its outputs need, and the constants in them.
 
-    Programs are equal where their text is: then they differ in their constants at most.
+    Two programs are equal if their texts are equal. Their constants may differ.
 
     Args:
-        function: the function; it is traced at once.
+        function: the function. It is traced immediately.
         *args: its arguments, or their shapes and dtypes.
 
     Attributes:
-        constants: the arrays that it closed over.
-        uses: whether the outputs need each leaf of the arguments.
+        constants: the arrays that the function closed over.
+        uses: for each leaf of the arguments, whether the outputs need it.
         shapes: shapes and dtypes of the arguments.
         text: the operations.
         fingerprint: a digest of text and constants.
     """
 
     def __init__(self, function: Callable[..., PyTree], *args: PyTree) -> None:
-        # A new function each time: JAX remembers what it has traced.
+        # A new function each time, because JAX caches its traces by function.
         traced, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
         self._treedef = jax.tree.structure(shapes)
         self.shapes = jax.eval_shape(lambda *args: args, *args)
@@ -54,7 +56,7 @@ class Program:
             invars=[v for v, used in zip(traced.jaxpr.invars, self.uses, strict=True) if used],
             eqns=equations,
         )
-        # Copies: a constant may share memory with an array that is edited in place later.
+        # Copy the constants: one may share memory with an array that is edited in place later.
         self.constants = [value if isinstance(value, jax.Array) else np.array(value) for _, value in constants]
         inner = [digest_array(value) for value in _inner_constants(self._jaxpr)]
         self.text = f"{self._jaxpr} {self.uses} {len(constants)} {inner}"
@@ -68,25 +70,27 @@ class Program:
 
     @property
     def is_trivial(self) -> bool:
-        """Whether its outputs are inputs or constants as they are."""
+        """Whether the program has no operations: every output is an input or a constant."""
         return not self._jaxpr.eqns
 
     def __call__(self, constants: list[Any], *args: PyTree) -> PyTree:
-        """Run it, with these constants."""
+        """Run the program with these constants."""
         leaves = [leaf for leaf, used in zip(jax.tree.leaves(args), self.uses, strict=True) if used]
         return jax.tree.unflatten(self._treedef, jax.core.eval_jaxpr(self._jaxpr, constants, *leaves))
 
 
 def trace_afresh(function: Callable[..., PyTree], tree: PyTree, *others: Any) -> tuple[Program, list[Any]]:
-    """Trace a function of a pytree with the arrays in it as inputs, or none where the function needs their values.
+    """Trace a function of a pytree. The arrays in the pytree become inputs of the program.
+
+    If the function needs the values of the arrays, none of them becomes an input.
 
     Args:
         function: the function.
         tree: its first argument.
-        *others: further arguments, which are inputs in any case.
+        *others: further arguments. They are always inputs.
 
     Returns:
-        The program of arrays and further arguments, and the arrays.
+        The program (its arguments are the arrays and the further arguments), and the arrays.
     """
     leaves, treedef = jax.tree.flatten(tree)
     is_open = [is_array(leaf) and _is_numeric(leaf) for leaf in leaves]
@@ -109,9 +113,9 @@ def shapes_of(arrays: list[Any]) -> list[jax.ShapeDtypeStruct]:
 
 
 def own(leaf: Any) -> Any:
-    """Copy a NumPy array, so that editing it in place does not change what was read.
+    """Copy a NumPy array, so that a later edit in place does not change the values that were read.
 
-    (And so that the edit is seen: while JAX holds a converted copy of an array it takes that for the array.)
+    The copy also makes the edit visible: JAX may reuse its converted copy of an array that was edited in place.
     """
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
@@ -125,7 +129,7 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 def _needed(jaxpr: Any) -> tuple[list[Any], set[int]]:
-    """Find the outermost equations that the outputs need, and the variables in them."""
+    """Find the top-level equations that the outputs need, and the ids of their variables."""
     equations, needed = [], {id(variable) for variable in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
         if any(id(variable) in needed for variable in equation.outvars):
@@ -144,7 +148,7 @@ def _inner_constants(jaxpr: Any) -> Iterator[Any]:
 
 
 def digest_array(value: Any) -> str:
-    """Digest one array; of a tracer, whose values are not known, only what is."""
+    """Digest one array. A tracer has no values: its text (type, dtype and shape) is returned instead."""
     if is_traced(value):
         return str(value)
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""Flat vectors and site dictionaries; batches; names of arrays in a pytree."""
+"""Helpers for pytrees: flat vectors and site dictionaries, batches, names of arrays."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class Layout(NamedTuple):
-    """How named arrays fill one flat vector, in order.
+    """The order and the shapes of named arrays in one flat vector.
 
     Args:
         names: the names, in the order in which they fill the vector.
@@ -39,7 +39,11 @@ class Layout(NamedTuple):
         return jnp.concatenate(parts) if parts else jnp.zeros(0)
 
     def unflatten(self, z: Float[Array, " dim"]) -> Sites:
-        """Cut one vector into the named arrays."""
+        """Cut one vector into the named arrays.
+
+        Raises:
+            ValueError: if the shape of ``z`` is not ``(dim,)``.
+        """
         if jnp.shape(z) != (self.dim,):
             raise ValueError(
                 f"Expected one flat vector of shape ({self.dim},), got {jnp.shape(z)}. "
@@ -56,10 +60,10 @@ def in_batches(
     size: int,
     done: Callable[[int], Any] = lambda count: None,
 ) -> PyTree:
-    """Call ``function`` on the numbers 0 to ``num`` - 1, ``size`` at a time, and join what it returns.
+    """Call ``function`` on the numbers 0 to ``num`` - 1, ``size`` at a time, and concatenate the results.
 
-    The last batch is filled up with copies of the last number, so that one shape is compiled; ``done`` is told how
-    many numbers each batch was for.
+    The last batch is padded with copies of the last number, so that only one shape is compiled. After each batch,
+    ``done`` is called with the count of numbers in it, without padding.
     """
     parts = []
     for start in range(0, num, size):
@@ -76,7 +80,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def arrays_by_name(tree: PyTree) -> dict[str, Any]:
-    """Name the arrays of a pytree, or their shapes, by where they are.
+    """Name the arrays (or array shapes) of a pytree by their paths.
 
     >>> list(arrays_by_name({"a": (np.zeros(2), "text", np.ones(3))}))
     ['a.0', 'a.2']
@@ -86,7 +90,7 @@ def arrays_by_name(tree: PyTree) -> dict[str, Any]:
 
 
 def named_leaves(values: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Name the arrays of every site: by the site, and within a tree of arrays by where they are.
+    """Name the arrays of every site by the site; in a tree of arrays, by the site and the path.
 
     >>> list(named_leaves({"b": np.zeros(2), "a": {"w": np.ones(3)}}))
     ['b', 'a.w']
@@ -95,7 +99,7 @@ def named_leaves(values: Mapping[str, PyTree]) -> dict[str, Any]:
 
 
 def put_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-    """Put named arrays in the places of a pytree's arrays (or of their shapes)."""
+    """Replace a pytree's arrays (or array shapes) by the arrays of the same names."""
 
     def put(path: Any, leaf: Any) -> Any:
         named = is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
@@ -109,21 +113,21 @@ def _name(path: Any) -> str:
 
 
 def is_traced(tree: Any) -> bool:
-    """Say whether any leaf is a tracer, whose values cannot be looked at."""
+    """Say whether any leaf is a tracer, which has no values yet."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def evaluated_at_once() -> contextlib.AbstractContextManager[None]:
-    """Evaluate what does not depend on tracers at once, inside jit too.
+    """Evaluate immediately, also inside jit, everything that does not depend on tracers.
 
-    Outside jit that happens by itself, and JAX's own context would harm: programs traced in it fold constants, which
-    equinox's run-time checks and `jax.debug_nans` do not survive.
+    Outside jit JAX does so anyway, and nothing is changed. JAX's own context would do harm there: programs traced in it
+    fold constants, which breaks equinox's run-time checks and `jax.debug_nans`.
     """
     return jax.ensure_compile_time_eval() if is_traced(jnp.zeros(())) else contextlib.nullcontext()
 
 
 def own_broadcasting(function: Callable[P, R]) -> Callable[P, R]:
-    """Let this package's arithmetic promote ranks, whatever the user's ``jax_numpy_rank_promotion`` says of theirs."""
+    """Allow rank promotion inside ``function``, even if the user has set ``jax_numpy_rank_promotion`` to forbid it."""
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:

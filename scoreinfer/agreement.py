@@ -1,12 +1,13 @@
-"""Whether a model's density describes its simulator, site by site.
+"""Test, site by site, whether a model's density describes the draws of its simulator.
 
-It need not: a censored distribution may draw uncensored values, a scaled or masked site is drawn as if it were not. Let
-a value x come from p or from p' with equal chances, and L = log p(x) - log p'(x). Then for every function g
+Draws and density can disagree. A censored distribution may draw uncensored values. A scaled or masked site is drawn as
+if it were neither scaled nor masked. The test uses an identity of two densities p and p'. With
+L(x) = log p(x) - log p'(x), the logistic function sigma, and every function g,
 
-    E[(1 - sigma(L)) g(L)] over x of p  =  E[sigma(L) g(L)] over x of p',
+    E[(1 - sigma(L)) g(x)] for x ~ p  =  E[sigma(L) g(x)] for x ~ p'.
 
-with sigma the logistic function. Both sides are bounded, no derivative is needed, and supports may move. For observed
-sites p and p' belong to neighbouring parameters. For a latent site p' is the prior moved by a constant.
+For bounded g both sides are bounded. No derivative is needed, and p and p' may have different supports. For observed
+sites, p and p' belong to neighbouring parameters. For a latent site, p' is the prior shifted by a constant.
 
 References: Menon and Ong 2016, ICML, "Linking losses for density ratio and class-probability estimation" (calibrated
 log density ratios).
@@ -24,22 +25,27 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
 NUM_PAIRS = 2048
+"""Pairs of draws in each comparison. Chosen by judgement."""
 SCALES = (1.0, 0.1, 0.01)
-"""Distances of neighbouring parameters, in standard deviations of the prior: data may be more or less informative."""
+"""Distances of neighbouring parameters, in prior standard deviations; informative data need small ones. Judgement."""
 MAX_Z = 6.5
-"""Standard errors that are noise: one right model in ten thousand million is taken for wrong by one comparison."""
+"""Largest deviation that counts as noise, in standard errors: one comparison rejects a right model once in 1e10."""
 
 
 _Cache = weakref.WeakKeyDictionary[Problem, tuple[str, ...]]
 _LATENTS: _Cache = weakref.WeakKeyDictionary()
+"""Cache of `misdrawn_latents`."""
 _OBSERVED: _Cache = weakref.WeakKeyDictionary()
+"""Cache of `misdrawn_data`."""
 
 
 @own_broadcasting
 def misdrawn_latents(problem: Problem) -> tuple[str, ...]:
-    """Name the latent sites whose prior draws the prior density does not describe; none where there are no draws.
+    """Name the latent sites whose prior draws do not follow the prior density.
 
-    Exactness: a test: differences smaller than its noise, with 2048 pairs of draws, go unseen.
+    The result is empty if the model has no latent sites, no density, or cannot be simulated.
+
+    Exactness: a statistical test with 2048 pairs of draws. It does not see differences smaller than its noise.
     """
     if problem not in _LATENTS:
         scores = np.zeros(0)
@@ -53,7 +59,9 @@ def misdrawn_latents(problem: Problem) -> tuple[str, ...]:
 
 @own_broadcasting
 def misdrawn_data(problem: Problem) -> tuple[str, ...]:
-    """Name the first observed site whose simulated data its density does not describe; none where it has none.
+    """Name the first observed site whose simulated data do not follow its density.
+
+    The result is empty if there is no such site, or if the model has no simulator or no density of single sites.
 
     Exactness: as for `misdrawn_latents`.
     """
@@ -67,16 +75,16 @@ def misdrawn_data(problem: Problem) -> tuple[str, ...]:
 
 
 def say_misdrawn(sites: tuple[str, ...]) -> str:
-    """Say what is wrong with sites whose density does not describe their draws, and what to do."""
+    """Write the message about sites whose draws do not follow their density, with what to do."""
     return (
-        f"the density of {', '.join(sites)} does not describe what the model draws there (as under "
-        "`numpyro.handlers.scale`, a mask, or a distribution that censors). Weights, kernels and certificates follow "
-        "the density; for what compares with simulations, write a model that draws what its density describes."
+        f"the density of {', '.join(sites)} does not describe the values that the model draws (common causes: "
+        "`numpyro.handlers.scale`, a mask, a censored distribution). Weights, kernels and certificates follow the "
+        "density. For methods that compare with simulations, write a model whose draws follow its density."
     )
 
 
 def _prior_draws(problem: Problem, key: Key, num: int) -> tuple[Float[Array, "num dim"], Float[Array, " dim"]]:
-    """Draw from the prior; compute the standard deviations, too."""
+    """Draw from the prior; also compute the standard deviation of every dimension."""
     assert problem.simulate is not None
     simulate = problem.simulate
     z = jax.vmap(lambda key: simulate(key)[0])(jax.random.split(key, num))
@@ -84,7 +92,7 @@ def _prior_draws(problem: Problem, key: Key, num: int) -> tuple[Float[Array, "nu
 
 
 def _latent_scores(problem: Problem, key: Key) -> Float[Array, " latents"]:
-    """Compare the prior with itself moved, one latent site at a time."""
+    """Compute a z score for each latent site: compare the prior with itself, shifted in this site only."""
     sizes = [site.size for site in problem.latents]
     blocks = jnp.repeat(jnp.eye(len(sizes)), jnp.array(sizes), axis=1, total_repeat_length=problem.dim)
     z, spread = _prior_draws(problem, key, 2 * NUM_PAIRS)
@@ -98,7 +106,7 @@ def _latent_scores(problem: Problem, key: Key) -> Float[Array, " latents"]:
         move = block * spread / jnp.sqrt(block.sum())
         others = moved + move
 
-        def side(x: Array) -> Array:  # which of the two a value lies nearer to: seen where a density says nothing
+        def side(x: Array) -> Array:  # which of the two centres is nearer; this also tests where L is constant
             return jnp.tanh((middle + 0.5 * move - x) @ (block / spread))
 
         ratios = log_ratio(own, move), log_ratio(others, move)
@@ -109,7 +117,7 @@ def _latent_scores(problem: Problem, key: Key) -> Float[Array, " latents"]:
 
 
 def _observed_scores(problem: Problem, key: Key) -> Float[Array, " observed"]:
-    """Compare neighbouring parameters by what each makes of the observed sites, up to each of these in turn."""
+    """Compute a z score for each observed site: compare the data of neighbouring parameters, up to and with this site."""
     names = [site.name for site in problem.observed]
     for_prior, for_pairs = jax.random.split(key)
     z, spread = _prior_draws(problem, for_prior, NUM_PAIRS)
@@ -139,7 +147,7 @@ def _observed_scores(problem: Problem, key: Key) -> Float[Array, " observed"]:
 def _z_score(
     own: Float[Array, " num"], others: Float[Array, " num"], g: Float[Array, " num"], g_others: Float[Array, " num"]
 ) -> Float[Array, ""]:
-    """Compute how many standard errors the identity is off, for log ratios and g of draws of p and of p'."""
+    """Compute the error of the identity in standard errors, from L and g at draws of p (own) and of p' (others)."""
     terms = jax.nn.sigmoid(-own) * g - jax.nn.sigmoid(others) * g_others
-    terms = jnp.where(jnp.isnan(terms), 0.0, terms)  # impossible under both: it tells nothing
+    terms = jnp.where(jnp.isnan(terms), 0.0, terms)  # density zero under both: no information
     return jnp.abs(terms.mean()) / (terms.std() / jnp.sqrt(terms.size) + 1e-6)

@@ -1,4 +1,4 @@
-"""Draws: what a sampler returns, on its way to the analysis."""
+"""Draws: the weighted draws that a sampler returns."""
 
 from typing import Any, NamedTuple
 
@@ -18,15 +18,15 @@ class DrawInfo(NamedTuple):
     """How a batch of draws was made.
 
     Args:
-        num_proposals: proposals drawn, those of rejected batches included.
-        num_score_evaluations: evaluations of the score network.
-        num_simulations: simulations that the proposal was trained on; None where that is not known.
-        num_particles: particles of each draw; 1: plain weights.
-        witnessed: share of the draws that come from a density fitted to witnesses.
-        num_failed: draws at which a foreign simulator failed; None where none was run.
-        move_accept_prob: mean acceptance probability of the moves after resampling; None without any.
-        move_step_size: their step size; None without any.
-        seconds: wall time.
+        num_proposals: number of proposals drawn, including those of rejected batches.
+        num_score_evaluations: evaluations of the score network. None means that the number is not known.
+        num_simulations: simulations that the proposal was trained on. None means that the number is not known.
+        num_particles: particles of each draw. 1 means ordinary importance weights.
+        witnessed: share of the draws that come from a density fitted to witnesses (`scoreinfer.evidence.witnesses`).
+        num_failed: draws at which a foreign simulator failed. None means that no foreign simulator was run.
+        move_accept_prob: mean acceptance probability of the moves after resampling. None means that there were none.
+        move_step_size: step size of these moves. None means that there were none.
+        seconds: wall time in seconds.
     """
 
     num_proposals: int
@@ -41,19 +41,23 @@ class DrawInfo(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Weighted draws from a posterior; the draw axis comes first everywhere.
+    """Weighted draws from a posterior. The draw axis is the first axis of every array.
 
     Args:
-        sites: constrained values of latent and deterministic sites, each ``(num, *site shape)``; a deterministic site
-            that is a tree of arrays stays one, as in NumPyro.
+        sites: constrained values of latent and deterministic sites, each ``(num, *site shape)``. The value of a
+            deterministic site may be a tree of arrays, as in NumPyro.
         unconstrained: flat unconstrained vectors.
-        log_weight: log p(z, y) - log q(z); None where the model has no density.
-        log_q: log density of the proposal (of a path, where weights are over paths); NaN where p(z, y) is zero.
-        log_joint: log p(z, y) in the unconstrained space; None where the model has no density.
-        observed: the observation that the draws answer for.
+        log_weight: log p(z, y) - log q(z). None means that the model has no density.
+        log_q: log density of the proposal (the density of a path, if the weights are over paths). NaN if p(z, y) is
+            zero.
+        log_joint: log p(z, y) in the unconstrained space. None means that the model has no density.
+        observed: the observation that the posterior is conditioned on.
         certificate: the verdict on this batch (`scoreinfer.Certificate`).
         info: how the batch was made.
-        problem: the problem that was solved; None where it is not known.
+        problem: the problem of the model. None means that it is not known.
+
+    Exactness: the weighted draws are consistent as their number grows. Without a density they are the raw learned
+        draws, and biased.
     """
 
     sites: Values
@@ -74,28 +78,30 @@ class Draws(NamedTuple):
     def get_samples(self) -> Values:
         """Return equally weighted values of every site, as `numpyro.infer.MCMC.get_samples` does.
 
-        Weighted draws are resampled: draw i stands there about ``num`` times its normalised weight, copies side by
-        side. No random number is used.
+        Weighted draws are resampled without random numbers: draw i appears about ``num`` times its normalised weight.
+        Copies of one draw are neighbours.
 
         Raises:
-            ValueError: where no draw has a positive weight.
+            ValueError: if no draw has a positive weight.
 
-        Exactness: consistent as the number of weighted draws grows; without a density, the raw learned draws.
+        Exactness: consistent as the number of weighted draws grows. Without a density they are the raw learned draws,
+            and biased.
         """
         return self._rows(stratified_indices(self._smoothed(), self.num))
 
     def resample(self, key: Key, num: int) -> Values:
-        """Draw ``num`` equally weighted values of every site, by Pareto-smoothed importance resampling.
+        """Draw ``num`` equally weighted values of every site by Pareto-smoothed importance resampling.
 
         Raises:
-            ValueError: where no draw has a positive weight.
+            ValueError: if no draw has a positive weight.
 
-        Exactness: consistent as the number of weighted draws grows; without a density, the raw learned draws.
+        Exactness: consistent as the number of weighted draws grows. Without a density they are the raw learned draws,
+            and biased.
         """
         return self._rows(resample_indices(key, self._smoothed(), num))
 
     def to_arviz(self, key: Key, **options: Any) -> Any:
-        """Present the draws to ArviZ; see `scoreinfer.to_arviz` for the options."""
+        """Convert the draws to ArviZ groups. `scoreinfer.to_arviz` lists the options and what it raises."""
         return to_arviz(key, self, **options)
 
     def _smoothed(self) -> Float[np.ndarray, " num"]:

@@ -1,15 +1,15 @@
-"""Errors and warnings a caller may want to catch."""
+"""Errors and warnings that a caller may want to catch."""
 
 import os
 from typing import NamedTuple
 
 
 class Offence(NamedTuple):
-    """One thing in a model that cannot be read.
+    """One site that makes a model unsupported.
 
     Args:
         site: the name of the site.
-        reason: what is wrong with it.
+        reason: what is wrong with the site.
         way_out: what to write instead.
     """
 
@@ -22,10 +22,10 @@ class Offence(NamedTuple):
 
 
 class UnsupportedModel(ValueError):
-    """A NumPyro model that cannot be read, with the offending sites and the way out.
+    """The NumPyro model is not supported. The message names each problem and what to write instead.
 
     Args:
-        offences: every offending site, or one sentence.
+        offences: all unsupported sites, or one sentence.
     """
 
     def __init__(self, offences: "tuple[Offence, ...] | str") -> None:
@@ -35,23 +35,26 @@ class UnsupportedModel(ValueError):
 
 
 class TrainingWarning(UserWarning):
-    """Training ended early or on a budget that is likely too small."""
+    """Training ended early, or its budget is likely too small."""
 
 
 class MisspecificationWarning(UserWarning):
-    """An observation unlike the model's simulations: the model may be wrong, and what was learned does not reach it."""
+    """The observation is unlike the model's simulations.
+
+    The model may be wrong, and the sampler was not trained near this observation.
+    """
 
 
 class UnreadableFile(ValueError):
-    """A file that is missing, damaged, changed, newer than this version, or not one of ours.
+    """A file cannot be read: it is missing, damaged, changed, from a newer version, or not written by scoreinfer.
 
     Args:
         path: the file or folder.
-        reason: what is wrong with it.
+        reason: what is wrong with the file.
         way_out: what to do instead.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], reason: str, way_out: str = "Take another copy, or make it again"
+        self, path: str | os.PathLike[str], reason: str, way_out: str = "Use another copy, or write it again"
     ) -> None:
         super().__init__(f"`{os.fspath(path)}` cannot be read: {reason}. {way_out}.")

@@ -1,7 +1,7 @@
 """Problem: an inference problem as pure functions on one flat unconstrained vector.
 
-Nothing here knows NumPyro. `scoreinfer.model.from_numpyro` makes a `Problem` from a model; tests make one by
-hand. Every function is pure, works under ``jit``, ``vmap`` and ``grad``, and handles one draw at a time.
+This module does not depend on NumPyro. `scoreinfer.model.from_numpyro` makes a `Problem` from a NumPyro model. Every
+function of a problem is pure, works under ``jit``, ``vmap`` and ``grad``, and handles one draw.
 
 Notation: ``z`` is the flat unconstrained vector of all latent sites, ``y`` the dictionary of observed sites.
 """
@@ -20,15 +20,15 @@ from scoreinfer._typing import Key, Sites, Values
 
 
 class Site(NamedTuple):
-    """One row of the table of a model's sites.
+    """One site of a model.
 
     Args:
         name: the site's name in the model.
         shape: shape of one value (batch and event dimensions).
         dtype: NumPy dtype name of one value.
         support: the support in words, such as ``positive`` or ``corr_cholesky``.
-        size: number of unconstrained dimensions the site takes (0 for an observed site).
-        exchangeable: axis of the value along which the entries are exchangeable (a plate), or None.
+        size: number of unconstrained dimensions of the site (0 for an observed site).
+        exchangeable: axis of the value along which the entries are exchangeable (a plate). None means no such axis.
     """
 
     name: str
@@ -43,35 +43,35 @@ class Site(NamedTuple):
 class Problem:
     """An inference problem on one flat unconstrained vector ``z``.
 
-    Two problems are never equal unless they are the same object, so a `Problem` is safe as static data of a
-    compiled function.
+    Two problems are equal only if they are the same object. A `Problem` is therefore safe as static data of a compiled
+    function.
 
     Args:
         dim: number of unconstrained dimensions.
-        latents: table of the latent sites, in the order in which they fill ``z``.
-        observed: table of the observed sites (empty: the posterior is the prior).
-        log_prior: log prior density of ``z``, with the bijectors' Jacobians.
+        latents: the latent sites, in their order in ``z``.
+        observed: the observed sites. With no observed site, the posterior is the prior.
+        log_prior: log prior density of ``z``, including the log determinants of the bijectors' Jacobians.
         log_likelihood: log density of ``y`` given ``z``.
-        constrain: latent sites (constrained) and deterministic sites, which may be trees of arrays, as a dictionary.
-        latent_sites: the latent sites alone (constrained), without replaying the model.
-        unconstrain: dictionary of constrained latent sites to ``z``.
-        simulate: one joint draw ``(z, y)`` from prior and simulator; None where the model cannot be simulated.
-        simulate_observation: ``y`` given ``z``; None where the model cannot be simulated.
-        encode: observed sites to real numbers of the same sites through their own bijectors (logs of positive
-            values, logits of proportions); shapes may differ from the site's.
-        read: observed values from the model's own arguments ``(args, kwargs)``, or wherever else the model takes them
-            from, as they are now; checked against this problem.
-        has_density: False where the likelihood has no density (a stochastic simulator hidden in the model).
-        not_simulable: why ``simulate`` is None, in words, else the empty string.
+        constrain: maps ``z`` to a dictionary of the constrained latent sites and the deterministic sites. A
+            deterministic site may be a tree of arrays.
+        latent_sites: maps ``z`` to the constrained latent sites only, without running the model.
+        unconstrain: maps a dictionary of constrained latent sites to ``z``.
+        simulate: draws ``(z, y)`` from prior and simulator. None means the model cannot be simulated.
+        simulate_observation: draws ``y`` given ``z``. None means this is not possible.
+        encode: maps observed sites to real numbers, site by site, through the sites' bijectors (log of positive
+            values, logit of proportions). Shapes may differ from the site's.
+        read: reads the observed values from the model's arguments ``(args, kwargs)``, or from attributes, closures and
+            globals of the model, anew at every call. Checks them against this problem.
+        has_density: False if the likelihood has no density (the model hides a stochastic simulator).
+        not_simulable: the reason why ``simulate`` is None, in words; otherwise the empty string.
         is_foreign: whether the data come from a simulator outside JAX, whose runs are stored.
-        pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, as
-            ArviZ wants it for leave-one-out; None where it is not known.
-        model: the NumPyro model that the problem was read from, for what has to read it again; None where there is
-            none.
-        observation: where the data come from a foreign simulator's outputs by a known likelihood: that likelihood, as
-            a problem whose flat vector is parameters and outputs side by side.
-        recipe: makes the problem again, from the model and the arguments it was read with: what is pickled in its
-            place. None for one that was made by hand.
+        pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, in
+            ArviZ's form for leave-one-out cross-validation. None means it is not known.
+        model: the NumPyro model that the problem was read from. None means there is none.
+        observation: the known likelihood of the data given a foreign simulator's outputs, as a problem whose flat
+            vector is the parameters followed by the outputs. None means there is no such likelihood.
+        recipe: makes the problem again from the model and its arguments; it is pickled in place of the problem. None
+            means the problem was made by hand.
     """
 
     dim: int
@@ -109,7 +109,12 @@ class Problem:
 
 
 def from_potential(potential_fn: Callable[[PyTree], Float[Array, ""]], example: PyTree) -> Problem:
-    """Make a problem without observations from minus the log density of any pytree like ``example``."""
+    """Make a problem without observations from a potential energy.
+
+    Args:
+        potential_fn: minus the log density, up to a constant, of a pytree like ``example``.
+        example: a pytree with the shapes and types of the unknowns.
+    """
     flat, unravel = ravel_pytree(example)
     return Problem(
         dim=flat.size,

@@ -1,4 +1,4 @@
-"""Identity: what tells two simulators, models, physics and training runs apart, as plain data."""
+"""Identity: plain data by which simulators, models, physics and training runs are compared."""
 
 from scoreinfer.identity.model import (
     check_probe,

@@ -1,4 +1,4 @@
-"""Models: two problems are told apart by their sites, and by densities and parameters at a few places."""
+"""Identity of models: two problems are compared by their sites, and by densities and parameters at a few points."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,13 +12,16 @@ from jaxtyping import Array, Float
 from scoreinfer.problem import Problem, Site
 
 NUM_PLACES = 3
-"""Places at which densities are compared."""
+"""Number of points at which densities are compared. Chosen by judgement."""
 TOLERANCE = 1e-2
-"""Relative and absolute difference of densities that rounding, another device or another precision may make."""
+"""Allowed relative and absolute difference of densities. Chosen by judgement.
+
+Rounding, another device or another precision may cause such differences.
+"""
 
 
 def describe_sites(sites: Iterable[Site]) -> list[str]:
-    """Describe sites in one line each: name, shape, support.
+    """Describe each site in one line: name, shape, support.
 
     >>> describe_sites([Site("a", (2,), "float32", "positive", 2)])
     ['a (2,) positive']
@@ -44,10 +47,14 @@ def _site(site: Site) -> dict[str, Any]:
 
 
 def check_sites(stored: Mapping[str, Any], problem: Problem) -> None:
-    """Check that a problem has the sites of the one that was described.
+    """Check that a problem has the same sites as the stored description.
+
+    Args:
+        stored: the description, made by `describe_model`.
+        problem: the problem to check.
 
     Raises:
-        ValueError: the message names every site that differs, and how.
+        ValueError: if sites differ. The message names every difference.
     """
     differences = []
     for kind, sites in (("latent", problem.latents), ("observed", problem.observed)):
@@ -58,11 +65,11 @@ def check_sites(stored: Mapping[str, Any], problem: Problem) -> None:
         for name in sorted(ours.keys() & theirs.keys()):
             differences += [
                 f"{kind} site {name!r} has {field} {ours[name][field]}, was {theirs[name][field]}"
-                for field in ("shape", "support", "size", "exchangeable")  # the type changes with 64-bit mode
+                for field in ("shape", "support", "size", "exchangeable")  # not the dtype: it changes with 64-bit mode
                 if ours[name][field] != theirs[name][field]
             ]
         if not differences and list(theirs) != list(ours):
-            differences.append(f"the {kind} sites come in another order: {', '.join(ours)}, was {', '.join(theirs)}")
+            differences.append(f"the order of the {kind} sites is {', '.join(ours)}, was {', '.join(theirs)}")
     differences += [
         f"`{name}` is {own}, was {stored[name]}"
         for name, own in (("dim", problem.dim), ("has_density", problem.has_density))
@@ -71,12 +78,15 @@ def check_sites(stored: Mapping[str, Any], problem: Problem) -> None:
     if differences:
         raise ValueError(
             f"This posterior was learned for another model ({stored['name']}): {'; '.join(differences)}. "
-            "Pass the model and the arguments it was fitted with (and `observed=`, where it was given)."
+            "Pass the model and the arguments that it was fitted with (and the same `observed=`, if any)."
         )
 
 
 def probe_model(problem: Problem) -> dict[str, Any]:
-    """Compute densities and parameters at three places: they tell a design from another with the same sites."""
+    """Compute densities and parameters at `NUM_PLACES` points.
+
+    They differ between two designs that have the same sites.
+    """
     source = problem.observation or problem
     probe: dict[str, Any] = {"z": 0.5 * jnp.sin(jnp.arange(float(NUM_PLACES))[:, None] + jnp.arange(problem.dim))}
     probe["y"] = {}
@@ -95,14 +105,14 @@ def _densities(problem: Problem, probe: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_probe(stored: Mapping[str, Any], problem: Problem) -> None:
-    """Check that a problem has the densities of the one that was probed, at the same places.
+    """Check that a problem has the stored densities at the stored points.
 
     Args:
-        stored: what `probe_model` computed, names of nested arrays joined by a dot.
-        problem: the problem at hand.
+        stored: the result of `probe_model`. The names of nested arrays are joined by dots.
+        problem: the problem to check.
 
     Raises:
-        ValueError: the message shows both values of the first density that differs.
+        ValueError: if a density differs. The message shows both values of the first one.
     """
     places = {name: jnp.asarray(stored[name]) for name in ("z", "outputs") if name in stored}
     y = {name: jnp.asarray(stored[f"y.{name}"]) for name in sorted(site.name for site in problem.observed)
@@ -111,18 +121,18 @@ def check_probe(stored: Mapping[str, Any], problem: Problem) -> None:
         if not np.allclose(value, stored[name], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
             raise ValueError(
                 f"This posterior was learned for a model with other densities or bounds: expected {name} "
-                f"{stored[name]} at three stored places, got {np.asarray(value)}. Covariates or constants differ: pass "
-                "the arguments it was fitted with, or fit again."
+                f"{stored[name]} at the stored points, got {np.asarray(value)}. Covariates or constants differ: pass "
+                "the arguments that it was fitted with, or fit again."
             )
 
 
 def same_parameters(
     problem: Problem, z: Float[Array, "num dim"], stored: Mapping[str, Float[np.ndarray, "num ..."]]
 ) -> str:
-    """Compare constrained parameters with stored ones at the same unconstrained places.
+    """Compare constrained parameters with stored ones at the same unconstrained points.
 
     Returns:
-        The name of the first site that differs, with its values; the empty string where none does.
+        The name of the first site that differs, with its values. The empty string if no site differs.
     """
     for name, values in jax.vmap(problem.latent_sites)(z).items():
         if values.shape != stored[name].shape or not np.allclose(values, stored[name], rtol=1e-2, atol=1e-3):

@@ -1,4 +1,4 @@
-"""Physics: two processes are told apart by their times, their noise, and their steps forward and back."""
+"""Identity of physics: two processes are compared by their times, their noise, and their forward and reverse steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,12 @@ from scoreinfer.process import PhysicsProcess
 
 @eqx.filter_jit
 def probe_physics(process: PhysicsProcess, states: Float[Array, "steps dim"]) -> dict[str, Any]:
-    """Compute the times and the noise of a process, and its steps forward and back from one state for each step."""
+    """Compute the times, the noise, and the forward and reverse steps of a process.
+
+    Args:
+        process: the process.
+        states: the states that the steps start from, one for each step.
+    """
     steps = jnp.arange(process.num_steps)
     return {
         "times": process.ts,
@@ -30,16 +35,16 @@ def check_physics(
     states: Float[Array, "steps dim"],
     spread: Float[Array, "steps dim"],
 ) -> None:
-    """Check that a process is the one that was probed.
+    """Check that a process has the stored times, noise and steps.
 
     Args:
-        stored: what `probe_physics` computed.
-        process: the process at hand.
-        states: the states that steps are taken from.
-        spread: their standard deviations, in units of which steps are compared.
+        stored: the result of `probe_physics`.
+        process: the process to check.
+        states: the states that the steps start from.
+        spread: standard deviations of the states. Steps are compared in these units.
 
     Raises:
-        ValueError: the message names what differs.
+        ValueError: if something differs. The message names it.
     """
     own = probe_physics(process, states)
     for name, value in stored.items():
@@ -47,5 +52,5 @@ def check_physics(
         if not np.allclose(np.asarray(own[name]) / unit, np.asarray(value) / unit, 1e-3, 1e-4, equal_nan=True):
             raise ValueError(
                 f"This posterior was learned for another model: the `{name}` of its physics differs. Pass the model, "
-                "its arguments and the `reverse`, `waves` and `separate` it was fitted with."
+                "its arguments and the `reverse`, `waves` and `separate` that it was fitted with."
             )

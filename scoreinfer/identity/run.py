@@ -1,4 +1,4 @@
-"""Runs: what a training depends on besides its settings, and the versions at work."""
+"""Identity of runs: everything that a training depends on besides its settings, and the versions of the packages."""
 
 import platform
 from importlib import metadata
@@ -16,21 +16,22 @@ from scoreinfer.identity.model import describe_sites
 from scoreinfer.problem import Problem
 
 PACKAGES = ("scoreinfer", "jax", "numpyro", "equinox", "numpy")
+"""The packages whose versions are recorded. Chosen by judgement."""
 
 
 def key_bits(key: Key) -> list[int]:
-    """Write a random key, of either style, as plain numbers."""
+    """Convert a random key, typed or raw, to plain numbers."""
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return np.asarray(data).tolist()
 
 
 def describe_run(problem: Problem, embedding: Any, start: PyTree) -> dict[str, Any]:
-    """Describe what a training starts from: the sites, the embedding, and a digest of the simulations.
+    """Describe the start of a training: the sites, the embedding, and a digest of the simulations.
 
     Args:
         problem: the problem.
         embedding: the module that embeds observations.
-        start: the simulations, and whatever else with arrays the training depends on.
+        start: the simulations, and all other arrays that the training depends on.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in arrays_by_name(start).items()}
     sites = describe_sites((*problem.latents, *problem.observed))
@@ -38,7 +39,7 @@ def describe_run(problem: Problem, embedding: Any, start: PyTree) -> dict[str, A
 
 
 def versions() -> dict[str, str]:
-    """Name the versions at work; 0.0.0 for a source tree that is not installed."""
+    """Return the versions of Python and of `PACKAGES`; 0.0.0 for a package that is not installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,11 +1,13 @@
-"""Fingerprints: what a simulator computes, as far as can be told without running it, so that an edited one is noticed.
+"""Fingerprints: plain data that describe the computation of a simulator, without running it.
 
-A callable is taken apart into named parts: bytecode and constants (nested functions included), defaults, closure and
-global values, arguments of partials, attributes of objects, and the same of the user's own functions and classes that
-it refers to. Libraries (whatever lies in ``site-packages`` or the standard library) count by name, and their objects by
-the arrays and the fields that they hold, such as a network's weights. Nothing depends on addresses, files, line
-numbers, docstrings or names of local variables, so the parts are the same in every process of one Python version. Text
-counts by its digest: it may be secret.
+A fingerprint changes if the simulator is edited. It consists of named parts of the callable: bytecode and constants
+(including nested functions), defaults, closure and global values, arguments of partials, and attributes of objects. The
+user's own functions and classes that the callable refers to have the same parts. A library (all code in
+``site-packages`` or the standard library) enters by name only. A library's objects enter by their arrays and fields,
+such as the weights of a network. A text enters by its digest, because it may be secret.
+
+No part depends on addresses, file names, line numbers, docstrings or names of local variables. So the parts are the
+same in every process of one Python version.
 """
 
 import dataclasses
@@ -28,18 +30,21 @@ import numpy as np
 from scoreinfer._tree import is_array
 
 Version = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
-"""The user's own version of a simulator, or files whose bytes count."""
+"""A version text that the user gives, or files whose bytes enter the fingerprint."""
 CODE, CONSTANTS, FILE = "code of", "constants of", "file"
+"""Beginnings of the labels of parts. Stored fingerprints contain them."""
 LONGEST, DEEPEST = 60, 20
-"""Longest value that is told as it is, in characters, and deepest nesting that is looked into."""
+"""Longest description that is not replaced by a digest (characters), and deepest nesting. Chosen by judgement."""
 PLAIN = (types.NoneType, bool, int, float, complex, range, types.EllipsisType)
+"""Types whose values are described by their ``repr``."""
 EXACT = ("decimal", "fractions", "datetime", "uuid")
-"""Modules of the standard library whose values are told by their representation."""
+"""Modules of the standard library whose values are described by their ``repr``."""
 SIGNATURE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
+"""Flags of a code object that belong to its signature."""
 COMPILED = {"None", "True", "False"}
-"""Constants that some compilers put in by themselves."""
+"""Constants that some versions of the compiler add."""
 NOT_COMPUTED = ("__doc__", "__firstlineno__")
-"""Names to which the body of a class assigns what nobody computes with."""
+"""Names in the body of a class whose values do not change a computation."""
 
 
 def fingerprint(simulator: Callable[..., Any], version: Version = None) -> dict[str, Any]:
@@ -47,13 +52,13 @@ def fingerprint(simulator: Callable[..., Any], version: Version = None) -> dict[
 
     Args:
         simulator: any callable.
-        version: a text stands in place of the parts; files (paths) are parts, too.
+        version: a text replaces the parts. Paths of files add one part for each file. None means neither.
 
     Raises:
-        OSError: where a file cannot be read.
+        OSError: if a file cannot be read.
 
-    >>> told = fingerprint(lambda x, scale=2.0: 3 * x * scale)
-    >>> told["parts"]["default `scale` of `<lambda>`"], told["parts"]["constants of `<lambda>`"]
+    >>> found = fingerprint(lambda x, scale=2.0: 3 * x * scale)
+    >>> found["parts"]["default `scale` of `<lambda>`"], found["parts"]["constants of `<lambda>`"]
     ('2.0', ['3'])
     """
     if isinstance(version, str):
@@ -67,7 +72,7 @@ def fingerprint(simulator: Callable[..., Any], version: Version = None) -> dict[
 
 
 def is_fingerprint(told: Any) -> bool:
-    """Say whether something read from a file has the form of a fingerprint."""
+    """Say whether a value that was read from a file has the form of a fingerprint."""
     if not isinstance(told, dict):
         return False
     return isinstance(told.get("version"), str) or (
@@ -76,11 +81,14 @@ def is_fingerprint(told: Any) -> bool:
 
 
 def differences(told: dict[str, Any], stored: Mapping[str, Any] | None) -> list[str]:
-    """Say in what a simulator differs from the one that a store was begun with; nothing where that is not known.
+    """List the differences between a simulator and the one that a store was started with.
 
     Args:
-        told: its fingerprint.
-        stored: the fingerprint in the store, if it has one.
+        told: the fingerprint of the simulator.
+        stored: the fingerprint in the store. None means that the store has no fingerprint.
+
+    Returns:
+        One text for each difference. The list is empty if the fingerprints cannot be compared.
     """
     if stored is None or ("version" in told and "version" not in stored):
         return []
@@ -94,18 +102,18 @@ def differences(told: dict[str, Any], stored: Mapping[str, Any] | None) -> list[
 
 
 def continued(told: dict[str, Any], stored: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Leave out of a fingerprint what is left out of that in the store which it continues."""
+    """Leave out of a fingerprint the parts that the stored fingerprint leaves out."""
     moving = {label for label, value in (stored or {}).get("parts", {}).items() if value is None}
     return without(told, moving)
 
 
 def without(told: dict[str, Any], labels: Iterable[str]) -> dict[str, Any]:
-    """Leave parts out of what is compared."""
+    """Leave parts out of the comparison."""
     return told | {"parts": told["parts"] | dict.fromkeys(labels)} if "parts" in told else told
 
 
 def moved(told: dict[str, Any], simulator: Callable[..., Any]) -> set[str]:
-    """Name the values that running a simulator has changed since it was told, such as counters."""
+    """Return the labels of values that have changed since the fingerprint was made, such as counters."""
     if "parts" not in told:
         return set()
     new, old = fingerprint(simulator)["parts"], told["parts"]
@@ -114,7 +122,14 @@ def moved(told: dict[str, Any], simulator: Callable[..., Any]) -> set[str]:
 
 
 def _difference(label: str, new: Mapping[str, Any], old: Mapping[str, Any], alike: bool) -> str:
-    """Say how one part differs; ``alike``: both were compiled by the same Python."""
+    """Say how one part differs. Return the empty string if it does not.
+
+    Args:
+        label: the label of the part.
+        new: the parts of the simulator.
+        old: the parts in the store.
+        alike: whether the same Python version compiled both.
+    """
     if label not in old:
         return "" if label.startswith(FILE) else f"{label} is new"
     if label not in new:
@@ -123,7 +138,7 @@ def _difference(label: str, new: Mapping[str, Any], old: Mapping[str, Any], alik
     if was is None or value == was:
         return ""
     if isinstance(value, list) and isinstance(was, list):
-        if not alike:  # compilers differ in how often they name a constant
+        if not alike:  # compilers differ in how often they list a constant
             value, was = set(value) - COMPILED, set(was) - COMPILED
         more, less = Counter(value) - Counter(was), Counter(was) - Counter(value)
         if more or less:
@@ -138,7 +153,7 @@ def _some(constants: Iterable[str]) -> str:
 
 
 class _Code(NamedTuple):
-    """What a code object does, nested ones included."""
+    """Instructions, constants, global names and attribute names of a code object and of the code objects in it."""
 
     steps: list[str]
     constants: list[Any]
@@ -147,7 +162,7 @@ class _Code(NamedTuple):
 
 
 def _read_code(code: types.CodeType) -> _Code:
-    """List instructions with their constants apart, as the interpreter was given them, not as it specialised them."""
+    """List the instructions, and the constants separately, as they were compiled (before specialisation)."""
     signature = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & SIGNATURE)
     read = _Code([f"{signature} {code.co_exceptiontable.hex()}"], [], [], set())
     instructions = list(dis.get_instructions(code))
@@ -162,7 +177,7 @@ def _read_code(code: types.CodeType) -> _Code:
         elif step.opcode in dis.hasconst:
             after = instructions[i + 1] if i + 1 < len(instructions) else step
             if not (after.opname == "STORE_NAME" and after.argval in NOT_COMPUTED):
-                names = step.opname == "KW_NAMES"  # to which Python 3.11 gives no value
+                names = step.opname == "KW_NAMES"  # Python 3.11 gives no value for this instruction
                 read.constants.append(code.co_consts[cast(int, step.arg)] if names else step.argval)
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             read.names.append(step.argval)
@@ -175,7 +190,7 @@ def _read_code(code: types.CodeType) -> _Code:
 
 
 class _Parts:
-    """Collects the parts of a callable; every function, class and object is looked at once."""
+    """Collects the parts of a callable. Every function, class and object is visited once."""
 
     def __init__(self) -> None:
         self.parts: dict[str, Any] = {}
@@ -183,12 +198,12 @@ class _Parts:
         self._depth = 0
 
     def add(self, label: str, value: Any) -> None:
-        """Add a part, under another label where there is one of that name."""
+        """Add a part. If the label is taken, a number is added to it."""
         number = next(i for i in range(1, len(self.parts) + 2) if _numbered(label, i) not in self.parts)
         self.parts[_numbered(label, number)] = value
 
     def told(self, value: Any) -> str:
-        """Tell a value in one line; add the parts of what it consists of."""
+        """Describe a value in one line, and add the parts that it consists of."""
         self._depth += 1
         text = self._tell(value) if self._depth < DEEPEST else "..."
         self._depth -= 1
@@ -202,7 +217,7 @@ class _Parts:
         if isinstance(value, str | bytes):
             return f"text {_digest(str(value))}"
         if isinstance(value, PurePath):
-            return f"text {_digest(value.name)}"  # folders may move
+            return f"text {_digest(value.name)}"  # the name only, because folders may move
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name} {self.told(value.value)}"
         if is_array(value):
@@ -218,16 +233,16 @@ class _Parts:
     def _tell_array(self, value: Any) -> str:
         try:
             array = np.asarray(value)
-        except (TypeError, RuntimeError):  # typed random keys, and what JAX has given away
+        except (TypeError, RuntimeError):  # typed random keys, and arrays that were donated to JAX
             return f"a {type(value).__qualname__}"
         if array.dtype == object:
             return self.told(array.tolist())
         return f"digest {_digest(f'{array.dtype} {array.shape}', array.tobytes())}"
 
     def _name(self, value: Any) -> str:
-        """Name what has no plain value; take it apart where it is the user's own."""
+        """Return the name of a value that has no plain form. Add its parts if it is the user's own."""
         first = id(value) not in self._seen
-        self._seen[id(value)] = value  # kept, so that no other object comes to have its address
+        self._seen[id(value)] = value  # keep the object, so that no other object gets its address
         if isinstance(value, types.ModuleType):
             return value.__name__
         if isinstance(value, types.MethodType):
@@ -279,7 +294,7 @@ class _Parts:
             self.told(kind)
 
     def _class(self, kind: type) -> None:
-        """Take apart the methods and the plain attributes of a class, and of those it inherits from."""
+        """Add the methods and the plain attributes of a class and of its base classes."""
         for base in kind.__bases__:
             if _is_own_class(base):
                 self._class_once(base)
@@ -315,7 +330,7 @@ def _closure(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals(function: types.FunctionType, code: _Code) -> Iterator[tuple[str, Any]]:
-    """Yield what a function takes from its module, and from modules of the user's own."""
+    """Yield the values that a function uses from its own module, and from other modules of the user."""
     for name in dict.fromkeys(code.names):
         if name not in function.__globals__:
             continue
@@ -327,7 +342,7 @@ def _globals(function: types.FunctionType, code: _Code) -> Iterator[tuple[str, A
 
 
 def _is_own_file(path: str) -> bool:
-    """Say whether code is the user's own, not a library's."""
+    """Say whether a file belongs to the user, not to a library."""
     library = {"site-packages", "dist-packages"} & set(PurePath(path).parts)
     return not (library or path.startswith(("<frozen", sysconfig.get_path("stdlib"))))
 

@@ -1,4 +1,4 @@
-"""Samplers: learned proposals, with the exact weight of every draw."""
+"""Samplers: learned proposals that give every draw an exact importance weight."""
 
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.diffusion import ProbabilityFlow, ReverseSDE

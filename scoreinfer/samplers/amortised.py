@@ -1,4 +1,4 @@
-"""The amortised proposal: whitening, embedding, score and sampler behind two functions."""
+"""The amortised proposal: it joins whitening, embedding, score and sampler, and draws for any observation."""
 
 import abc
 from typing import NamedTuple
@@ -22,10 +22,10 @@ from scoreinfer.training.whitening import Whitening, untrained_whitening
 
 
 class Context(NamedTuple):
-    """What one observation means to the proposal.
+    """What the proposal computes from one observation.
 
     Args:
-        affine: the map from the whitened space to z.
+        affine: map from the whitened space to z.
         features: the embedded observation.
     """
 
@@ -34,25 +34,26 @@ class Context(NamedTuple):
 
 
 class AbstractAmortised(AbstractDensityProposal):
-    """A proposal that answers for any observation."""
+    """A proposal that comes from amortised training: it draws for any observation."""
 
     @property
     @abc.abstractmethod
     def amortised(self) -> "AmortisedProposal":
-        """The proposal as it was trained, not adapted to any observation."""
+        """The trained proposal, before any adaptation to one observation."""
 
     def features(self, target: Target) -> Sites:
-        """Compute the standardised observation."""
+        """Encode and standardise the observation."""
         return self.amortised.standardiser(encode(target.problem, target.y))
 
 
 class AmortisedProposal(AbstractAmortised):
-    """The learned sampler of one model: draws z for an observation, with the log density of what it did.
+    """The learned sampler of one model: it draws z for any observation and computes its ``log_q``.
 
-    ``adjustment`` is a further affine map of z, the identity unless the proposal has been adapted to one observation.
+    ``adjustment`` is a second affine map of z. It is the identity unless the proposal was adapted to one observation.
 
-    Exactness: ``log_q`` is exact for the flow and exact over paths for the reverse SDE (see the samplers), so
-    weighting by log p(z, y) - log_q is exact whatever the networks learned.
+    Exactness: ``log_q`` is exact for the flow, and exact over paths for the reverse SDE (see
+        `scoreinfer.samplers.diffusion`). The log weight log p(z, y) - log_q is therefore exact for any trained or
+        untrained networks.
     """
 
     standardiser: Standardiser
@@ -64,7 +65,7 @@ class AmortisedProposal(AbstractAmortised):
 
     @property
     def amortised(self):
-        """The proposal itself."""
+        """Return the proposal itself."""
         return self
 
     def context(self, target: Target) -> Context:
@@ -80,7 +81,7 @@ class AmortisedProposal(AbstractAmortised):
         return propose_whitened(key, self.sampler, self.score, self.adjustment.mean.size, *context)
 
     def log_q(self, key: Key, context: Context, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given z (the reverse SDE refreshes its path with ``key``)."""
+        """Compute the ``log_q`` of a given z. The reverse SDE draws a path from z with ``key``."""
         return log_q_whitened(key, self.sampler, self.score, *context, z)
 
 
@@ -92,14 +93,14 @@ class Size(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """Hyperparameters of an amortised proposal: with the problem and the embedding they say what its arrays are.
+    """Hyperparameters of an amortised proposal; with the problem and the embedding they fix the shapes of its arrays.
 
     Args:
-        whitening: size of the network of the whitening map.
+        whitening: size of the whitening network.
         score: size of the score network.
-        sampler: how draws are made.
-        octaves: octaves of sine features of each input of the score; none: no such features.
-        bend: scale units beyond which standardised observations have logarithmic tails.
+        sampler: the sampler that turns the score into draws.
+        octaves: number of octaves of sine features, for each input of the score. Empty means no sine features.
+        bend: size of standardised observations above which the scale is logarithmic, in scale units.
     """
 
     whitening: Size
@@ -113,16 +114,16 @@ class Architecture(NamedTuple):
 def untrained(
     for_whitening: Key, for_score: Key, problem: Problem, architecture: Architecture, embedding: Embedding
 ) -> AmortisedProposal:
-    """Make an untrained proposal; with `equinox.filter_eval_shape`, the shapes of its arrays alone.
+    """Make an untrained proposal. With `equinox.filter_eval_shape`, only the shapes of its arrays are computed.
 
     Args:
         for_whitening: random key of the whitening network.
         for_score: random key of the score network.
         problem: the problem.
         architecture: the hyperparameters.
-        embedding: module from the standardised observation to the context.
+        embedding: module that maps the standardised observation to the context vector.
 
-    Exactness: its weights are exact like those of any other.
+    Exactness: its weights are exact, as for `AmortisedProposal`.
     """
     dim = problem.dim
     x = encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
@@ -142,7 +143,10 @@ def propose_whitened(
     whitening: Change,
     features: Float[Array, " features"],
 ) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
-    """Draw in the whitened space, and map the draw and its ``log_q`` to the space of z."""
+    """Draw in the whitened space, and map the draw and its ``log_q`` to the space of z.
+
+    Exactness: as for ``sampler``; the change of variables is exact.
+    """
     u, log_q = sampler.sample(key, score, dim, features)
     return _upcast(whitening.forward(u)), _upcast(log_q - whitening.log_det(u))
 
@@ -155,7 +159,10 @@ def log_q_whitened(
     features: Float[Array, " features"],
     z: Float[Array, " dim"],
 ) -> Float[Array, ""]:
-    """Compute the ``log_q`` of a given z."""
+    """Compute the ``log_q`` of a given z.
+
+    Exactness: as for ``sampler``; the change of variables is exact.
+    """
     u = whitening.inverse(z.astype(jnp.float32))
     return _upcast(sampler.log_q(key, score, u, features) - whitening.log_det(u))
 
@@ -165,5 +172,8 @@ def _upcast(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def default_sampler(dim: int, *, weighed: bool) -> AbstractSampler:
-    """Choose the sampler by dimension: the flow up to 16, the reverse SDE beyond."""
+    """Choose the sampler by the number of dimensions: the flow up to 16, the reverse SDE above.
+
+    The flow gets an inflated start if its draws are weighted (``weighed``).
+    """
     return ProbabilityFlow(inflation=0.15 if weighed else 0.0) if dim <= 16 else ReverseSDE()

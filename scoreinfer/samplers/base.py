@@ -1,7 +1,10 @@
-"""Properly weighted samplers: what drawing, certificates and kernels ask of every proposal.
+"""The interface of proposals: properly weighted samplers, as drawing, certificates and kernels use them.
 
-A proposal draws z with a weight w such that E[w h(z)] = integral of h(z) p(z, y) dz for every function h. Importance
-sampling, weights over extended paths and particle filters are all of this form.
+A proposal draws z with a weight w such that, for every function h,
+
+    E[w h(z)] = integral of h(z) p(z, y) dz.
+
+Importance sampling, weights over extended paths and particle filters all have this form.
 
 References: Liu 2001, "Monte Carlo Strategies in Scientific Computing", section 2.5.4; Naesseth, Lindsten and Schon
 2019, arXiv 1903.04797, section 2.4.
@@ -19,9 +22,9 @@ from scoreinfer.problem import Problem
 
 
 class Target(eqx.Module):
-    """The posterior of one observation as a log density, up to the evidence: z -> log p(z, y).
+    """The unnormalised log posterior density of one observation: z -> log p(z, y).
 
-    A pytree whose only arrays are the data, so that programs compile once for all data.
+    It is a pytree whose only arrays are the data. Programs therefore compile once for all data.
 
     Args:
         problem: the problem.
@@ -32,7 +35,7 @@ class Target(eqx.Module):
     y: Sites
 
     def __call__(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute log p(z, y); zero where the model has no density, so that log weights are -log q."""
+        """Compute log p(z, y). Without a density the result is zero, so that log weights are -log q."""
         return self.problem.log_joint(z, self.y) if self.problem.has_density else jnp.zeros((), z.dtype)
 
 
@@ -41,8 +44,8 @@ class Weighted(NamedTuple):
 
     Args:
         z: unconstrained values.
-        log_weight: log weights; NaN where the model's density failed.
-        log_target: log p(z, y); zero where the model has no density.
+        log_weight: log importance weights; NaN where the model's density is NaN.
+        log_target: log p(z, y); zero if the model has no density.
     """
 
     z: Float[Array, "*num dim"]
@@ -56,19 +59,19 @@ class Weighted(NamedTuple):
 
     @property
     def log_q(self) -> Float[Array, "*num"]:
-        """Log density of the proposal, log p(z, y) - log w; NaN where p is zero."""
+        """Compute the log density of the proposal, log p(z, y) - log w; NaN where p is zero."""
         return self.log_target - self.log_weight
 
 
 class AbstractProposal(eqx.Module):
-    """A properly weighted sampler. It holds arrays; the target is handed to it.
+    """A properly weighted sampler. It holds arrays and receives the target as an argument.
 
-    Exactness: the weights are proper for any values of the arrays, trained or not.
+    Exactness: the weights are proper for any values of the arrays, trained or untrained.
     """
 
     @abc.abstractmethod
     def context(self, target: Target) -> Any:
-        """Embed one observation."""
+        """Compute everything that the proposal needs of one observation."""
 
     @abc.abstractmethod
     def sample(self, key: Key, target: Target, context: Any) -> Weighted:
@@ -76,11 +79,14 @@ class AbstractProposal(eqx.Module):
 
     @abc.abstractmethod
     def weigh(self, key: Key, target: Target, context: Any, z: Float[Array, " dim"]) -> Weighted:
-        """Weigh a given z; where weights are over paths, over a path drawn anew with ``key``."""
+        """Weigh a given z. Path weights use a path from z that is drawn with ``key``."""
 
 
 class AbstractDensityProposal(AbstractProposal):
-    """A proposal whose density q is known, on z or on an extended path: w = p(z, y) / q(z)."""
+    """A proposal with known density q, on z or on an extended path: w = p(z, y) / q(z).
+
+    Exactness: the weights are proper if ``log_q`` is the exact log density of what `propose` draws.
+    """
 
     @abc.abstractmethod
     def propose(self, key: Key, context: Any) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
@@ -88,7 +94,7 @@ class AbstractDensityProposal(AbstractProposal):
 
     @abc.abstractmethod
     def log_q(self, key: Key, context: Any, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the ``log_q`` of a given z; for path weights, over a path drawn anew."""
+        """Compute the ``log_q`` of a given z. Path weights use a path from z that is drawn with ``key``."""
 
     def sample(self, key, target, context):
         """Draw one z and weigh it by p / q."""

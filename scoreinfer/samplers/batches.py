@@ -1,4 +1,4 @@
-"""Drawing: weighted draws of one observation in batches of bounded memory, each row tied to its own key."""
+"""Weighted draws of one observation, in batches of bounded memory. Each row has its own random key."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,17 +16,20 @@ from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 SMALLEST_BATCH = 512
-"""Smaller requests are rounded up to this many rows: few shapes are ever compiled."""
+"""Smallest number of rows per compiled call, so that few shapes are compiled. Chosen by judgement."""
 
 
 def batch_shape(num: int, batch_size: int) -> int:
-    """Choose the number of rows per compiled call: a power of two for small requests."""
+    """Choose the number of rows per compiled call: a power of two, at least `SMALLEST_BATCH`, at most ``batch_size``."""
     return min(batch_size, max(SMALLEST_BATCH, 1 << max(num - 1, 1).bit_length()))
 
 
 @eqx.filter_jit
 def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"]) -> Weighted:
-    """Draw and weigh these rows of the endless stream of draws that belongs to ``key``."""
+    """Draw and weigh rows of the stream of draws of ``key``; row i depends on ``key`` and i only.
+
+    Exactness: as for the proposal.
+    """
     context = proposal.context(target)
     return jax.vmap(lambda row: proposal.sample(jax.random.fold_in(key, row), target, context))(rows)
 
@@ -35,13 +38,21 @@ def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Ar
 def weigh_rows(
     key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"], z: Float[Array, "num dim"]
 ) -> Weighted:
-    """Weigh given values, as these rows of the stream."""
+    """Weigh given values; row i uses the random numbers of row i of the stream of ``key``.
+
+    Exactness: as for the proposal.
+    """
     context = proposal.context(target)
     return jax.vmap(lambda row, z: proposal.weigh(jax.random.fold_in(key, row), target, context, z))(rows, z)
 
 
 class Defence(NamedTuple):
-    """A second source of draws beside a proposal: a density, and the share of the draws that come from it."""
+    """A second component that is mixed with a proposal (defensive mixture).
+
+    Args:
+        density: the density of the second component.
+        share: share of the draws that come from it, between 0 and 1.
+    """
 
     density: AbstractReference
     share: float
@@ -49,9 +60,14 @@ class Defence(NamedTuple):
 
 @eqx.filter_jit
 def mixed(defence: Defence, drawn: Weighted) -> Weighted:
-    """Weigh draws under the mixture of a proposal, which has weighed them, and its defence.
+    """Turn weights under a proposal into weights under its mixture with a defence.
 
-    With w the weight under the proposal, s the share of the defence r: 1 / w_mix = (1 - s) / w + s r / p.
+    1 / w_mix = (1 - s) / w + s r / p, with the weight w under the proposal, the density r of the defence, its share s
+    and the target p.
+
+    Exactness: exact in the same sense as the given weights.
+
+    References: Hesterberg 1995, Technometrics 37(2) (defensive mixtures).
     """
     density, share = defence
     log_other = jax.vmap(density.log_density)(drawn.z) - drawn.log_target
@@ -69,9 +85,20 @@ def weighted_draws(
     count: int,
     done: Callable[[int], Any] = lambda count: None,
 ) -> Weighted:
-    """Draw rows ``first`` to ``first + count`` of the endless stream of draws that belongs to ``key``.
+    """Draw rows ``first`` to ``first + count - 1`` of the stream of draws of ``key``.
 
-    Exactness: with a ``defence`` the weights are those of the mixture, exact in the same sense as the proposal's.
+    Args:
+        key: random key.
+        proposal: the proposal.
+        target: the posterior of the observation.
+        batch_size: largest number of rows per compiled call.
+        defence: second component of the mixture. None means the proposal alone.
+        first: number of the first row.
+        count: number of rows.
+        done: is called with the number of finished rows.
+
+    Exactness: exact in the same sense as the proposal's weights. With a ``defence`` the weights are those of the
+        mixture.
 
     References: Hesterberg 1995, Technometrics 37(2) (defensive mixtures).
     """
@@ -81,7 +108,7 @@ def weighted_draws(
 
     if defence is None:
         return batches(lambda i: draw_rows(key, proposal, target, first + i), count)
-    for_draws, for_paths, for_others = jax.random.split(key, 3)  # row numbers alone would meet the draws' own keys
+    for_draws, for_paths, for_others = jax.random.split(key, 3)  # separate keys: draws and paths share row numbers
     from_others = _is_other(defence.share, first, count)
     ours, theirs = (jnp.asarray(first + np.flatnonzero(which)) for which in (~from_others, from_others))
 
@@ -96,7 +123,7 @@ def weighted_draws(
 
 
 def _is_other(share: float, first: int, count: int) -> np.ndarray:
-    """Flag the rows taken from the second source: evenly spread, the exact share of any long run."""
+    """Flag the rows that come from the defence; they are evenly spaced and have the given share."""
     edges = np.floor(share * np.arange(first, first + count + 1))
     return np.diff(edges) > 0
 
@@ -107,6 +134,6 @@ def _constrain(problem, values):
 
 
 def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Values:
-    """Compute latent and deterministic sites of every row, in batches of bounded memory."""
+    """Compute the constrained latent sites and the deterministic sites of every row, in batches."""
     num = values.shape[0]
     return in_batches(lambda i: _constrain(problem, values[i]), num, batch_shape(num, batch_size))
