@@ -117,7 +117,7 @@ def _latent_scores(problem: Problem, key: Key) -> Float[Array, " latents"]:
 
 
 def _observed_scores(problem: Problem, key: Key) -> Float[Array, " observed"]:
-    """Compute a z score for each observed site: compare the data of neighbouring parameters, up to and with this site."""
+    """Compute a z score for each observed site: compare data of neighbouring parameters, up to and with this site."""
     names = [site.name for site in problem.observed]
     for_prior, for_pairs = jax.random.split(key)
     z, spread = _prior_draws(problem, for_prior, NUM_PAIRS)

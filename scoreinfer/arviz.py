@@ -1,14 +1,14 @@
-"""Out to ArviZ: draws, weights, predictions and certificate as the groups that ArviZ reads.
+"""Conversion to ArviZ: draws, weights, predictions and certificate as ArviZ groups.
 
-ArviZ 0.22 and 0.23 know an `InferenceData`, ArviZ 1.x an xarray `DataTree`. This module owns the difference; the
-result can be read the same way in both: ``"posterior" in data``, ``data["posterior"]["a"]``, ``data.to_netcdf(path)``.
+ArviZ 0.22 and 0.23 use an `InferenceData`, ArviZ 1.x uses an xarray `DataTree`. Both results are read in the same way:
+``"posterior" in data``, ``data["posterior"]["a"]``, ``data.to_netcdf(path)``.
 
-netCDF files have no names with slashes, which NumPyro's scopes give to sites: there ``left/a`` is called ``left.a``. Of
-deterministic sites that are trees of arrays every array is a variable, ``net.w``.
+netCDF files allow no slash in a name, but NumPyro's scopes put slashes into site names. So ``left/a`` becomes
+``left.a``. If a deterministic site is a tree of arrays, each array becomes one variable, such as ``net.w``.
 
-ArviZ has no place for weights. Either the draws are resampled, and every function of ArviZ is right; or they stay
-as the proposal gave them, with ``log_weight``, ``log_q`` and ``lp`` beside them in ``sample_stats``, for functions
-that take weights (`arviz.loo_approximate_posterior` of ArviZ 1.x).
+ArviZ does not store weights of draws. By default the draws are resampled, and every ArviZ function is valid. Without
+resampling, the group holds the proposal's draws, and ``sample_stats`` holds ``log_weight``, ``log_q`` and ``lp``.
+Functions that take weights can use them (`arviz.loo_approximate_posterior` of ArviZ 1.x).
 """
 
 import dataclasses
@@ -28,15 +28,17 @@ from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
 
-_BLOCK = 256  # draws worked on at once: bounds memory where every draw solves an ODE
+_BLOCK = 256
+"""Draws that are processed at once. It limits the memory if every draw solves an ODE. Chosen by judgement."""
 _NOTE = (
     "Draws are independent: R-hat and effective sample size look perfect and prove nothing. "
     "Read the certificate_* attributes instead."
 )
+"""A warning for readers of the posterior group."""
 
 
 Draws = Any
-"""A `scoreinfer.Draws`, which stands on the floor above."""
+"""A `scoreinfer.Draws`. This module cannot import the class, because its module imports this one."""
 
 
 def to_arviz(
@@ -51,38 +53,39 @@ def to_arviz(
     coords: Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    r"""Present draws to ArviZ: an `InferenceData` (ArviZ 0.x) or a `DataTree` (ArviZ 1.x).
+    r"""Convert draws to an ArviZ `InferenceData` (ArviZ 0.x) or `DataTree` (ArviZ 1.x).
 
-    Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``),
-    ``observed_data``, and on request ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``.
-    The attributes of ``posterior`` carry the versions, how the batch was made, the certificate as ``certificate_*``,
-    and which sites are ``renamed``.
+    Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``) and
+    ``observed_data``. On request: ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``. The
+    attributes of ``posterior`` hold the versions, the `DrawInfo`, the certificate (``certificate_*``), and the
+    ``renamed`` sites.
 
     Args:
-        key: random key: resampling, predictions and prior draws have streams of their own. Same key, same groups.
-        draws: what a sampler returned.
-        num_chains: number of equal pieces the draws are cut into. Independent draws are one chain; some plots of ArviZ
-            want several. Draws that do not fill the last piece are left out.
+        key: random key. Resampling, predictions and prior draws use independent random numbers. The same key gives
+            the same groups.
+        draws: the draws of a sampler.
+        num_chains: number of equal pieces that the draws are cut into. Independent draws form one chain, but some
+            ArviZ plots need several. Draws that do not fill the last piece are left out.
         resample: draw with replacement by the weights, so that the posterior group has equal weights. Copies of one
-            draw stand side by side, so the effective sample size ArviZ reports sees the weights: about
-            :math:`N^2 / \sum n_i^2` for :math:`n_i` copies of draw i. With False the posterior group holds the
-            proposal's draws and stands for the posterior only together with ``log_weight``. Draws without weights
+            draw are neighbours. So the effective sample size that ArviZ reports takes account of the weights: it is
+            about :math:`N^2 / \sum n_i^2` for :math:`n_i` copies of draw i. With False, the posterior group holds the
+            proposal's draws; they represent the posterior only together with ``log_weight``. Draws without weights
             are never resampled.
-        log_likelihood: True for the pointwise log likelihood of every observed site, or the dictionary that
-            `numpyro.infer.log_likelihood(model, draws.sites, ...)` returns, with the draw axis first.
+        log_likelihood: True adds the pointwise log likelihood of every observed site. A dictionary, as
+            `numpyro.infer.log_likelihood(model, draws.sites, ...)` returns it (draw axis first), is added.
         predictive: simulate one observation for every draw of the posterior group.
-        prior: number of prior draws with their simulated observations; 0 for none.
+        prior: number of prior draws, each with one simulated observation. 0 means none.
         coords: coordinate values by dimension name, as in ArviZ.
         dims: dimension names by site, without chain and draw, as in ArviZ.
 
     Returns:
-        The groups. Whoever saves them needs a netCDF library: ``pip install 'scoreinfer[plot]'``.
+        The groups. Saving them needs a netCDF library: ``pip install 'scoreinfer[plot]'``.
 
     Raises:
-        ValueError: for fewer draws than chains, or a problem that cannot be simulated or has no pointwise likelihood.
+        ValueError: if there are fewer draws than chains, or the problem cannot be simulated or has no pointwise
+            likelihood and the options need it; or if no draw has a positive weight.
 
-    Exactness:
-        consistent as the number of draws -> infinity (resampling adds Monte Carlo noise to the weighted batch).
+    Exactness: consistent as the number of draws grows. Resampling adds Monte Carlo noise to the weighted batch.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,16 +130,17 @@ def to_arviz(
 
 
 Group = dict[str, np.ndarray]
+"""Arrays of one ArviZ group, by name."""
 
 
 def _chains(sites: Mapping[str, Any], rows: np.ndarray, num_chains: int) -> Group:
-    """Take rows of every site and cut the draw axis into (chain, draw)."""
+    """Take rows of every site and split the draw axis into (chain, draw)."""
     taken = {name: np.asarray(value)[rows] for name, value in sites.items()}
     return {name: value.reshape(num_chains, -1, *value.shape[1:]) for name, value in taken.items()}
 
 
 def _of_draws(draws: Draws, rows: np.ndarray, num_chains: int) -> dict[str, Group]:
-    """Make the groups that every batch has."""
+    """Make the groups that every batch of draws has."""
     densities = {"log_weight": draws.log_weight, "log_q": draws.log_q, "lp": draws.log_joint}
     known = {name: value for name, value in densities.items() if value is not None}
     return {
@@ -149,14 +153,14 @@ def _of_draws(draws: Draws, rows: np.ndarray, num_chains: int) -> dict[str, Grou
 def _of_likelihood(
     draws: Draws, rows: np.ndarray, num_chains: int, log_likelihood: bool | Mapping[str, ArrayLike]
 ) -> Group:
-    """Make the pointwise log likelihoods, or take the user's own."""
+    """Compute the pointwise log likelihoods, or use those that the user gave."""
     if isinstance(log_likelihood, Mapping):
         return _chains(log_likelihood, rows, num_chains)
     problem = draws.problem
     if problem is None or problem.pointwise_log_likelihood is None:
         raise ValueError(
-            "`log_likelihood=True` needs a pointwise likelihood, which this problem does not have; "
-            "pass a dictionary of arrays with the draw axis first, such as "
+            "`log_likelihood=True` needs a pointwise likelihood, which this problem does not have. "
+            "Pass a dictionary of arrays with the draw axis first, such as "
             "`log_likelihood=numpyro.infer.log_likelihood(model, draws.sites, *args)`."
         )
     pointwise = _pointwise(problem, draws.unconstrained[rows], draws.observed)
@@ -164,7 +168,11 @@ def _of_likelihood(
 
 
 def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
-    """Present ranks of simulation-based calibration, simulations first, as the group ``prior_sbc`` of either ArviZ."""
+    """Convert ranks of simulation-based calibration to the ArviZ group ``prior_sbc``.
+
+    Args:
+        ranks: ranks by site. The first axis is the simulation.
+    """
     import arviz as az
 
     group = {name: np.asarray(values)[None] for name, values in in_file_names(ranks).items()}
@@ -174,12 +182,12 @@ def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
 
 
 def file_name(name: str) -> str:
-    """Name a site as files can: netCDF keeps slashes for groups."""
+    """Rename a site for netCDF files, which reserve slashes for groups."""
     return name.replace("/", ".")
 
 
 def in_file_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Name values as files can, each differently."""
+    """Rename sites for netCDF files, so that all names differ."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         own = file_name(name)
@@ -190,14 +198,14 @@ def in_file_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resampled_rows(key: Key, draws: Draws, num: int) -> Integer[np.ndarray, " num"]:
-    """Draw row numbers by weight, sorted so that the copies of one draw stand side by side."""
+    """Draw row numbers by weight, and sort them, so that copies of one draw are neighbours."""
     return np.sort(np.asarray(resample_indices(key, pareto_smooth(draws.log_weight)[0], num)))
 
 
 def _simulable(draws: Draws, asked: str) -> Problem:
     problem = draws.problem
     if problem is None or problem.simulate is None or problem.simulate_observation is None:
-        why = "these draws do not know their problem" if problem is None else problem.not_simulable
+        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.not_simulable
         raise ValueError(f"`{asked}` needs a model that can be simulated: {why}")
     return problem
 
@@ -231,7 +239,7 @@ def _prior(problem: Problem, keys: Array) -> tuple[Values, Sites]:
 
 
 def _from_groups(groups: dict[str, dict[str, np.ndarray]], coords: Any, dims: Any) -> Any:
-    """Build the container of the installed generation of ArviZ."""
+    """Build the container of the installed version of ArviZ."""
     import arviz as az
 
     names = {
@@ -244,7 +252,7 @@ def _from_groups(groups: dict[str, dict[str, np.ndarray]], coords: Any, dims: An
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """Read a NamedTuple or a dataclass as a dictionary; None is empty."""
+    """Convert a NamedTuple or a dataclass to a dictionary. None gives an empty one."""
     if record is None:
         return {}
     if dataclasses.is_dataclass(record):
@@ -253,7 +261,7 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten to what netCDF can store as attributes: text, numbers and rows of numbers. None is left out."""
+    """Flatten to attributes that netCDF can store: text, numbers and vectors of numbers. None is left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if value is None:
@@ -272,7 +280,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Name the versions that made the draws, as ArviZ calls them."""
+    """Return the versions of the packages under ArviZ's attribute names."""
     found = versions()
     return {
         "inference_library": "scoreinfer",

@@ -1,4 +1,4 @@
-"""The same model under several kernels: what each costs, and what its draws are worth."""
+"""Comparison of kernels on one model: cost, effective sample size and error of each."""
 
 import copy
 import time
@@ -21,29 +21,30 @@ from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify_chains
 from scoreinfer.mcmc.score_sde import ScoreSDE
 
 Arrays = Mapping[str, Any]
-"""Site names to arrays."""
+"""Arrays by site name."""
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""The JAX monitoring event that reports compilation times, in seconds."""
 
 
 class Result(NamedTuple):
-    """What one kernel did.
+    """Cost and quality of one kernel's run. NaN means "not known".
 
     Args:
-        compile_seconds: seconds in the compiler, in both phases.
-        warmup_seconds: wall seconds of warm-up (learning included), without compilation.
+        compile_seconds: seconds of compilation, in warm-up and sampling.
+        warmup_seconds: wall seconds of warm-up (including learning), without compilation.
         sampling_seconds: wall seconds of sampling, without compilation.
-        cpu_seconds: CPU seconds of this process, compilation included.
-        num_evaluations: evaluations of the density, with or without its gradient, in warm-up and sampling; NaN where
-            the kernel does not tell.
+        cpu_seconds: CPU seconds of this process, including compilation.
+        num_evaluations: evaluations of the density, with or without its gradient, in warm-up and sampling. NaN if the
+            kernel does not report them.
         bulk_ess: smallest bulk effective sample size of any component.
-        tail_ess: smallest tail effective sample size.
-        r_hat: largest rank-normalised split R-hat.
-        num_divergences: divergent iterations (scaled up from those kept where thinned); NaN where the kernel does not
-            tell.
-        log_evidence: log evidence (`ScoreSDE` alone knows it, else NaN).
-        mean_error: largest distance of a mean from the reference's, in its standard deviations; NaN without one.
-        sd_error: largest relative error of a standard deviation; NaN without a reference.
-        modes: share of the draws in each mode; empty without a ``modes`` function.
+        tail_ess: smallest tail effective sample size of any component.
+        r_hat: largest rank-normalised split R-hat of any component.
+        num_divergences: divergent iterations. With thinning, the count of the kept iterations times the thinning. NaN
+            if the kernel does not report them.
+        log_evidence: log evidence. Only `ScoreSDE` estimates it; NaN for other kernels.
+        mean_error: largest error of a mean, in standard deviations of the reference. NaN without a reference.
+        sd_error: largest relative error of a standard deviation. NaN without a reference.
+        modes: share of the draws in each mode. Empty without a ``modes`` function.
     """
 
     compile_seconds: float
@@ -67,13 +68,20 @@ class Result(NamedTuple):
 
     @property
     def ess_per_evaluation(self) -> float:
-        """Bulk effective sample size per evaluation of the density, those of warm-up included."""
+        """Bulk effective sample size per evaluation of the density, including those of warm-up."""
         return self.bulk_ess / self.num_evaluations
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What `Comparison.run` returns: a `Result` and an `MCMC` object of each kernel, verdicts on `ScoreSDE` kernels."""
+    """The results of `Comparison.run`.
+
+    Args:
+        results: the `Result` of each kernel, by name.
+        mcmc: the `MCMC` object of each kernel, by name.
+        certificates: the certificates of the `ScoreSDE` kernels, by name.
+        settings: the settings of the comparison, in words.
+    """
 
     results: dict[str, Result]
     mcmc: dict[str, MCMC] = field(repr=False)
@@ -81,7 +89,7 @@ class ComparisonResult:
     settings: str
 
     def to_dataframe(self) -> Any:
-        """Make a pandas table, one row a kernel."""
+        """Make a pandas table with one row for each kernel."""
         import pandas as pd
 
         rows = {}
@@ -94,13 +102,16 @@ class ComparisonResult:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def to_arviz(self) -> dict[str, Any]:
-        """Make ArviZ data of every kernel's draws, under names that files can hold (see `to_arviz`)."""
+        """Convert every kernel's draws to ArviZ, by kernel name.
+
+        A slash in a site name becomes a dot (see `scoreinfer.to_arviz`).
+        """
         import arviz as az
 
         return {name: az.from_numpyro(_in_file_names(mcmc), log_likelihood=False) for name, mcmc in self.mcmc.items()}
 
     def plot(self, **options: Any) -> Any:
-        """Plot the posteriors of all kernels side by side: ArviZ's forest plot, with its own ``options``."""
+        """Plot the posteriors of all kernels side by side, by ArviZ's forest plot and its ``options``."""
         import arviz as az
 
         data = self.to_arviz()
@@ -117,33 +128,36 @@ class ComparisonResult:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The same model under several kernels, with the same keys and iterations or time.
+    """A comparison of kernels on one model, with the same key and the same iterations or time.
 
-    Iterations differ in cost from kernel to kernel: give all the same ``seconds``, or compare effective sample sizes
-    per second and per evaluation. Both count warm-up (and so what `ScoreSDE` learns), and mean something only where
-    R-hat is near one: chains may each sit in a mode of their own.
+    The cost of an iteration differs between kernels. So give all kernels the same ``seconds``, or compare effective
+    sample sizes per second or per evaluation. Both count warm-up, which includes the learning of `ScoreSDE`. They are
+    meaningful only if R-hat is near one: otherwise each chain may stay in its own mode.
 
     Args:
-        model: the NumPyro model; its sites are what is compared. None for kernels of one ``potential_fn``.
-        kernels: name to kernel. Evaluations of the density are counted where a kernel tells: by the extra field
+        model: the NumPyro model. Its sites are compared. None means that all kernels have the same ``potential_fn``.
+        kernels: kernels by name. Evaluations of the density are counted if a kernel reports them: by the extra field
             ``num_steps``, as NUTS does, or by a method ``num_evaluations(num_iterations, state)``.
-        init_params: where the chains start (chain axis first), as `MCMC.run` takes it; a bare density needs it.
+        init_params: start of the chains (chain axis first), as `MCMC.run` takes it. Required for ``potential_fn``.
         num_warmup: iterations of warm-up.
-        num_samples: iterations kept of each chain.
+        num_samples: kept iterations of each chain.
         num_chains: number of chains.
         chain_method: as in NumPyro's `MCMC`.
-        seconds: where given, every kernel's chains are thinned so that warm-up and sampling, without compilation, take
-            about this long; those slower than that take longer. Up to three runs, not counted and thrown away, are
-            their measure: unthinned, then a tenth as long as wanted.
-        reference: draws known to be right, site to array with the draw axis first (the array that a bare density
-            takes is called ``z``).
-        modes: from draws (site to array with the draw axis first) to the number of the mode of each.
+        seconds: time of warm-up and sampling together, without compilation. Every kernel's chains are thinned so that
+            they take about this long. A kernel that is slower without thinning takes longer. Up to three runs measure
+            the speed: first without thinning, then about a tenth of the wanted time. They are discarded and not
+            counted. None means no thinning.
+        reference: correct draws by site, with the draw axis first. The array of a bare density is called ``z``. None
+            means that errors are not computed.
+        modes: function from draws by site (draw axis first) to the mode number of each draw. None means that modes
+            are not counted.
         progress_bar: show NumPyro's progress bars.
 
     Raises:
-        ValueError: where a kernel was made for another model.
+        ValueError: if a kernel was made for another model.
 
-    Exactness: a table of estimates; effective sample sizes and R-hat see only modes that some chain has visited.
+    Exactness: all results are estimates. Effective sample sizes and R-hat depend only on the modes that the chains
+        have visited.
 
     References: Vehtari et al. 2021, Bayesian Analysis 16(2) (effective sample sizes and R-hat).
     """
@@ -161,7 +175,7 @@ class Comparison:
     progress_bar: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the kernels are of the model."""
+        """Check that the kernels were made for the model."""
         for name, kernel in self.kernels.items():
             if getattr(kernel, "model", None) not in (None, self.model):
                 raise ValueError(f"Expected kernels of the model {self.model!r}, got another model in {name!r}.")
@@ -171,11 +185,14 @@ class Comparison:
 
         Args:
             key: random key, the same for every kernel.
-            *args: the model's own arguments, with the data.
-            **kwargs: the model's own keyword arguments.
+            *args: arguments of the model, including the data.
+            **kwargs: keyword arguments of the model.
 
         Returns:
-            The results; print them for a table.
+            The results. Their text is a table.
+
+        Raises:
+            ValueError: if ``init_params`` is missing for a ``potential_fn``; and everything that a kernel raises.
         """
         results, runs, certificates = {}, {}, {}
         for name, kernel in self.kernels.items():
@@ -191,7 +208,7 @@ class Comparison:
         return ComparisonResult(results, runs, certificates, settings)
 
     def _run(self, key: Key, kernel: MCMCKernel, args: tuple, kwargs: dict[str, Any]) -> "_Run":
-        """Warm a kernel up, find the thinning where time is what is equal, and sample."""
+        """Warm up a kernel, find its thinning if ``seconds`` is given, and sample."""
         for_warmup, for_measuring, for_sampling = jax.random.split(key, 3)
         fields, mcmc = _extra_fields(kernel), self._mcmc(kernel, 1)
         with _Clock() as warming:
@@ -218,9 +235,9 @@ class Comparison:
     def _thinned(
         self, key: Key, kernel: MCMCKernel, mcmc: MCMC, left: float, args: tuple, kwargs: dict[str, Any]
     ) -> MCMC:
-        """Make the run that takes the time that is left, from the end of the warm-up."""
+        """Make the `MCMC` object that continues from the warm-up and takes the remaining time ``left`` (seconds)."""
         state, measured = mcmc.post_warmup_state, 1
-        for _ in range(3):  # a short run is mostly tracing and collecting: a longer one is measured next
+        for _ in range(3):  # a short run is mostly overhead, so a longer run is measured next
             with _Clock() as measuring:
                 mcmc.run(key, *args, extra_fields=_extra_fields(kernel), **kwargs)
                 jax.block_until_ready(mcmc.last_state)
@@ -257,12 +274,18 @@ class Comparison:
 def compare(
     key: Key, model: Callable | None, kernels: Mapping[str, MCMCKernel], *args: Any, **kwargs: Any
 ) -> ComparisonResult:
-    """Compare kernels by the defaults of `Comparison`: ``Comparison(model, kernels).run(key, *args, **kwargs)``."""
+    """Compare kernels with the default settings: ``Comparison(model, kernels).run(key, *args, **kwargs)``.
+
+    Raises:
+        ValueError: if a kernel was made for another model.
+
+    Exactness: see `Comparison`.
+    """
     return Comparison(model, kernels).run(key, *args, **kwargs)
 
 
 class _Run(NamedTuple):
-    """A finished run, its clocks, and the extra fields of warm-up and sampling."""
+    """A finished run, its clocks, and the extra fields of warm-up (``before``) and sampling (``after``)."""
 
     mcmc: MCMC
     warming: "_Clock"
@@ -272,7 +295,7 @@ class _Run(NamedTuple):
 
 
 class _Clock:
-    """Wall, CPU and compilation seconds of a block."""
+    """Measures wall, CPU and compilation seconds of a block."""
 
     compile: float
     wall: float
@@ -293,7 +316,7 @@ class _Clock:
 
 
 class _InFileNames(Messenger):
-    """Give sites and plates the names that they have in files."""
+    """Renames sites and plates so that netCDF files can store them."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
         msg["name"] = file_name(msg["name"])
@@ -302,7 +325,7 @@ class _InFileNames(Messenger):
 
 
 def _in_file_names(mcmc: MCMC) -> MCMC:
-    """Copy chains for ArviZ, which asks them for draws and model."""
+    """Copy an `MCMC` object for ArviZ, with draws and model under the names that files can store."""
     shown, sampler = copy.copy(mcmc), mcmc.sampler
     if sampler.model is None:
         return shown
@@ -314,7 +337,7 @@ def _in_file_names(mcmc: MCMC) -> MCMC:
 
 
 def _named(samples: PyTree) -> Arrays:
-    """Name the parts of draws: sites bear names, and what a bare density takes is ``z``."""
+    """Name the arrays of draws: by site, or ``z`` (with a path) for a bare density."""
     if isinstance(samples, Mapping):
         return named_leaves(samples)
     return {f"z{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(samples)}
@@ -327,7 +350,7 @@ def _extra_fields(kernel: MCMCKernel) -> tuple[str, ...]:
 
 
 def _evaluations(kernel: MCMCKernel, run: _Run) -> float:
-    """Count evaluations of the density by all chains; NaN where the kernel does not tell."""
+    """Count evaluations of the density in all chains; NaN if the kernel does not report them."""
     mcmc = run.mcmc
     if "num_steps" in run.after:
         return float(run.before["num_steps"].sum() + mcmc.thinning * run.after["num_steps"].sum())
@@ -348,7 +371,7 @@ def _worth(samples: Arrays) -> tuple[float, float, float]:
 
 
 def _errors(samples: Arrays, reference: Arrays) -> tuple[float, float]:
-    """Compute the largest errors of means, in the reference's standard deviations, and of standard deviations."""
+    """Compute the largest error of a mean, in the reference's standard deviations, and of a standard deviation."""
     means, sds = [], []
     for name, truth in reference.items():
         draws, exact = (np.asarray(part, np.float64).reshape(len(part), -1) for part in (samples[name], truth))

@@ -116,7 +116,7 @@ def read_arrays(path: Path, max_bytes: int) -> tuple[Arrays, Any]:
     except UnreadableFile:
         raise
     except Exception as error:  # a hostile file may make a parser raise anything
-        raise UnreadableFile(path, f"it is no complete safetensors file of scoreinfer ({type(error).__name__})") from error
+        raise UnreadableFile(path, f"it is not a complete safetensors file ({type(error).__name__})") from error
     if digest(arrays, note) != expected:
         raise UnreadableFile(path, "its content does not match its checksum: it was damaged or changed")
     return arrays, note

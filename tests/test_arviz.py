@@ -262,11 +262,11 @@ def test_pointwise_dictionary_is_taken_as_it_is(draws, data):
     ("arguments", "problem", "message"),
     [
         ({"num_chains": NUM + 1}, PROBLEM, f"between 1 and the number of draws, {NUM}, got {NUM + 1}"),
-        ({"prior": 3}, None, "do not know their problem"),
+        ({"prior": 3}, None, "hold no problem"),
         (
             {"resample": False, "log_likelihood": True},
             replace(PROBLEM, pointwise_log_likelihood=None),
-            "pass a dictionary of arrays",
+            "Pass a dictionary of arrays",
         ),
         (
             {"predictive": True},

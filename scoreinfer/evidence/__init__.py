@@ -1,1 +1,1 @@
-"""Evidence: what says whether a batch of weighted draws can be trusted."""
+"""Evidence: checks whether a batch of weighted draws can be trusted."""

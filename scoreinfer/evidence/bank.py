@@ -1,4 +1,4 @@
-"""What simulations near an observation say: whether it is an outlier, and what a proposal misses at theirs."""
+"""Evidence from simulations near an observation: whether it is an outlier, and what the proposal misses near it."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,17 @@ from jaxtyping import Array, Float
 from scoreinfer.evidence.certificate import ForwardCheck
 
 NUM_NEIGHBOURS = 64
+"""Number of simulations near the observation that are checked. Chosen by judgement."""
 TRUSTED_SHARE = 0.1
-"""Least effective share of the proposals at a simulation for its truth to count."""
+"""A simulation counts if the ESS of the proposals there is above this share of their number. Chosen by judgement."""
 
 
 class Outliers(NamedTuple):
-    """Standardised observations of simulations, and the distance of each to its nearest others: what outliers are.
+    """Standardised observations of simulations and their distances to each other, to detect outliers.
 
     Args:
-        features: standardised, flattened observations.
-        distance: distance of each to its nearest others.
+        features: standardised, flattened observations of the simulations.
+        distance: mean distance of each simulation to its nearest neighbours.
     """
 
     features: Float[Array, "num features"]
@@ -27,17 +28,19 @@ class Outliers(NamedTuple):
 
     @eqx.filter_jit
     def rank(self, x: Float[Array, " features"]) -> Float[Array, ""]:
-        """Compute the share of the simulations that lie at least as far from the others as ``x`` does."""
+        """Compute the distance rank of ``x``: the share of the simulations at least as far from their neighbours."""
         return (self.distance >= neighbour_distance(jnp.linalg.norm(self.features - x, axis=1))).mean()
 
 
 class ForwardBank(NamedTuple):
-    """Simulations held against a proposal, each at its own observation: what is known where none is at the one at hand.
+    """Weights of simulated truths under a proposal, each at its own simulated observation.
+
+    This evidence is used if there is none at the observation itself.
 
     Args:
-        features: standardised, flattened observations.
-        log_excess: log(w(z*) / mean proposal weight) of the truth z* each came from.
-        log_share: log(effective sample size / number) of the proposals there.
+        features: standardised, flattened observations of the simulations.
+        log_excess: log(w(z*) / mean proposal weight), with z* the true parameters of the simulation.
+        log_share: log(effective sample size / number) of the proposal's draws at the simulated observation.
     """
 
     features: Float[Array, "num features"]
@@ -46,8 +49,8 @@ class ForwardBank(NamedTuple):
 
     @eqx.filter_jit
     def check(self, x: Float[Array, " features"]) -> ForwardCheck:
-        """Look up the evidence near the observation with features ``x``."""
-        # Where the proposal's own weights are poor they say so; only good-looking weights can hide a missed mode.
+        """Select the evidence of the simulations nearest to the observation with features ``x``."""
+        # Poor weights are visible in themselves. Only good weights can hide a missed mode.
         counts = self.log_share > jnp.log(TRUSTED_SHARE)
         distances = jnp.where(counts, jnp.linalg.norm(self.features - x, axis=1), jnp.inf)
         near = jnp.argsort(distances)[: min(NUM_NEIGHBOURS, distances.size)]
@@ -55,13 +58,13 @@ class ForwardBank(NamedTuple):
 
 
 def neighbour_distance(distances: Float[Array, " num"], num_nearest: int = 5) -> Float[Array, ""]:
-    """Compute the mean distance to the nearest of them."""
+    """Compute the mean of the ``num_nearest`` smallest distances."""
     return -jax.lax.top_k(-distances, min(num_nearest, distances.size))[0].mean()
 
 
 @eqx.filter_jit
 def outliers(features: Float[Array, "num features"]) -> Outliers:
-    """Compute the distance of each simulation to its nearest others."""
+    """Compute the mean distance of each simulation to its nearest neighbours."""
 
     def alone(i):
         return neighbour_distance(jnp.linalg.norm(features - features[i], axis=1).at[i].set(jnp.inf))

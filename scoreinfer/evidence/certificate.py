@@ -1,4 +1,4 @@
-"""The verdict on a batch of weighted draws, in numbers and in words."""
+"""Certificates: whether a batch of weighted draws can be trusted, in numbers and in words."""
 
 from typing import NamedTuple
 
@@ -8,29 +8,35 @@ from jaxtyping import Array, Float
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
 
 MAX_K_HAT = 0.7
+"""k-hat from which a batch is refused. Vehtari et al. 2024, arXiv 1507.02646."""
 MIN_ESS = 400.0
+"""Least effective sample size of a certified batch of 4000 draws or more. Chosen by judgement."""
 MIN_SHARE = 0.1
+"""Least effective share of a smaller certified batch (and at least 40 effective draws). Chosen by judgement."""
 MAX_MISSED, FEW_MISSED = 0.03, 3
-"""Share of the places of one source that may be missed, and how many may be whatever their share."""
+"""Largest share of the points of one source that may be missed; this many points always may. Chosen by judgement."""
 MAX_UNSEEN = 0.1
-"""Posterior mass of a mode that may go unseen, with 95 % probability, in a certified batch."""
+"""Largest posterior mass of a mode that a certified batch may fail to see, at `CONFIDENCE`. Chosen by judgement."""
 CONFIDENCE = 0.95
+"""Probability with which a mode of the stated mass is seen. Chosen by judgement."""
 MAX_OUTLYING = 0.01
-"""Distance rank up to which an observation counts as an outlier: the share of the model's own data that do."""
+"""Largest distance rank of an outlier: 1 % of the model's own data have such a rank. Chosen by judgement."""
 UNSEEN = 60.0
-"""A region of 5 % of the posterior whose weight exceeds num / 60 expects fewer than three of num draws."""
+"""With relative weights above num / 60, a region of 5 % posterior mass expects fewer than 3 of num draws. Judgement."""
 
 
 class ForwardCheck(NamedTuple):
-    """Evidence that weights cannot give: places of the posterior that owe nothing to the proposal.
+    """Evidence from points that were drawn independently of the proposal. Weights alone cannot give it.
 
     Args:
-        log_excess: log(w / mean proposal weight) at each place; NaN where it says nothing; none where none was asked.
-        distance_rank: share of the simulations that lie further from their neighbours than the observation does; NaN
-            where it means nothing.
-        source: what the evidence is made of, in words.
-        num_informative: number of independent places at the observation itself; NaN where they are only near it.
-        num_first: draws of the prior in which they were looked for; zero where they come from elsewhere.
+        log_excess: log(w / mean proposal weight) at each point; NaN at a point without information; empty if there are
+            no points.
+        distance_rank: share of the simulations that lie at least as far from their neighbours as the observation does.
+            NaN means it is not known.
+        source: the source of the points, in words.
+        num_informative: effective number of independent points at the observation itself. NaN means the points belong
+            to other observations near it.
+        num_first: number of prior draws from which the points descend; zero if they do not come from the prior.
     """
 
     log_excess: Float[Array | np.ndarray, " places"]
@@ -45,22 +51,24 @@ class Certificate(NamedTuple):
 
     Args:
         certified: the verdict.
-        reason: the verdict in words.
+        reason: the reasons of the verdict, in words.
         num: number of weighted draws.
         ess: effective sample size.
         k_hat: shape of the weights' tail (Pareto-smoothed importance sampling).
-        log_evidence: log p(y); NaN where the model has no density.
-        log_evidence_se: its standard error.
-        missed: share of the posterior, by the evidence that owes nothing to the proposal, that the proposal would
-            practically never draw; NaN where there is no such evidence.
-        distance_rank: share of simulations further from their neighbours than the observation; NaN likewise.
-        seen_mass: a mode of this posterior mass, or a larger one, would have been seen with a probability of 95 %; NaN
-            where nothing was looked for at the observation itself.
-        seen_prior_mass: so would one in a corner of this prior mass, or a larger one; NaN likewise. A smaller or
-            lighter mode may be missing.
+        log_evidence: log p(y); NaN if the model has no density.
+        log_evidence_se: standard error of ``log_evidence``.
+        missed: share of the posterior that the proposal practically never draws, estimated from independent evidence
+            (`ForwardCheck`); NaN without such evidence.
+        distance_rank: share of the simulations that lie at least as far from their neighbours as the observation does;
+            NaN if it is not known.
+        seen_mass: a mode of at least this posterior mass would have been seen with a probability of 95 %; NaN if no
+            evidence was gathered at the observation itself.
+        seen_prior_mass: the mode must also lie in a region of at least this prior mass; NaN if it is not known. A mode
+            of smaller posterior or prior mass may be missing.
 
-    Exactness: consistent for a proposal that covers the posterior. Weights are blind to a mode no draw visits; the
-    evidence from elsewhere sees one that is above both ``seen_mass`` and ``seen_prior_mass``.
+    Exactness: consistent for a proposal that covers the posterior. Weights cannot show a mode that no draw visits. The
+        independent evidence shows it with a probability of 95 % if its mass is above both ``seen_mass`` and
+        ``seen_prior_mass``.
     """
 
     certified: bool
@@ -85,17 +93,17 @@ class Certificate(NamedTuple):
 
     @property
     def resolution(self) -> str:
-        """Say which modes would have been seen."""
+        """Describe which modes would have been seen."""
         if np.isnan(self.seen_mass):
-            return "nothing was looked for at the observation itself: a mode that no draw visits may be missing"
+            return "no witnesses were gathered at the observation itself: a mode that no draw visits may be missing"
         corner = (
-            "" if np.isnan(self.seen_prior_mass) else f" in corners of at least {self.seen_prior_mass:.1g} of the prior"
+            "" if np.isnan(self.seen_prior_mass) else f" in regions of at least {self.seen_prior_mass:.1g} of the prior"
         )
         return f"modes of at least {self.seen_mass:.2g} of the posterior{corner} would have been seen (95 %)"
 
 
 def seen(num: float | int) -> float:
-    """Compute the least mass that one of ``num`` independent draws hits with a probability of 95 %.
+    """Compute the mass 1 - 0.05^(1 / num), which ``num`` independent draws hit with a probability of 95 %.
 
     >>> round(seen(28.4), 2)
     0.1
@@ -104,23 +112,28 @@ def seen(num: float | int) -> float:
 
 
 def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *checks: ForwardCheck) -> Certificate:
-    """Judge a batch of importance weights, with evidence from elsewhere where there is some.
+    """Judge a batch of importance weights, together with independent evidence.
 
     Args:
-        log_weight: log p(z, y) - log q(z) of every draw; None where the model has no density.
-        *checks: the evidence, source by source.
+        log_weight: log p(z, y) - log q(z) of every draw. None means the model has no density.
+        *checks: independent evidence, one `ForwardCheck` for each source.
 
     Returns:
-        A certificate. It refuses when
+        A certificate. It refuses if
+
+        - ``log_weight`` is None, or any weight is NaN;
 
         - k-hat >= 0.7;
         - the effective sample size is below 400 (for batches of fewer than 4000 draws: below a tenth of the batch, but
           never under 40);
-        - more than 3 % (and more than three) of the places of one source lie where the weight is larger than that of
-          every draw and hardly any draw is expected;
-        - all sources together could have overlooked a mode of 10 % of the posterior;
-        - nothing was looked for at the observation itself, and it lies further from the simulations than any of them
-          from the others.
+        - a source has points, but none with information;
+        - the proposal misses more than 3 % (and more than three) of the points of one source: their weight is more than
+          e times the largest weight of the draws, and the proposal is expected to draw hardly any point there;
+        - every source at the observation itself could fail to see a mode of more than 10 % of the posterior;
+        - there is no sufficient source at the observation itself, and the observation lies further from the simulations
+          than every simulation from its neighbours.
+
+    Exactness: as for `Certificate`.
 
     >>> certify_weights(np.zeros(1000)).certified
     True
@@ -139,7 +152,9 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     needed = max(min(MIN_ESS, MIN_SHARE * num), 0.1 * MIN_ESS)
     faults = []
     if np.isnan(log_weight).any():
-        faults.append(f"{np.isnan(log_weight).mean():.1%} of the weights are NaN: the model's density failed there")
+        faults.append(
+            f"{np.isnan(log_weight).mean():.1%} of the weights are NaN: the model's density is NaN at these draws"
+        )
     if not k_hat < MAX_K_HAT:
         faults.append(f"k-hat {k_hat:.2f} >= {MAX_K_HAT}: a few draws carry the weights")
     if not ess >= needed:
@@ -148,7 +163,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     shares = [missed_share(check, unseen) for check in checks]
     for check, share in zip(checks, shares, strict=True):
         if np.size(check.log_excess) and np.isnan(share):
-            faults.append(f"none of {check.source} tells whether the proposal misses anything")
+            faults.append(f"none of {check.source} can show whether the proposal misses a mode")
         if share > MAX_MISSED and share * np.sum(~np.isnan(check.log_excess)) > FEW_MISSED:
             faults.append(f"{share:.0%} of {check.source} are where the proposal never draws")
     informative = [check for check in checks if not np.isnan(check.num_informative)]
@@ -160,7 +175,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
             f"only {most:.0f} independent witnesses: a mode of {seen_mass:.0%} of the posterior may be missing"
         )
     if rank <= 0.0 and not seen_mass <= MAX_UNSEEN:
-        faults.append("the observation is further from the simulations than any of them from the others")
+        faults.append("the observation is further from the simulations than each of these is from its neighbours")
     covered = [check.source for check, share in zip(checks, shares, strict=True) if not np.isnan(share)]
     reason = "; ".join(faults) or ", ".join(["weights well behaved", *(f"{source} covered" for source in covered)])
     missed = float(np.nanmax(shares)) if covered else np.nan
@@ -170,7 +185,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
 
 
 def missed_share(check: ForwardCheck, unseen: float) -> float:
-    """Compute the share of places whose log weight exceeds the mean by more than ``unseen``; NaN where none tells."""
+    """Compute the share of points whose ``log_excess`` is above ``unseen``; NaN if no point has information."""
     excess = np.asarray(check.log_excess)
     told = ~np.isnan(excess)
     return float(np.mean(excess[told] > unseen)) if told.any() else np.nan

@@ -1,15 +1,18 @@
-"""Witnesses: draws near the posterior of one observation that owe nothing to the proposal they are held against.
+"""Witnesses: approximate draws of one posterior that do not depend on the proposal; they are used to check it.
 
-Many draws of the reference (the prior) are weighed by the density of the data at hand. Where too few of them carry
-weight, they are tempered: resampled at the largest power of the weights that keeps enough of them, moved, and again.
-A mode that the proposal misses shows as a witness of huge weight under it.
+Many draws of the reference (usually the prior), the first draws, are weighed by the target density. If the effective
+sample size is large enough, witnesses are resampled from them. Otherwise the first draws are tempered: resampled with
+the largest power of the weights that keeps enough of them, then moved, in turn. If the proposal misses a mode, the
+witnesses in this mode have very large weights under the proposal.
 
-What witnesses can see is counted. A witness descends from one of the first draws, its ancestor. With shares s_i of the
-witnesses by ancestor, n = 1 / sum_i s_i^2 of them are independent, and a mode of posterior mass m escapes them all with
-probability about (1 - m)^n. A corner of prior mass p escapes all N first draws with probability (1 - p)^N.
+The resolution of the witnesses is known. Every witness descends from one first draw, its ancestor. Ancestor i has the
+share s_i of the witnesses. The number of independent witnesses is n = 1 / sum_i s_i^2.
+
+    P(no witness in a mode of posterior mass m) = about (1 - m)^n
+    P(none of N first draws in a region of prior mass p) = (1 - p)^N
 
 References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3) (tempering); Lee and Whiteley 2018, Biometrika 105(3)
-(ancestors tell the variance); ter Braak and Vrugt 2008, Statistics and Computing 18(4) (moves by differences).
+(variance from ancestors); ter Braak and Vrugt 2008, Statistics and Computing 18(4) (moves along differences).
 """
 
 import math
@@ -46,31 +49,34 @@ from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, batch_shape, mixed, weigh_rows
 
 KEPT_SHARE = 0.7
+"""Share of the effective sample size that each change of temperature keeps. Chosen by judgement."""
 MIN_DIRECT = 400.0
-"""Effective number of first draws from which on they are witnesses as they are."""
+"""Effective sample size of the first draws from which no tempering is needed. Chosen by judgement."""
 MAX_DIM = 256
-"""Dimensions up to which witnesses are tempered: moves by differences get nowhere beyond."""
+"""Largest dimension with tempering; moves along differences are too slow above. Chosen by judgement."""
 MIN_INFORMATIVE = 60.0
-"""Independent witnesses below which the moves are repeated, three times as many."""
+"""With fewer independent witnesses, tempering is repeated with three times as many moves. Chosen by judgement."""
 MAX_TEMPERATURES = 200
+"""Number of temperatures after which tempering fails. Chosen by judgement."""
 JITTER = 4.0
-"""Moves vary in length by up to this factor, for modes narrower than the whole."""
+"""Moves vary in length by up to this factor, to reach narrow modes. Chosen by judgement."""
 NUM_HELD = 512
-"""Witnesses that are weighed under the proposal."""
+"""Approximate number of witnesses that are weighed under the proposal. Chosen by judgement."""
 LEAST_EXCESS, MIN_FITTED, SHARES = math.log(2.0), 8, (0.1, 0.5)
-"""Which witnesses a density is fitted to, how many at least, and bounds of the share of draws that come from it."""
+"""Repair: least log excess of fitted witnesses, their least number, bounds of the defence's share. By judgement."""
 MAX_FITTED_DIM = 64
+"""Largest dimension in which a density is fitted to missed witnesses. Chosen by judgement."""
 MAX_LEFT = 0.01
-"""Share of the witnesses that a certified batch may miss without being drawn again."""
+"""Share of missed witnesses from which even a certified batch is drawn again. Chosen by judgement."""
 
 
 class Witnesses(NamedTuple):
-    """Draws near a posterior, and what they can see.
+    """Approximate draws of a posterior, with their resolution.
 
     Args:
         values: the witnesses.
-        num_informative: the effective number of first draws that they descend from.
-        num_first: first draws of the prior; zero where they came from another reference.
+        num_informative: effective number of first draws from which they descend.
+        num_first: number of first draws of the prior; zero if they came from another reference.
         log_evidence: their estimate of the log evidence.
     """
 
@@ -85,11 +91,14 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
 
     Args:
         key: random key.
-        reference: where the first draws come from.
-        target: log density up to a constant; a pytree (`jax.tree_util.Partial`) compiles once for all data.
-        thorough: take 16 times as many first draws, and three times as many moves.
+        reference: the density of the first draws.
+        target: log density up to a constant. A pytree (`jax.tree_util.Partial`) compiles once for all data.
+        thorough: whether to take 16 times as many first draws and three times as many moves.
 
-    Exactness: consistent as first draws and moves grow in number; no gradient is asked for.
+    Returns:
+        The witnesses. ``num_informative`` is zero if no first draw has weight, or tempering does not reach the target.
+
+    Exactness: consistent as the numbers of first draws and of moves grow. No gradient is needed.
     """
     for_first, for_rows, *for_attempts = jax.random.split(key, 4)
     first, dim = draw_first(for_first, reference, target, times=THOROUGH if thorough else 1), dim_of(reference)
@@ -133,10 +142,10 @@ def _move(
     values: Float[Array, "num dim"],
     num_moves: Int[Array, ""],
 ) -> tuple[Float[Array, "num dim"], Float[Array, " num"]]:
-    """Move every witness by Metropolis steps along differences of two others, as they were in the beginning.
+    """Move every witness by Metropolis steps along differences of two initial witnesses.
 
-    Exactness: leaves reference^(1 - power) target^power invariant: given the others' first places, which stay fixed,
-        a difference is as likely as its negative.
+    Exactness: leaves reference^(1 - power) target^power invariant. The initial witnesses stay fixed, and given them a
+        difference is as likely as its negative.
     """
     num, dim = values.shape
     longest = 2.38 / (2 * dim) ** 0.5
@@ -168,18 +177,20 @@ def hold_against(
     witnesses: Witnesses,
     defence: Defence | None = None,
 ) -> ForwardCheck:
-    """Weigh witnesses under a proposal, and compare with the mean weight of its own draws.
+    """Weigh witnesses under a proposal, relative to the mean weight of the proposal's own draws.
 
     Args:
         key: random key.
         proposal: the proposal.
         target: the posterior of the observation.
-        drawn: its weighted draws.
-        witnesses: at most 512 of them are weighed (`held`).
-        defence: what the proposal was mixed with.
+        drawn: weighted draws of the proposal.
+        witnesses: witnesses; about 512 of them are weighed (see `held`).
+        defence: the defence that the proposal was mixed with. None means no defence.
+
+    Exactness: the weights of the witnesses are exact in the same sense as the proposal's.
     """
     source = "the witnesses at the observation"
-    if witnesses.num_informative == 0.0:  # they have not arrived
+    if witnesses.num_informative == 0.0:  # tempering has not reached the target
         return ForwardCheck(jnp.zeros(0), np.nan, source, 0.0, witnesses.num_first)
     values = held(witnesses)
     size = batch_shape(len(values), NUM_HELD)
@@ -190,7 +201,7 @@ def hold_against(
 
 
 def held(witnesses: Witnesses) -> Float[Array, "held dim"]:
-    """Take the witnesses that are weighed."""
+    """Select the witnesses that are weighed: evenly spaced, about `NUM_HELD` of them."""
     return witnesses.values[:: max(len(witnesses.values) // NUM_HELD, 1)]
 
 
@@ -200,7 +211,7 @@ class Judged(NamedTuple):
     Args:
         drawn: the draws.
         certificate: the verdict.
-        num_proposals: draws made on the way.
+        num_proposals: number of draws in all batches.
         witnessed: share of the draws that come from a density fitted to witnesses.
     """
 
@@ -220,20 +231,23 @@ def judge(
     again: Callable[[Defence], Weighted] | None,
     *others: ForwardCheck,
 ) -> Judged:
-    """Judge a batch by one half of the witnesses; where it misses any, mend it and judge it by the other half.
+    """Judge a batch by one half of the witnesses; if it misses some, judge a second batch by the other half.
+
+    The second batch comes from a mixture of the proposal and a density fitted to the missed witnesses. The better of
+    the two batches is returned.
 
     Args:
         key: random key.
         proposal: the proposal.
         target: the posterior of the observation.
-        drawn: its weighted draws.
+        drawn: weighted draws of the proposal.
         witnesses: the witnesses at the observation.
-        defence: what the proposal was mixed with.
-        again: draws another batch, of the proposal mixed with a density fitted to what it missed; None: never mend.
+        defence: the defence that the proposal was mixed with. None means no defence.
+        again: draws a second batch from the proposal mixed with the given defence. None means no second batch.
         *others: further evidence.
 
-    Exactness: the weights are exact in the same sense as the proposal's: what a batch is mixed with does not depend on
-        its draws' random numbers.
+    Exactness: the weights are exact in the same sense as the proposal's. The fitted density does not depend on the
+        random numbers of the second batch.
     """
     one, other = (witnesses._replace(values=witnesses.values[i::2]) for i in range(2))
     check = hold_against(key, proposal, target, drawn, one, defence)
@@ -255,7 +269,12 @@ def _standing(judged: Judged) -> tuple[bool, float]:
 
 
 def repair(values: Float[Array, "held dim"], log_excess: Float[Array | np.ndarray, " held"]) -> Defence | None:
-    """Fit a density to the witnesses that a proposal draws less than half as often as it should; None: to too few."""
+    """Fit a density to the missed witnesses: those that a proposal draws less than half as often as it should.
+
+    None means there are fewer than `MIN_FITTED` of them, or more than `MAX_FITTED_DIM` dimensions.
+
+    Exactness: any result is a valid defence; the weights of the mixture account for it.
+    """
     missed = np.asarray(log_excess) > LEAST_EXCESS
     if missed.sum() < MIN_FITTED or values.shape[1] > MAX_FITTED_DIM:
         return None

@@ -1,4 +1,4 @@
-"""NumPyro kernels: what `numpyro.infer.MCMC` can drive."""
+"""Kernels for `numpyro.infer.MCMC`."""
 
 from scoreinfer.mcmc.annealed import AnnealedLangevin
 from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify, certify_chains

@@ -1,4 +1,4 @@
-"""Annealed Langevin dynamics over the noise levels of a given score, as a NumPyro kernel."""
+"""Annealed Langevin dynamics: a NumPyro kernel that follows a score down its noise levels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ class AnnealedState(NamedTuple):
 
     Args:
         i: iteration.
-        z: unconstrained values of the latent sites; of a bare score, a vector.
-        origin: where the data come from.
+        z: unconstrained values of the latent sites. For a bare ``score``, a vector.
+        origin: mark of the data's source.
         rng_key: random key of the chain.
     """
 
@@ -34,30 +34,33 @@ class AnnealedState(NamedTuple):
 
 
 class AnnealedLangevin(MCMCKernel):
-    """Unadjusted Langevin steps down the noise levels of a score, from noise to a draw in every iteration.
+    """Unadjusted Langevin steps down the noise levels of a score. Every iteration starts from noise.
 
-    At each of ``num_levels`` levels s, in geometric progression from ``max_level`` to ``min_level``, it takes
-    ``num_steps`` steps x' = x + a/2 score(s, x) + sqrt(a) noise with a = ``step_size`` s^2. Iterations are independent
-    of each other, whatever ``init_params`` and warm-up.
+    x' = x + a/2 score(s, x) + sqrt(a) noise,  a = ``step_size`` s^2.
+
+    There are ``num_levels`` noise levels s, in geometric progression from ``max_level`` to ``min_level``. Each level
+    takes ``num_steps`` steps. Iterations are independent of each other, of ``init_params`` and of warm-up.
 
     Args:
-        posterior: a fitted posterior (not a focused one), whose learned score is walked in its whitened space; or
+        posterior: a fitted posterior (not a focused one). Its learned score is used, in its whitened space. Or
         score: any `AbstractScore` of an unconditional density.
-        dim: dimension of what ``score`` takes.
-        max_level: the first noise level: a few times the widest distance between modes (whitened for a ``posterior``).
-        min_level: the last noise level: a tenth of the sharpest feature.
+        dim: dimension of the vectors that ``score`` takes. Required with ``score``.
+        max_level: first noise level. A few times the largest distance between modes (whitened for a ``posterior``).
+        min_level: last noise level. A tenth of the smallest scale of the density.
         num_levels: number of levels.
-        num_steps: steps at each.
-        step_size: see above; below 4 for any density, 0.2 or less for a small bias.
+        num_steps: steps at each level.
+        step_size: the factor in a. Stability needs a value below 4 for any density; a small bias needs 0.2 or less.
 
     Raises:
-        ValueError: where neither or both of ``posterior`` and ``score`` are given, or the posterior is a focused one.
+        ValueError: if not exactly one of ``posterior`` and ``score`` is given, if only one of ``score`` and ``dim`` is
+            given, or if the posterior is a focused one or one of paths.
 
-    Exactness: biased: by the score's own error, by the last level's noise, by steps of finite size (a level's
-        Gaussian of variance v + s^2 is sampled 1 / (1 - a / (4 (v + s^2))) times too wide) and by ending each level
-        before equilibrium. No Metropolis test and no weight corrects it; `ScoreSDE` is the corrected sampler.
+    Exactness: biased, for four reasons: the error of the score, the noise of the last level, the finite step size (a
+        level's Gaussian of variance v + s^2 gets a variance that is 1 / (1 - a / (4 (v + s^2))) times too large), and
+        the end of each level before equilibrium. No Metropolis test and no weight corrects it. `ScoreSDE` is the
+        corrected sampler.
 
-    References: Song and Ermon 2019, arXiv 1907.05600, algorithm 1 (a there is their alpha_i, with
+    References: Song and Ermon 2019, arXiv 1907.05600, algorithm 1 (a is their alpha_i, with
     ``step_size`` = epsilon / sigma_L^2).
 
     >>> import jax, jax.numpy as jnp
@@ -85,11 +88,11 @@ class AnnealedLangevin(MCMCKernel):
         step_size: float = 0.2,
     ):
         if (posterior is None) == (score is None) or (score is None) != (dim is None):
-            raise ValueError("Expected either a `posterior`, or a `score` and its `dim`.")
+            raise ValueError("Expected either a `posterior`, or a `score` and its `dim`: give one of the two.")
         if posterior is not None and not isinstance(posterior.proposal, AmortisedProposal):
             raise ValueError(
-                "Expected a posterior of parameters as `fit` returns it, got a focused one, whose density is a "
-                "mixture, or one of paths."
+                "Expected a posterior of parameters as `fit` returns it, got a focused posterior (its density is a "
+                "mixture) or one of paths. Give the posterior that `fit` returned."
             )
         self.posterior, self.score, self.dim = posterior, score, dim
         self.max_level, self.min_level, self.num_levels = max_level, min_level, num_levels
@@ -98,27 +101,31 @@ class AnnealedLangevin(MCMCKernel):
 
     @property
     def model(self) -> Callable | None:
-        """The posterior's NumPyro model."""
+        """The posterior's NumPyro model. None means that the kernel was made from a bare ``score``."""
         return None if self.posterior is None else self.posterior.problem.model
 
     def init(
         self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> AnnealedState:
-        """Make the first state, of one chain or (given a batch of keys) of all, with a draw of its own."""
+        """Make the first state of one chain, or of all chains if ``rng_key`` is a batch. It already holds a draw."""
         model_kwargs, origin = model_kwargs or {}, Origin("")
         if self.posterior is not None:
             origin = self._origins.begin(self.posterior.problem, model_args, model_kwargs)
 
         def begin(key: Key) -> AnnealedState:
             key, for_draw = jax.random.split(key)
-            # A zero that depends on the key: whatever NumPyro collects has a chain axis under any `vmap`.
+            # This zero depends on the key. So every array that NumPyro collects has a chain axis under any `vmap`.
             zero = 0 * jax.random.randint(key, (), 0, 1)
             return AnnealedState(zero, self._draw(for_draw, model_args, model_kwargs), origin, key)
 
         return begin(rng_key) if is_prng_key(rng_key) else jax.vmap(begin)(rng_key)
 
     def sample(self, state: AnnealedState, model_args: tuple, model_kwargs: dict | None) -> AnnealedState:
-        """Draw anew, for one chain or for all chains of a vectorised state."""
+        """Make a new draw, for one chain or for all chains of a vectorised state.
+
+        Raises:
+            RuntimeError: if the kernel was pickled: its posterior was left out.
+        """
 
         def draw(state: AnnealedState) -> AnnealedState:
             key, for_draw = jax.random.split(state.rng_key)
@@ -130,7 +137,7 @@ class AnnealedLangevin(MCMCKernel):
     def _draw(self, key: Key, args: tuple, kwargs: dict[str, Any]) -> PyTree:
         if self.posterior is None:
             if self.score is None or self.dim is None:
-                raise RuntimeError("Pickling left the posterior of this kernel out: make the kernel anew to run it.")
+                raise RuntimeError("Pickling left out the posterior of this kernel: make the kernel again to run it.")
             return self._walk(key, self.score, self.dim, None)
         proposal, problem = self.posterior.proposal, self.posterior.problem
         assert isinstance(proposal, AmortisedProposal)
@@ -139,7 +146,7 @@ class AnnealedLangevin(MCMCKernel):
         return layout(problem).unflatten(context.affine.forward(u).astype(jnp.result_type(float)))
 
     def _walk(self, key: Key, score: AbstractScore, dim: int, y: PyTree) -> Float[Array, " dim"]:
-        """Walk down the levels; see the class."""
+        """Take the Langevin steps of all levels; the class gives the formula."""
         for_start, for_steps = jax.random.split(key)
         levels = jnp.geomspace(self.max_level, self.min_level, self.num_levels, dtype=jnp.float32)
 
@@ -154,7 +161,11 @@ class AnnealedLangevin(MCMCKernel):
         return jax.lax.scan(step, start, (jnp.repeat(levels, self.num_steps), keys))[0]
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[PyTree], PyTree]:
-        """Make the function from unconstrained values to constrained latent and deterministic sites."""
+        """Make the function from unconstrained values to constrained latent and deterministic sites.
+
+        Raises:
+            ValueError: if the data have changed since the latest chain began.
+        """
         if self.posterior is None:
             return lambda z: z
         problem = self.posterior.problem
@@ -166,5 +177,5 @@ class AnnealedLangevin(MCMCKernel):
         return f"{self.num_levels} levels of {self.num_steps} steps of size {self.step_size:.2g}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the posterior, whose problem holds closures."""
+        """Leave out the posterior: its problem holds closures, which cannot be pickled."""
         return self.__dict__ | {"posterior": None}

@@ -1,4 +1,4 @@
-"""The verdict on chains of `ScoreSDE`: what their proposals' weights, independent explorers and R-hat say together."""
+"""The certificate for chains of `ScoreSDE`, from the proposals' weights, independent explorers and R-hat."""
 
 import contextlib
 from collections.abc import Callable
@@ -30,32 +30,43 @@ from scoreinfer.samplers.batches import weigh_rows, weighted_draws
 from scoreinfer.samplers.single import Effort, explore
 
 MAX_R_HAT = 1.05
+"""Largest accepted split or nested R-hat. Chosen by judgement."""
 MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
-"""How far an explorer's log evidence may lie above that of the proposals, which then miss mass, and how far below: an
-explorer that finds less than the proposals says nothing against them, but one that loses most is no witness."""
+"""How far an explorer's log evidence may lie above and below the proposals' log evidence. Chosen by judgement.
+
+A larger excess means that the proposals miss mass. A deficit is no evidence against the proposals, but an explorer that
+loses most of the mass cannot check them.
+"""
 CROSS_CHECK = Effort(num_moves=100, kept_share=0.8)
-"""The wider explorers': they have further to walk, and large steps of temperature would make their evidence noisy."""
+"""Effort of the wider explorers. Chosen by judgement.
+
+Their particles start further away, so they need more moves. Smaller changes of temperature keep their log evidence
+precise.
+"""
 NUM_PLACES = 512
-"""Particles of each explorer that are held against the proposals."""
+"""Number of particles of each explorer that are compared with the proposals. Chosen by judgement."""
 WIDER, WIDEST = 10.0, 100.0
-"""How many times wider than what the first explorer has seen the second and the third one start."""
+"""Start scales of the second and the third explorer. Chosen by judgement.
+
+The unit is the standard deviation of the first explorer's particles and their start together.
+"""
 
 
 class ChainCertificate(NamedTuple):
-    """Whether chains of `ScoreSDE` can be trusted, and why.
+    """The verdict whether chains of `ScoreSDE` can be trusted, and the reasons.
 
     Args:
         certified: the verdict.
         reason: the verdict in words.
         weights: the certificate of a fresh batch of global proposals: effective sample size, k-hat, log evidence, and
             the share of the witnesses, or of the explorers' particles, that the proposals miss.
-        accept_prob: mean acceptance probability of the global moves; NaN where ``accept_prob`` was not collected.
-        local_accept_prob: that of the last local moves; NaN without any.
-        r_hat: largest split R-hat of any component (infinite for a single component that never moved).
-        nested_r_hat: largest nested R-hat, chains taken in pairs; NaN for fewer than four chains.
-        explorer_log_evidence: log evidences of the explorers (none for an amortised posterior).
+        accept_prob: mean acceptance probability of the global moves. NaN if ``accept_prob`` was not collected.
+        local_accept_prob: mean acceptance probability of the last local moves. NaN if there were none.
+        r_hat: largest split R-hat of any component. Infinite if a component never moved.
+        nested_r_hat: largest nested R-hat of any component, with chains in pairs. NaN for fewer than four chains.
+        explorer_log_evidence: log evidences of the explorers. Empty for an amortised posterior.
 
-    Exactness: evidence, not proof: a mode that neither the explorers nor the proposals find goes unseen.
+    Exactness: evidence, not proof. A mode that neither the explorers nor the proposals find is not detected.
     """
 
     certified: bool
@@ -80,43 +91,50 @@ class ChainCertificate(NamedTuple):
 
 
 def certify(drawn: Draws | MCMC) -> Certificate | ChainCertificate:
-    """Judge draws of a posterior, or the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
+    """Return the certificate of draws, or certify the last run of an `MCMC` object with a `ScoreSDE` kernel.
 
-    Draws have been judged when they were drawn: their certificate is returned. Chains are judged by `certify_chains`.
+    Draws were already certified when they were made. Chains are certified by `certify_chains`.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: if ``drawn`` is neither.
+        ValueError: as `certify_chains`.
+
+    Exactness: see `Certificate` and `ChainCertificate`.
     """
     if isinstance(drawn, Draws):
         return drawn.certificate
     if isinstance(drawn, MCMC):
         return certify_chains(drawn)
-    raise TypeError(f"Expected draws of a posterior or an `MCMC` object, got {type(drawn).__name__}.")
+    raise TypeError(f"Expected the draws of a posterior or an `MCMC` object, got {type(drawn).__name__}.")
 
 
 @own_broadcasting
 def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
-    """Judge the last run of an `MCMC` object whose kernel is a `ScoreSDE`.
+    """Certify the last run of an `MCMC` object with a `ScoreSDE` kernel.
 
-    A fresh batch of global proposals is weighed. Where the kernel learned this posterior alone, a second explorer
-    starts ten times wider than the first one's particles and their start, and proposals and explorers must agree both
-    ways: hardly any explorer's particles where the proposals never draw, and about the same log evidence. A third one
-    starts a hundred times wider, and where it finds densities as high, the proposals must draw too; modes beyond that
-    reach, or too narrow for all three, go unseen. Witnesses are held against the proposals as well
-    (`scoreinfer.evidence.witnesses`): draws of the prior, or where there is none of the explorer's start, weighed by
-    the data and tempered. Of an amortised posterior they alone are asked.
+    A fresh batch of global proposals is weighed. The proposals are compared with three sources:
+
+    - Witnesses (`scoreinfer.evidence.witnesses`): draws from the prior, weighted by the data and tempered. If there is
+      no prior to draw from, the draws come from the explorer's start distribution. An amortised posterior is compared
+      with witnesses only.
+    - A second explorer. It starts ten times wider than the first explorer's particles and their start. Proposals and
+      explorers must have about the same log evidence, and hardly any particle may lie where the proposals never draw.
+    - A third explorer. It starts a hundred times wider. Only its particles with densities as high as the proposals'
+      count, and the proposals must draw there too.
+
+    Modes further away, or too narrow for all three explorers, are not detected.
 
     Args:
-        mcmc: after ``run``.
-        num: global proposals to weigh.
+        mcmc: the `MCMC` object, after ``run``.
+        num: number of global proposals to weigh.
 
     Returns:
-        A certificate. It refuses for any reason for which a batch is refused (`Certificate`), for a split or nested
-        R-hat above 1.05, and where an explorer's log evidence is more than 0.5 above the proposals' or 1 below
-        (infinitely far below where the second explorer does not reach the posterior).
+        A certificate. It refuses for every reason of a batch (`Certificate`), if a split or nested R-hat is above 1.05,
+        or if an explorer's log evidence is more than 0.5 above or more than 1 below the proposals'. If the second
+        explorer does not reach the posterior, its log evidence is minus infinity.
 
     Raises:
-        ValueError: where the kernel is another, or has not been run, or the data have changed since.
+        ValueError: if the kernel is no `ScoreSDE`, if it has not been run, or if the data have changed since the run.
 
     Exactness: see `ChainCertificate`.
 
@@ -124,16 +142,16 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     """
     kernel, state = mcmc.sampler, mcmc.last_state
     if not isinstance(kernel, ScoreSDE):
-        raise ValueError(f"Expected an MCMC object with a ScoreSDE kernel, got {type(kernel).__name__}.")
+        raise ValueError(f"Expected an `MCMC` object with a `ScoreSDE` kernel, got {type(kernel).__name__}.")
     if state is None:
-        raise ValueError("Expected an MCMC object after `run`, this one has not been run.")
+        raise ValueError("Expected an `MCMC` object after `run`, this one has not been run: call `mcmc.run`.")
     key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
     for_draws, for_explorer, for_places, for_witnesses = random.split(random.fold_in(key, 0), 4)
     fit = kernel.fit_of(state)
     target = fit.target(mcmc._args, mcmc._kwargs)
     y = target.y
     if not all(np.allclose(y[name], state.y[name], rtol=1e-5, atol=1e-6, equal_nan=True) for name in y):
-        raise ValueError("The data have changed since this run, whose chains answer for the old ones. Run it again.")
+        raise ValueError("The data have changed since this run, and its chains are for the old data: run it again.")
     drawn = weighted_draws(for_draws, fit.proposal, target, 1024, None, 0, num)
     checks = [_witnessed(for_witnesses, for_places, kernel, fit, target, drawn)]
     evidences: tuple[float, ...] = ()
@@ -166,7 +184,7 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
 def _witnessed(
     for_witnesses: Key, for_weights: Key, kernel: ScoreSDE, fit: Fit, target: Target, drawn: Weighted
 ) -> ForwardCheck:
-    """Hold witnesses from the prior against the proposals; from the explorer's start where there is no prior."""
+    """Compare the proposals with witnesses from the prior, or from the explorer's start if there is no prior."""
     reference = reference_of(fit.problem, kernel.start_scale)
     return hold_against(for_weights, fit.proposal, target, drawn, gather(for_witnesses, reference, target))
 
@@ -174,7 +192,7 @@ def _witnessed(
 def _explored(
     for_explorer: Key, for_places: Key, kernel: ScoreSDE, fit: Fit, target: Target, drawn: Weighted
 ) -> tuple[ForwardCheck, tuple[float, ...]]:
-    """Hold the explorers' particles against the proposals; return their log evidences, too."""
+    """Compare the proposals with the explorers' particles. Return the check and the explorers' log evidences."""
     assert fit.evidence is not None
     informative = fit.evidence.num_informative
     first = fit.evidence.places
@@ -192,22 +210,23 @@ def _explored(
         parts.append(second.values[:NUM_PLACES])
         evidences.append(float(second.log_evidence))
         informative = max(informative, num_ancestors(second.ancestors))
-    except FloatingPointError:  # no witness
+    except FloatingPointError:  # the second explorer did not reach the posterior
         evidences.append(-np.inf)
     num_trusted = sum(len(part) for part in parts)
-    with contextlib.suppress(FloatingPointError):  # so far away a density may overflow or be too far to walk to
+    with contextlib.suppress(FloatingPointError):  # far away, the density may overflow or be unreachable
         parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
     places = jnp.concatenate(parts)
     weighed = weigh_rows(for_places, fit.proposal, target, jnp.arange(places.shape[0]), places)
     log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
-    # From so far away some of the third one's particles get stuck; its evidence is worth nothing, its finds are.
+    # Some particles of the third explorer get stuck far away, so its log evidence is not used. Its particles count only
+    # if their density is high enough.
     counts = (weighed.log_target >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
     log_excess = jnp.where(counts, log_excess, jnp.nan)
     return ForwardCheck(log_excess, np.nan, "the explorers' particles", informative), tuple(evidences)
 
 
 def _floor(drawn: Weighted) -> float:
-    """Compute the log density above which 99 % of the draws' weight lies."""
+    """Compute the log density that 99 % of the draws' weight exceeds."""
     log_weight = np.nan_to_num(np.asarray(drawn.log_weight, np.float64), nan=-np.inf)
     order = np.argsort(drawn.log_target)
     below = np.cumsum(np.exp(log_weight[order] - log_weight.max()))
@@ -215,7 +234,9 @@ def _floor(drawn: Weighted) -> float:
 
 
 def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:
-    """Compute nested R-hat of one component, neighbouring chains taken in pairs.
+    """Compute the nested R-hat of one component. Neighbouring chains form pairs.
+
+    References: Margossian et al. 2024, Bayesian Analysis.
 
     >>> bool(nested_r_hat(np.random.default_rng(0).normal(size=(4, 1000))) < 1.01)
     True
@@ -227,7 +248,7 @@ def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:
 
 
 def _largest(statistic: Callable[[np.ndarray], Any], samples: PyTree) -> float:
-    """Compute a statistic of every component of every site, and take the largest."""
+    """Compute a statistic of every component of every site, and return the largest. NaN counts as infinite."""
     columns = [np.asarray(leaf, np.float64).reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
     values = [float(statistic(column[..., i])) for column in columns for i in range(column.shape[-1])]
     return float(np.max(np.where(np.isnan(values), np.inf, values)))

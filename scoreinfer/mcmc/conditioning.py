@@ -1,4 +1,4 @@
-"""Conditioning: any NumPyro kernel as a function from a data set to draws, compiled once for all of them."""
+"""Conditioning: a NumPyro kernel as a function from a data set to draws. It is compiled once for all data sets."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from scoreinfer.problem import Problem
 
 
 def is_kernel(thing: Any) -> bool:
-    """Say whether something is a NumPyro kernel."""
+    """Say whether an object is a NumPyro kernel."""
     return isinstance(thing, MCMCKernel)
 
 
@@ -34,17 +34,17 @@ def chain_sampler(
 
     Args:
         kernel: a kernel with a ``model``, or a `ScoreSDE` with a fitted posterior.
-        problem: the problem of the model at hand.
-        args: the model's own arguments.
-        kwargs: its own keyword arguments.
-        num_warmup: warm-up steps.
-        num_draws: draws that are kept.
-        thinning: steps between two of them.
+        problem: the problem of the model.
+        args: arguments of the model.
+        kwargs: keyword arguments of the model.
+        num_warmup: number of warm-up steps.
+        num_draws: number of kept draws.
+        thinning: steps between two kept draws.
 
     Raises:
-        ValueError: for a kernel of a bare density, which has no data to be given, and for one around another kernel.
+        ValueError: if the kernel has no model (a bare density has no data), or if it runs another kernel.
 
-    Exactness: that of the kernel.
+    Exactness: the same as the kernel's.
     """
     kernel, learns = _open_to_data(kernel, problem, args, kwargs)
 
@@ -59,7 +59,11 @@ def chain_sampler(
 
 
 def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """Copy a kernel so that its only argument is the dictionary of observed sites; say whether it learns from it."""
+    """Copy a kernel so that its only argument is the dictionary of observed sites.
+
+    Returns:
+        The copy, and whether it learns the posterior of each data set.
+    """
     opened = dataclasses.replace(problem, read=lambda args, kwargs: args[0], recipe=None)
     kernel = copy.copy(kernel)
     if isinstance(kernel, ScoreSDE) and any(fit.evidence is None for fit in kernel._fits):
@@ -69,26 +73,26 @@ def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dic
     model = kernel.model
     if model is None:
         raise ValueError(
-            f"Calibration gives a kernel many data sets, and this {type(kernel).__name__} has no `model` to give them "
-            "to. Make the kernel from a model, or pass the fitted posterior itself."
+            f"Expected a kernel with a model, because calibration runs it on many data sets; this "
+            f"{type(kernel).__name__} has no `model`. Make the kernel from a model, or pass the fitted posterior."
         )
 
     def conditioned(y: Sites) -> Any:
         return condition(model, data=y)(*args, **kwargs)
 
-    if isinstance(kernel, ScoreSDE):  # learns this posterior from its data, which it has to see
+    if isinstance(kernel, ScoreSDE):  # it learns the posterior from the data, so these cannot be traced
         kernel = kernel.wrap_model(lambda _: conditioned)
         kernel._is_block = False
         return kernel, True
-    if isinstance(kernel, AbstractLangevin):  # has its problem, and need not read the model while it is traced
+    if isinstance(kernel, AbstractLangevin):  # give it the problem: then it does not read the model in a trace
         kernel._problems = [opened]
     if hasattr(kernel, "inner_kernel"):
         raise ValueError(
-            f"A {type(kernel).__name__} runs another kernel on a model of its own, to which no other data can be "
-            "given. Calibrate that kernel instead."
+            f"Expected a kernel that can be given other data, got a {type(kernel).__name__}: it runs another kernel "
+            "on its own model. Calibrate that kernel instead."
         )
     setattr(kernel, "_model" if hasattr(kernel, "_model") else "model", conditioned)
-    for made in ("_init_fn", "_sample_fn", "_potential_fn_gen", "_postprocess_fn"):  # by an earlier run, for its data
+    for made in ("_init_fn", "_sample_fn", "_potential_fn_gen", "_postprocess_fn"):  # of an earlier run, for other data
         if hasattr(kernel, made):
             setattr(kernel, made, None)
     return kernel, False

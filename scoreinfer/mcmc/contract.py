@@ -1,4 +1,7 @@
-"""What NumPyro's kernel contract asks of every kernel here: data from the arguments of each call, states by site."""
+"""Shared parts of NumPyro's kernel interface.
+
+Every call reads the data from the model's arguments. The states hold values by site.
+"""
 
 import math
 import operator
@@ -23,10 +26,15 @@ from scoreinfer.problem import Problem
 from scoreinfer.training.simulations import blame
 
 NO_START = "Cannot find valid initial parameters: the log density or its gradient is not finite"
+"""Beginning of the errors about a start of chains. It begins like NumPyro's own message."""
 
 
 def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
-    """Read the observation, as arrays without weak types; values that are known are looked at while tracing too."""
+    """Read the observation as arrays without weak types. Known values stay concrete inside a trace.
+
+    Raises:
+        ValueError: if the arguments do not fit the problem.
+    """
     y = problem.read(args, kwargs)
     with evaluated_at_once():
         return {name: jnp.array(value, jnp.result_type(value)) for name, value in y.items()}
@@ -34,16 +42,16 @@ def observe(problem: Problem, args: tuple, kwargs: dict[str, Any]) -> Sites:
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["mark"])
 class Origin:
-    """Where the data come from, part of the state's structure: where that has changed, a loop is traced anew."""
+    """A mark of the data's source. It is part of the state's structure, so a new mark makes JAX trace a loop again."""
 
     def __init__(self, mark: str):
         self.mark = mark
 
 
 class Origins:
-    """Notices data that change behind `MCMC`'s back: outside the model's arguments, or by editing an array in place.
+    """Detects data that change outside the model's arguments, or by an edit of an array in place.
 
-    `MCMC` compiles its loop once for the same arguments, by identity, and the loop keeps what it has read.
+    `MCMC` compiles its loop once for the same argument objects, and the loop keeps the data that it has read.
     """
 
     def __init__(self) -> None:
@@ -52,22 +60,26 @@ class Origins:
         self._latest: tuple[list[Any], Origin] | None = None
 
     def begin(self, problem: Problem, args: tuple, kwargs: dict[str, Any], number: int = 0) -> Origin:
-        """Mark what a chain begins with: the data's origin now, and the number of the problem."""
+        """Record the data and the number of the problem with which a chain begins."""
         origin = self._now(problem, args, kwargs, number)
         self._latest = jax.tree.leaves((args, kwargs)), origin
         return origin
 
     def check(self, problem: Problem, args: tuple, kwargs: dict[str, Any], number: int = 0) -> None:
-        """Raise a ValueError where data have changed under the same arguments since the latest chain began."""
+        """Check that the data of the same argument objects have not changed since the latest chain began.
+
+        Raises:
+            ValueError: if they have changed.
+        """
         if self._latest is None or is_traced((args, kwargs)):
             return
         leaves, origin = jax.tree.leaves((args, kwargs)), self._latest[1]
         same = len(leaves) == len(self._latest[0]) and all(map(operator.is_, leaves, self._latest[0]))
         if same and self._now(problem, args, kwargs, number).mark != origin.mark:
             raise ValueError(
-                "The data have changed since the warm-up, outside the model's arguments or in place, and the compiled "
-                "loop would answer for the old ones. Warm up again (or run without `post_warmup_state`), or pass the "
-                "data as arguments."
+                "The data have changed since the warm-up, outside the model's arguments or in place, but the compiled "
+                "loop still holds the old data. Warm up again (or run without `post_warmup_state`), or pass the data "
+                "as arguments."
             )
 
     def _now(self, problem: Problem, args: tuple, kwargs: dict[str, Any], number: int) -> Origin:
@@ -87,16 +99,17 @@ class Origins:
 
 
 class Ravelled(NamedTuple):
-    """The way between the flat vector of a bare density and the pytree that it takes."""
+    """The two maps between a flat vector and the pytree that a bare density takes."""
 
     flatten: Callable[[PyTree], Float[Array, " dim"]]
     unflatten: Callable[[Float[Array, " dim"]], PyTree]
 
 
 def layout(problem: Problem) -> Layout | Ravelled:
-    """Lay out ``z`` by latent site: values in the site's own shape where it has as many entries, else flat.
+    """Make the layout of ``z`` by latent site.
 
-    A bare density has no sites, and ``z`` is the pytree that it takes.
+    Unconstrained values have the site's shape if they have as many entries as the site, else they are flat. A bare
+    density has no sites: its ``z`` is the pytree that it takes.
     """
     if not problem.latents:
         return Ravelled(problem.unconstrain, problem.constrain)
@@ -105,20 +118,27 @@ def layout(problem: Problem) -> Layout | Ravelled:
 
 
 def flatten_sites(problem: Problem, sites: PyTree) -> Float[Array, " dim"]:
-    """Join unconstrained values that a user gave."""
+    """Join unconstrained values of the user to one vector.
+
+    Raises:
+        ValueError: if sites are missing, unknown or of the wrong size.
+    """
     if not problem.latents:
         return layout(problem).flatten(sites)
     expected = {site.name: site.size for site in problem.latents}
     if {name: jnp.size(value) for name, value in sites.items()} != expected:
         shapes = {name: jnp.shape(value) for name, value in sites.items()}
-        raise ValueError(f"Expected unconstrained values of these sites and sizes: {expected}; got shapes {shapes}.")
+        raise ValueError(f"Expected unconstrained values of these sites and sizes: {expected}, got shapes {shapes}.")
     return layout(problem).flatten(sites)
 
 
 def check_density(problem: Problem, y: Sites, *, gradient: bool) -> None:
-    """Raise a RuntimeError where the density (or its gradient, where it is wanted) is NaN at all draws from the prior.
+    """Check at draws from the prior that the density is not NaN and, if ``gradient``, that its gradient is finite.
 
-    Proposals would never have a weight, or local moves would never be accepted.
+    Otherwise proposals would have no weight, or local moves would never be accepted.
+
+    Raises:
+        RuntimeError: if the check fails at all draws.
     """
     if problem.simulate is None or is_traced(y):
         return
@@ -130,7 +150,7 @@ def check_density(problem: Problem, y: Sites, *, gradient: bool) -> None:
 
 @eqx.filter_jit
 def _prior_draws(problem: Problem, y: Sites, gradient: bool) -> tuple[Float[Array, "num dim"], Bool[Array, " num"]]:
-    """Draw from the prior, and flag where the log density (or else the gradient) is not a number."""
+    """Draw from the prior, and flag the draws at which the log density is NaN or the gradient is not finite."""
     simulate = problem.simulate
     assert simulate is not None
     z = jax.vmap(lambda key: simulate(key)[0])(jax.random.split(jax.random.key(0), 32))
@@ -145,7 +165,7 @@ def _prior_draws(problem: Problem, y: Sites, gradient: bool) -> tuple[Float[Arra
 
 
 def unconstrain(problem: Problem, rng_key: Array, values: Sites) -> Sites:
-    """Unconstrain values that a user gave, of one chain or (given a batch of keys) of all."""
+    """Unconstrain values of the user, for one chain, or for all chains if ``rng_key`` is a batch of keys."""
 
     def one(values: Sites) -> Sites:
         return layout(problem).unflatten(problem.unconstrain(values))
@@ -154,7 +174,7 @@ def unconstrain(problem: Problem, rng_key: Array, values: Sites) -> Sites:
 
 
 def same_bits(a: Array, b: Array) -> Bool[Array, ""]:
-    """Say whether two arrays are equal bit by bit: NaN equals itself, and no key is rounded."""
+    """Say whether two arrays are equal bit by bit. NaN equals itself, and keys are compared without rounding."""
 
     def bits(x: Array) -> Array:
         return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if jnp.issubdtype(x.dtype, jnp.inexact) else x
@@ -164,7 +184,10 @@ def same_bits(a: Array, b: Array) -> Bool[Array, ""]:
 
 @jax.custom_batching.custom_vmap
 def any_chain(flag: Array) -> Array:
-    """Reduce a flag over every `vmap` around it: a batched predicate would turn `lax.cond` into a select."""
+    """Say whether the flag is true for any chain of every `vmap`.
+
+    A batched flag would turn `lax.cond` into a select, which runs both branches.
+    """
     return flag
 
 

@@ -1,8 +1,8 @@
 """Langevin dynamics as NumPyro kernels: unadjusted, Metropolis-adjusted, underdamped.
 
-All of them move in coordinates whitened by the mass matrix that warm-up estimates (NumPyro's windows), and tune their
-step size to a target acceptance probability. Unadjusted kernels too apply the Metropolis test during warm-up, where
-first steps may be wild; afterwards they compute its probability as a diagnostic only.
+All kernels move in coordinates whitened by the mass matrix that warm-up estimates (in NumPyro's windows). They tune the
+step size to a target acceptance probability. Unadjusted kernels also apply the Metropolis test during warm-up, because
+the first steps may be too large. After warm-up they compute the acceptance probability only as a diagnostic.
 """
 
 import abc
@@ -53,7 +53,7 @@ from scoreinfer.problem import Problem
 from scoreinfer.training.simulations import blame
 
 CONDITIONED = "_gibbs_sites"
-"""The keyword by which `numpyro.infer.Gibbs` gives a block the values of all other sites."""
+"""The keyword argument by which `numpyro.infer.Gibbs` passes the values of all other sites to a block."""
 
 
 def _placeholder(leaf: Any) -> Any:
@@ -62,29 +62,29 @@ def _placeholder(leaf: Any) -> Any:
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["num_warmup"])
 class Schedule:
-    """The length of the warm-up, part of the state's structure: another length is traced anew."""
+    """The length of the warm-up. It is part of the state's structure: another length makes JAX trace a loop again."""
 
     def __init__(self, num_warmup: int):
         self.num_warmup = num_warmup
 
 
 class LangevinState(NamedTuple):
-    """State of one chain, or of all of them when vectorised (then ``y`` alone has no chain axis).
+    """State of one chain, or of all chains if vectorised. Only ``y`` never has a chain axis.
 
     Args:
         i: iteration.
         z: unconstrained values of the latent sites.
         potential_energy: minus log p(z, y) in the unconstrained space.
-        z_grad: its gradient.
-        momentum: momentum in whitened coordinates (zeros for the overdamped kernels).
-        accept_prob: acceptance probability of the last step; of a kernel that always accepts: what it would be.
-        mean_accept_prob: its mean since the start, or since the end of warm-up.
-        diverging: whether the last step met a density or gradient that is not finite.
+        z_grad: gradient of ``potential_energy``.
+        momentum: momentum in whitened coordinates. The overdamped kernels do not use it.
+        accept_prob: Metropolis acceptance probability of the last step, also if the kernel does not apply the test.
+        mean_accept_prob: mean of ``accept_prob`` since the start, or since the end of warm-up.
+        diverging: whether the density or its gradient was not finite at the last proposed point.
         adapt_state: step size and mass matrix (NumPyro's ``HMCAdaptState``).
         settled: iterations since the mass matrix last changed.
-        y: the observation for which ``potential_energy`` holds.
+        y: the observation that ``potential_energy`` was computed for.
         schedule: length of the warm-up.
-        origin: where the data come from.
+        origin: mark of the data's source.
         rng_key: random key of the chain.
     """
 
@@ -105,7 +105,7 @@ class LangevinState(NamedTuple):
 
 
 class Space(NamedTuple):
-    """The target on a flat vector, and the way between that vector and NumPyro's ``z``."""
+    """The target log density of a flat vector, and the maps between that vector and NumPyro's ``z``."""
 
     flatten: Callable[[PyTree], Float[Array, " dim"]]
     unflatten: Callable[[Float[Array, " dim"]], PyTree]
@@ -113,7 +113,7 @@ class Space(NamedTuple):
 
 
 class AbstractLangevin(MCMCKernel):
-    """What the Langevin kernels share: reading the model, adaptation, chains and diagnostics."""
+    """Shared part of the Langevin kernels: reading the model, adaptation, chains and diagnostics."""
 
     sample_field = "z"
     diagnostics = ("diverging", "accept_prob")
@@ -135,7 +135,7 @@ class AbstractLangevin(MCMCKernel):
         forward_mode_differentiation: bool | None = None,
     ):
         if (model is None) == (potential_fn is None):
-            raise ValueError("Expected either a `model` or a `potential_fn`, got both or neither.")
+            raise ValueError("Expected either a `model` or a `potential_fn`, got both or neither: give one of them.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
         self.step_size, self.adapt_step_size = step_size, adapt_step_size
         self.target_accept_prob = self.default_target if target_accept_prob is None else target_accept_prob
@@ -156,10 +156,10 @@ class AbstractLangevin(MCMCKernel):
         factor: Factor,
         step_size: Float[Array, ""],
     ) -> tuple[Point, Float[Array, " dim"], Float[Array, ""]]:
-        """Take one step; return the new point and momentum, and the Metropolis-Hastings log ratio."""
+        """Propose one step. Return the new point, the new momentum, and the Metropolis-Hastings log ratio."""
 
     def _observe(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Problem | None, Sites]:
-        """Read the model and the data in its arguments; a model is read again only where its design has changed."""
+        """Read the model and the data in its arguments. The model is read again only if its design has changed."""
         if self.model is None:
             return None, {}
         for problem in reversed(self._problems):
@@ -168,12 +168,12 @@ class AbstractLangevin(MCMCKernel):
             except ValueError:
                 continue
         given = kwargs
-        if self._is_block and CONDITIONED in kwargs:  # data, of which the problem needs shapes alone
+        if self._is_block and CONDITIONED in kwargs:  # these are data: the problem needs only their shapes
             given = kwargs | {CONDITIONED: jax.tree.map(_placeholder, kwargs[CONDITIONED])}
         if is_traced((args, given)):
             raise ValueError(
-                f"{type(self).__name__} cannot read its model from traced arguments: run it once outside `jit` and "
-                "`vmap`, on any data of this design."
+                f"{type(self).__name__} expected concrete model arguments to read its model, got traced ones: run it "
+                "once outside `jit` and `vmap`, on any data of this design."
             )
         problem = from_numpyro(self.model, *args, **given)
         self._problems.append(problem)
@@ -183,7 +183,11 @@ class AbstractLangevin(MCMCKernel):
         return differentiate(log_density, x, self._in_forward_mode(log_density, x))
 
     def _in_forward_mode(self, log_density: LogDensity, x: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> bool:
-        """Say whether to differentiate in forward mode: as told, or where that alone works."""
+        """Say whether to differentiate in forward mode: as the user chose, or if only forward mode works.
+
+        Raises:
+            ValueError: if neither mode works.
+        """
         if self.forward_mode_differentiation is not None:
             return self.forward_mode_differentiation
         mode = derivatives(log_density, x)
@@ -191,7 +195,7 @@ class AbstractLangevin(MCMCKernel):
             raise ValueError(
                 f"{type(self).__name__} needs the gradient of the log density, which JAX can differentiate in neither "
                 "reverse nor forward mode (does the model call out of JAX?). Write that part in JAX, give it a "
-                "`jax.custom_jvp`, or use `ScoreSDE`, which does without."
+                "`jax.custom_jvp`, or use `ScoreSDE`, which needs no gradient."
             )
         return mode == "forward"
 
@@ -207,7 +211,7 @@ class AbstractLangevin(MCMCKernel):
     def _adapter(self, num_warmup: int) -> tuple[Callable, Callable]:
         return warmup_adapter(
             num_warmup,
-            adapt_step_size=False,  # its dual averaging settles a tenth above the target
+            adapt_step_size=False,  # its dual averaging ends about a tenth above the target
             adapt_mass_matrix=self.adapt_mass_matrix,
             dense_mass=self.dense_mass,
         )
@@ -215,10 +219,16 @@ class AbstractLangevin(MCMCKernel):
     def init(
         self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> LangevinState:
-        """Make the first state, of one chain or (given a batch of keys) of all."""
+        """Make the first state of one chain, or of all chains if ``rng_key`` is a batch of keys.
+
+        Raises:
+            ValueError: if ``init_params`` is missing for a ``potential_fn`` or has wrong sizes, if the gradient does
+                not exist, or if the model has to be read from traced arguments.
+            RuntimeError: if the density or its gradient is not finite at the start.
+        """
         model_kwargs = model_kwargs or {}
         if self.model is None and init_params is None:
-            raise ValueError("Expected `init_params` beside `potential_fn`: they say where the chain starts.")
+            raise ValueError("Expected `init_params` with `potential_fn`, got none: give the start of the chain.")
         problem, y = self._observe(model_args, model_kwargs)
         origin = Origin("")
         if problem is not None:
@@ -236,7 +246,7 @@ class AbstractLangevin(MCMCKernel):
             x = space.flatten(params)
             value, gradient = self._differentiate(space.log_density, x)(x)
             adapt_state = self._adapter(num_warmup)[0]((x,), for_adaptation, jnp.array(self.step_size, x.dtype))
-            # A zero that depends on the key: whatever NumPyro collects has a chain axis under any `vmap`.
+            # This zero depends on the key. So every array that NumPyro collects has a chain axis under any `vmap`.
             zero = 0 * random.uniform(key, dtype=x.dtype)
             return LangevinState(
                 i=jnp.zeros((), jnp.int32),
@@ -261,7 +271,7 @@ class AbstractLangevin(MCMCKernel):
         return state._replace(y=y)
 
     def _find_start(self, problem: Problem, y: Sites, rng_key: Array, args: tuple, kwargs: dict[str, Any]) -> PyTree:
-        """Find where the density and its gradient are finite, as NumPyro's own kernels do."""
+        """Find a start at which the density and its gradient are finite, as NumPyro's own kernels do."""
         anywhere = jax.ShapeDtypeStruct((problem.dim,), jnp.result_type(float))
         one = is_prng_key(rng_key)
         keys = random.split(rng_key, 4)[1] if one else jax.vmap(lambda key: random.split(key, 4)[1])(rng_key)
@@ -270,16 +280,16 @@ class AbstractLangevin(MCMCKernel):
                 keys, self.model, init_strategy=self.init_strategy, model_args=args, model_kwargs=kwargs,
                 forward_mode_differentiation=self._in_forward_mode(lambda x: problem.log_joint(x, y), anywhere),
             )  # fmt: skip
-        except (RuntimeError, ValueError) as error:  # NumPyro's, which names no site
+        except (RuntimeError, ValueError) as error:  # NumPyro's error names no site
             x = random.uniform(keys if one else keys[0], (problem.dim,), minval=-2.0, maxval=2.0)
             faults = blame(problem, x, y)
             if not faults:
                 raise
-            raise RuntimeError(f"{NO_START} anywhere that was tried.{faults}") from error
+            raise RuntimeError(f"{NO_START} at any point that was tried.{faults}") from error
         return info.z
 
     def _check_start(self, problem: Problem | None, y: Sites, state: LangevinState) -> None:
-        """Refuse to start where the density or its gradient is not finite: no step would ever be accepted."""
+        """Raise an error if the density or its gradient is not finite at a start: no step would be accepted there."""
         if is_traced((state, y)):
             return
         one = is_prng_key(state.rng_key)
@@ -343,7 +353,7 @@ class AbstractLangevin(MCMCKernel):
         )
 
     def _adapt(self, num_warmup: int, state: LangevinState, accept_prob: Array, x: Array) -> tuple[Any, Array]:
-        """Estimate the mass matrix; move the step size towards the target, faster again where the matrix is new."""
+        """Update the mass matrix and the step size. A new mass matrix resets the gain of the step size."""
         old = state.adapt_state
         new = self._adapter(num_warmup)[1](state.i, accept_prob, (x,), old)
         if self.adapt_step_size:
@@ -354,11 +364,11 @@ class AbstractLangevin(MCMCKernel):
         return new, jnp.where(same, state.settled + 1, 0)
 
     def _rejected_momentum(self, momentum: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        """Compute the momentum after a rejection."""
+        """Compute the momentum after a rejected step."""
         return momentum
 
     def refresh(self, state: LangevinState, model_args: tuple, model_kwargs: dict | None) -> LangevinState:
-        """Compute density and gradient for other values of what the model is conditioned on, as `Gibbs` asks."""
+        """Compute density and gradient again after `Gibbs` has changed the values of the other sites."""
         problem, y = self._observe(model_args, model_kwargs or {})
         space = self._space(problem, y, state.z)
         x = space.flatten(state.z)
@@ -366,17 +376,25 @@ class AbstractLangevin(MCMCKernel):
         return state._replace(potential_energy=-value, z_grad=space.unflatten(-gradient), y=y)
 
     def wrap_model(self, wrapper: Callable) -> "AbstractLangevin":
-        """Copy the kernel with another model; `Gibbs` gives it constrained first values."""
+        """Copy the kernel with another model, as a block of `Gibbs`. Its ``init_params`` are then constrained values.
+
+        Raises:
+            ValueError: if the kernel was made from a ``potential_fn``.
+        """
         if self.model is None:
-            raise ValueError(f"Only a {type(self).__name__} of a `model` can be a block of another kernel.")
+            raise ValueError(f"A block needs a {type(self).__name__} of a `model`, got one of a `potential_fn`.")
         kernel = copy.copy(self)
         kernel.model, kernel._problems, kernel._origins = wrapper(self.model), [], Origins()
         kernel._sample_fn, kernel._is_block = None, True
         return kernel
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[PyTree], PyTree]:
-        """Make the function from unconstrained values to constrained latent and deterministic sites."""
-        if self._is_block:  # asked without the values it is conditioned on, for its own sites alone
+        """Make the function from unconstrained values to constrained latent and deterministic sites.
+
+        Raises:
+            ValueError: if the data have changed since the latest chain began.
+        """
+        if self._is_block:  # `Gibbs` wants only the block's own sites, and gives no other values
             block = self._problems[-1]
             return lambda z: block.latent_sites(layout(block).flatten(z))
         problem, _ = self._observe(args, kwargs or {})
@@ -386,7 +404,7 @@ class AbstractLangevin(MCMCKernel):
         return lambda z: problem.constrain(layout(problem).flatten(z))
 
     def num_evaluations(self, num_iterations: int, state: LangevinState) -> float:
-        """Count evaluations of the density by so many iterations: one each."""
+        """Count evaluations of the density in ``num_iterations`` iterations: one each."""
         return float(num_iterations)
 
     def get_diagnostics_str(self, state: LangevinState) -> str:
@@ -394,12 +412,12 @@ class AbstractLangevin(MCMCKernel):
         return f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the problems, which hold closures."""
+        """Leave out the problems: they hold closures, which cannot be pickled."""
         return self.__dict__ | {"_problems": [], "_origins": Origins(), "_sample_fn": None}
 
 
 class AbstractOverdamped(AbstractLangevin):
-    """The Langevin step without momentum, which `ULA` takes and `MALA` proposes."""
+    """The Langevin step without momentum. `ULA` always takes it, `MALA` uses it as a proposal."""
 
     def _step(self, key, value_and_grad, point, momentum, factor, step_size):
         new, log_ratio = langevin_proposal(key, value_and_grad, point, factor, step_size)
@@ -407,25 +425,28 @@ class AbstractOverdamped(AbstractLangevin):
 
 
 class ULA(AbstractOverdamped):
-    """Unadjusted Langevin: x' = x + e^2/2 Sigma grad log p(x) + e N(0, Sigma), Sigma the adapted covariance.
+    """Unadjusted Langevin: x' = x + e^2/2 Sigma grad log p(x) + e N(0, Sigma).
 
-    Warm-up applies the Metropolis test and tunes the step size until it accepts with probability
-    ``target_accept_prob``; after warm-up every step is taken.
+    e is the step size, and Sigma is the adapted covariance. Warm-up applies the Metropolis test. It tunes the step size
+    so that the test accepts with probability ``target_accept_prob``. After warm-up there is no test.
 
     Args:
-        model: NumPyro model; or
-        potential_fn: minus the log density, of any pytree like ``init_params``.
-        step_size: the first e, or the only one.
-        adapt_step_size: tune it in warm-up.
-        adapt_mass_matrix: estimate Sigma in warm-up.
-        dense_mass: estimate all of Sigma, not its diagonal alone.
-        target_accept_prob: see above; None: 0.95.
-        init_strategy: where chains start (`numpyro.infer.initialization`).
-        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
-            depends on values, which have forward derivatives alone.
+        model: NumPyro model. Or
+        potential_fn: minus the log density, a function of a pytree like ``init_params``.
+        step_size: initial e. It stays fixed if ``adapt_step_size`` is False.
+        adapt_step_size: tune the step size in warm-up.
+        adapt_mass_matrix: estimate Sigma in warm-up. Otherwise Sigma is the identity.
+        dense_mass: estimate the full matrix Sigma, not only its diagonal.
+        target_accept_prob: acceptance probability that warm-up tunes to. None means 0.95.
+        init_strategy: how chains find their start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode. None means only if reverse mode does not work: for
+            models with loops whose length depends on values.
 
-    Exactness: biased, however long the chain: a Gaussian of variance s^2 along an axis, in units of Sigma, is sampled
-        with variance s^2 / (1 - e^2 / (4 s^2)). Steps to where the density is not finite are not taken.
+    Raises:
+        ValueError: if not exactly one of ``model`` and ``potential_fn`` is given.
+
+    Exactness: biased, for chains of any length. A Gaussian of variance s^2 along an axis, in units of Sigma, is sampled
+        with variance s^2 / (1 - e^2 / (4 s^2)). Steps to points with a density that is not finite are rejected.
 
     References: Roberts and Tweedie 1996, Bernoulli 2(4), section 1.4.1.
     """
@@ -435,21 +456,24 @@ class ULA(AbstractOverdamped):
 
 
 class MALA(AbstractOverdamped):
-    """Metropolis-adjusted Langevin: the step of `ULA` as a proposal.
+    """Metropolis-adjusted Langevin: the step of `ULA` is a proposal of a Metropolis test.
 
     Args:
-        model: NumPyro model; or
-        potential_fn: minus the log density, of any pytree like ``init_params``.
-        step_size: the first e, or the only one.
-        adapt_step_size: tune it in warm-up to ``target_accept_prob``.
-        adapt_mass_matrix: estimate Sigma in warm-up.
-        dense_mass: estimate all of Sigma, not its diagonal alone.
-        target_accept_prob: None: 0.574, optimal in high dimension.
-        init_strategy: where chains start (`numpyro.infer.initialization`).
-        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
-            depends on values, which have forward derivatives alone.
+        model: NumPyro model. Or
+        potential_fn: minus the log density, a function of a pytree like ``init_params``.
+        step_size: initial e. It stays fixed if ``adapt_step_size`` is False.
+        adapt_step_size: tune the step size in warm-up to ``target_accept_prob``.
+        adapt_mass_matrix: estimate Sigma in warm-up. Otherwise Sigma is the identity.
+        dense_mass: estimate the full matrix Sigma, not only its diagonal.
+        target_accept_prob: None means 0.574, which is optimal in high dimension.
+        init_strategy: how chains find their start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode. None means only if reverse mode does not work: for
+            models with loops whose length depends on values.
 
-    Exactness: exact: leaves the posterior invariant.
+    Raises:
+        ValueError: if not exactly one of ``model`` and ``potential_fn`` is given.
+
+    Exactness: exact: each step leaves the posterior invariant.
 
     References: Roberts and Tweedie 1996; Roberts and Rosenthal 1998, JRSS B 60(1) (0.574).
     """
@@ -458,30 +482,39 @@ class MALA(AbstractOverdamped):
 
 
 class UnderdampedLangevin(AbstractLangevin):
-    """Underdamped Langevin by the BAOAB splitting, one gradient a step, with or without a Metropolis test.
+    """Underdamped Langevin by the BAOAB splitting, with or without a Metropolis test. One gradient per step.
 
-    In whitened coordinates, with p the momentum and h the step: B p += h/2 grad; A x += h/2 p; O p = c p +
-    sqrt(1 - c^2) noise with c = exp(-friction h); A; B. O leaves N(0, I) invariant, so the log ratio of the whole step
-    is the change of log density plus that of the kinetic energy outside O. A rejected step turns the momentum round.
+    In whitened coordinates, with momentum p and step size h, one step is B, A, O, A, B:
+
+    - B: p += h/2 grad log p(x)
+    - A: x += h/2 p
+    - O: p = c p + sqrt(1 - c^2) noise, c = exp(-friction h)
+
+    O leaves N(0, I) invariant. So the log ratio of the step is the change of the log density minus the change of the
+    kinetic energy in the B parts. A rejected step reverses the momentum.
 
     Args:
-        model: NumPyro model; or
-        potential_fn: minus the log density, of any pytree like ``init_params``.
+        model: NumPyro model. Or
+        potential_fn: minus the log density, a function of a pytree like ``init_params``.
         adjusted: apply the Metropolis test.
-        friction: rate at which the momentum forgets, per unit of whitened time.
-        step_size: the first h, or the only one.
-        adapt_step_size: tune it in warm-up to ``target_accept_prob``.
-        adapt_mass_matrix: estimate the mass matrix in warm-up.
-        dense_mass: all of it, not its diagonal alone.
-        target_accept_prob: None: 0.8 with the test (a rejection costs a turn), 0.95 without it.
-        init_strategy: where chains start (`numpyro.infer.initialization`).
-        forward_mode_differentiation: differentiate in forward mode; None: where the model has loops of a length that
-            depends on values, which have forward derivatives alone.
+        friction: decay rate of the momentum, per unit of whitened time.
+        step_size: initial h. It stays fixed if ``adapt_step_size`` is False.
+        adapt_step_size: tune the step size in warm-up to ``target_accept_prob``.
+        adapt_mass_matrix: estimate the mass matrix in warm-up. Otherwise it is the identity.
+        dense_mass: estimate the full matrix, not only its diagonal.
+        target_accept_prob: None means 0.8 with the test (a rejection reverses the momentum), and 0.95 without it.
+        init_strategy: how chains find their start (`numpyro.infer.initialization`).
+        forward_mode_differentiation: differentiate in forward mode. None means only if reverse mode does not work: for
+            models with loops whose length depends on values.
 
-    Exactness: exact with the test; without it biased by O(h^2), though a Gaussian's variance in x is exact.
+    Raises:
+        ValueError: if not exactly one of ``model`` and ``potential_fn`` is given.
+
+    Exactness: exact with the test: each step leaves the posterior invariant. Without the test, biased by O(h^2); only
+        the variance of a Gaussian in x is exact.
 
     References: Leimkuhler and Matthews 2013, AMRX 2013(1) (BAOAB); Sivak, Chodera and Crooks 2013, PRX 3, 011007
-    (the work of the splitting); Horowitz 1991 (the momentum's turn).
+    (the work of the splitting); Horowitz 1991 (reversal of the momentum).
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """ScoreSDE: the learned sampler as a NumPyro kernel. The moves and the proof are in `scoreinfer.mcmc.transition`.
 
-Without a fitted posterior the kernel learns a sampler of the one posterior at hand before its first iteration
-(`scoreinfer.samplers.single`), and again for other data.
+Without a fitted posterior, the kernel learns a sampler of one posterior before its first iteration
+(`scoreinfer.samplers.single`). For other data it learns again.
 
-What a compiled loop needs travels in the state: the weights of the sampler as arrays, labelled by the number of the
-fit they come from, and the observation that the proposals in the bank were drawn for. So one kernel serves any number
-of fits, observations, chain methods and `MCMC` objects, and nothing it answers is stale.
+The state holds everything that a compiled loop needs: the sampler's network weights as arrays, the number of their fit,
+and the observation that the proposals in the bank were drawn for. So one kernel can be used with any number of fits,
+observations, chain methods and `MCMC` objects, and never uses outdated data.
 """
 
 import contextlib
@@ -36,14 +36,16 @@ from scoreinfer.samplers.single import Effort, Evidence, learn
 
 
 class Fit(NamedTuple):
-    """A sampler, and model arguments of its design (None where the kernel has not seen any).
+    """A learned sampler and the problem that it was learned for.
 
     Args:
-        problem: the problem that it is for.
+        problem: the problem.
         proposal: the sampler.
-        arguments: model arguments; of a bare density, an example of what it takes.
-        evidence: what the explorer found, where the sampler answers for one observation only.
-        outliers: simulations by which an outlying observation is told, where it answers for any.
+        arguments: model arguments of the same design (for a bare density, an example of its argument). None means
+            that the kernel has not had any yet.
+        evidence: results of the explorer, for a sampler of one observation. None means that the sampler is amortised.
+        outliers: simulations by which an outlying observation is detected, for an amortised sampler. None means that
+            there are none.
     """
 
     problem: Problem
@@ -53,47 +55,57 @@ class Fit(NamedTuple):
     outliers: Outliers | None = None
 
     def target(self, args: tuple, kwargs: dict[str, Any]) -> Target:
-        """Read the observation in these model arguments."""
+        """Read the observation in these model arguments.
+
+        Raises:
+            ValueError: if the arguments do not fit the problem.
+        """
         return Target(self.problem, observe(self.problem, args, kwargs))
 
 
 def amortised_fit(posterior: Any, arguments: tuple[tuple, dict[str, Any]] | None) -> Fit:
-    """Take the sampler of a fitted posterior."""
+    """Make the `Fit` of a fitted posterior."""
     return Fit(posterior.problem, posterior.proposal, arguments, outliers=getattr(posterior, "outliers", None))
 
 
 class ScoreSDE(MCMCKernel):
-    """The learned sampler as a Markov kernel: global moves by independent proposals, alternating with local ones.
+    """The learned sampler as a Markov kernel: global moves by independent proposals alternate with local moves.
 
-    *With a fitted* ``posterior`` it answers for every observation of that design at once. With ``MCMC(...,
-    jit_model_args=True)`` other observed values reuse the compiled loop as well.
+    *With a fitted* ``posterior`` the kernel works for every observation of the same design, without learning. With
+    ``MCMC(..., jit_model_args=True)`` other observed values also reuse the compiled loop.
 
-    *With a* ``model`` *or a* ``potential_fn`` *alone* it learns this one posterior before its first iteration:
-    particles explore it by tempering and train the score (`scoreinfer.samplers.single.learn`), ``num_warmup`` being the
-    budget: eight particles (256 to 8192) and ten optimiser steps for each iteration. All chains share what was
-    learned; other data are learned anew. Sampling is a fixed, exact kernel. `certify` judges the result.
+    *With only a* ``model`` *or a* ``potential_fn`` the kernel learns this one posterior before its first iteration.
+    Particles explore the posterior by tempering, and they train the score (`scoreinfer.samplers.single.learn`).
+    ``num_warmup`` sets the budget: eight particles (rounded up to a power of two, 256 to 8192) and ten optimiser steps
+    for each iteration. All chains share the learned sampler. Other data need new learning. Sampling then uses a fixed,
+    exact kernel. `certify` judges the result.
 
-    A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` say where; so does a
-    run on other data than the warm-up's.
+    A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` are given. A run on
+    other data than those of the warm-up also starts from a proposal.
 
     Args:
-        model: NumPyro model; beside ``posterior``, what ArviZ and a pickled kernel read.
-        potential_fn: minus the log density, of any pytree like ``init_params``.
+        model: NumPyro model. With a ``posterior``, the model that ArviZ and a pickled kernel use.
+        potential_fn: minus the log density, a function of a pytree like ``init_params``.
         posterior: the fitted posterior (`scoreinfer.fit`).
-        num_proposals: fresh proposals tried in each iteration.
-        num_local_steps: MALA steps after each global move; None: none with a ``posterior``, else five.
-        step_size: first step size of MALA, in units of the proposals' spread.
-        bank_size: proposals drawn at a time, a multiple of ``num_proposals``.
-        start_scale: scale, in the unconstrained space, of the t distribution from which the explorer starts where
-             it cannot draw from the prior (bare densities, improper priors, factors). Make it cover all modes.
-        key: random key of the learning; None: that of the first chain.
+        num_proposals: number of fresh proposals in each iteration.
+        num_local_steps: MALA steps after each global move. None means none with a ``posterior``, else five.
+        step_size: initial step size of MALA, in units of the proposals' standard deviation.
+        bank_size: number of proposals that are drawn at once. A multiple of ``num_proposals``.
+        start_scale: scale of the t distribution from which the explorer starts, in the unconstrained space. It is used
+            only without a prior to draw from (bare densities, improper priors, factors). It should cover all modes.
+        key: random key of the learning. None means the key of the first chain.
         progress_bar: show the progress of the learning on a terminal.
 
-    Exactness: exact: every move leaves the posterior invariant, whatever was learned. That decides how fast the chain
-        forgets its start, and no chain finds a mode that neither the proposals nor the local moves visit.
+    Raises:
+        ValueError: if none of ``model``, ``potential_fn`` and ``posterior`` is given, if ``potential_fn`` is given with
+            another one, or if ``bank_size`` is no positive multiple of ``num_proposals``.
 
-    Good values: the defaults suit an importance ESS above 0.3 of the draws. Below, raise ``num_proposals`` to about
-        1 / (ESS / N), or take 2 to 10 local steps with a few hundred iterations of warm-up.
+    Exactness: exact: every move leaves the posterior invariant, for any learned sampler. The quality of the sampler
+        decides how fast the chain forgets its start. No chain finds a mode that neither the proposals nor the local
+        moves visit.
+
+    Good values: the defaults suit proposals with an ESS above 0.3 N for N draws. For a smaller ESS, raise
+        ``num_proposals`` to about N / ESS, or use 2 to 10 local steps with a few hundred iterations of warm-up.
 
     References: Liu, Liang and Wong 2000; Andrieu, Lee and Vihola 2018 (see `scoreinfer.mcmc.transition`); Gabrie,
     Rotskoff and Vanden-Eijnden 2022, PNAS 119 (learned global moves between local ones).
@@ -118,11 +130,11 @@ class ScoreSDE(MCMCKernel):
         progress_bar: bool = True,
     ):
         if model is None and posterior is None and potential_fn is None:
-            raise ValueError("Expected a `model`, a `potential_fn` or a fitted `posterior`, got none.")
+            raise ValueError("Expected a `model`, a `potential_fn` or a fitted `posterior`, got none: give one.")
         if potential_fn is not None and not (model is None and posterior is None):
-            raise ValueError("Expected `potential_fn` alone, got a `model` or a `posterior` beside it.")
+            raise ValueError("Expected only `potential_fn`, got it with a `model` or a `posterior`: leave one out.")
         if num_proposals < 1 or bank_size < num_proposals or bank_size % num_proposals:
-            raise ValueError(f"`bank_size` {bank_size} must be a positive multiple of `num_proposals` {num_proposals}.")
+            raise ValueError(f"`bank_size` must be a positive multiple of {num_proposals=}, got {bank_size}.")
         self.model = posterior.problem.model if model is None and posterior is not None else model
         self.potential_fn = potential_fn
         if num_local_steps is None:
@@ -138,9 +150,13 @@ class ScoreSDE(MCMCKernel):
 
     @own_broadcasting
     def fit(self, key: Key, *args: Any, **kwargs: Any) -> Any:
-        """Fit the amortised `Posterior` for these model arguments now; later runs with the same covariates use it."""
+        """Fit the amortised `Posterior` for these model arguments now. Later runs with the same covariates use it.
+
+        Raises:
+            ValueError: if the kernel has no model; and everything that `NPSE.fit` raises.
+        """
         if self.model is None:
-            raise ValueError("This ScoreSDE has no model to fit: give ScoreSDE the model.")
+            raise ValueError("Expected a ScoreSDE with a model to fit, this one has no model: give ScoreSDE a `model`.")
         with evaluated_at_once():
             posterior = NPSE(self.model, progress_bar=self.progress_bar).fit(key, *args, **kwargs)
         self._keep(amortised_fit(posterior, (args, kwargs)))
@@ -150,15 +166,21 @@ class ScoreSDE(MCMCKernel):
     def learn(self, key: Key, num_warmup: int, *args: Any, init_params: PyTree = None, **kwargs: Any) -> None:
         """Learn the posterior of these model arguments now, as ``num_warmup`` iterations of warm-up would.
 
-        Needed only where a run cannot: where random keys are traced (``chain_method`` "parallel") and the kernel has
-        none of its own.
+        It is needed only if a run cannot learn: if random keys are traced (``chain_method`` "parallel") and the kernel
+        was made without a ``key``.
 
         Args:
             key: random key.
-            num_warmup: the budget.
-            *args: the model's own arguments, with the data.
-            init_params: beside ``potential_fn``, an example of what it takes.
-            **kwargs: the model's own keyword arguments.
+            num_warmup: the budget, in iterations of warm-up (see the class).
+            *args: arguments of the model, including the data.
+            init_params: with ``potential_fn``, an example of its argument.
+            **kwargs: keyword arguments of the model.
+
+        Raises:
+            ValueError: if ``init_params`` is missing for a ``potential_fn``.
+            FloatingPointError: if the density is finite at no draw of the explorer's start.
+
+        Exactness: exact sampling does not depend on this learning (see the class).
         """
         problem = self._read(args, kwargs, init_params)
         target = Target(problem, observe(problem, args, kwargs))
@@ -176,10 +198,14 @@ class ScoreSDE(MCMCKernel):
         self._fits.append(fit)
 
     def _read(self, args: tuple, kwargs: dict[str, Any], example: PyTree) -> Problem:
-        """Read the problem; one of the same design that has been read before is used again, and its programs too."""
+        """Read the problem. A problem of the same design that was read before is used again, with its programs.
+
+        Raises:
+            ValueError: if ``example`` is missing for a ``potential_fn``.
+        """
         if self.potential_fn is not None:
             if example is None:
-                raise ValueError("Expected `init_params` beside `potential_fn`: they say what it takes.")
+                raise ValueError("Expected `init_params` with `potential_fn`, got none: give an example argument.")
             shapes = jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jnp.result_type(leaf)), example)
             return from_potential(self.potential_fn, shapes)
         for fit in self._fits:
@@ -190,9 +216,12 @@ class ScoreSDE(MCMCKernel):
         return from_numpyro(self.model, *args, **kwargs)
 
     def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Fit, Target]:
-        """Look up the sampler that answers for these arguments, the latest first, and the observation in them.
+        """Find the sampler for these arguments, the latest first, and read the observation in them.
 
-        With ``any_data`` the design alone has to be the same.
+        With ``any_data`` only the design has to be the same.
+
+        Raises:
+            ValueError: if there is no sampler for these arguments.
         """
         error = None
         for number in sorted(range(len(self._fits)), key=lambda number: number != self._latest):
@@ -205,32 +234,36 @@ class ScoreSDE(MCMCKernel):
             if any_data or fit.evidence is None or _same(target.y, fit.evidence.y):
                 self._latest = number
                 return fit, target
-            error = error or ValueError("ScoreSDE has learned the posterior of other data.")
+            error = error or ValueError("ScoreSDE has learned the posterior of other data only.")
         raise error or ValueError("ScoreSDE has learned nothing yet.")
 
     def _find_or_learn(
         self, args: tuple, kwargs: dict[str, Any], rng_key: Array, num_warmup: int, example: PyTree
     ) -> tuple[Fit, Target]:
-        """Look up the sampler that answers for these arguments; learn one where there is none."""
+        """Find the sampler for these arguments. Learn one if there is none.
+
+        Raises:
+            ValueError: if the kernel cannot learn: arguments or keys are traced, or ``num_warmup`` is 0.
+        """
         try:
-            return self._find(args, kwargs, any_data=self._is_block)  # what a block is conditioned on changes anyway
+            return self._find(args, kwargs, any_data=self._is_block)  # a block's data always change
         except ValueError as error:
             if self.model is None and self.potential_fn is None:
                 raise
             if is_traced((args, kwargs)):
                 raise ValueError(
-                    "ScoreSDE cannot learn from traced model arguments: call `kernel.fit(key, ...)` before."
+                    "ScoreSDE cannot learn from traced model arguments: call `kernel.fit(key, ...)` first."
                 ) from error
             key = rng_key if self.key is None else self.key
             if is_traced(key):
                 raise ValueError(
-                    "ScoreSDE cannot learn with a traced key, as this chain method gives: give ScoreSDE `key=`, or "
-                    "call `kernel.learn(key, num_warmup, ...)` before."
+                    "ScoreSDE cannot learn with the traced key of this chain method: give ScoreSDE `key=`, or call "
+                    "`kernel.learn(key, num_warmup, ...)` first."
                 ) from error
             if num_warmup == 0:
                 raise ValueError(
-                    f"{error} It learns in warm-up, and `num_warmup` is 0: give it some, or a fitted `posterior`, or "
-                    "call `kernel.learn(key, num_warmup, ...)` before."
+                    f"{error} It learns in warm-up, but `num_warmup` is 0: raise `num_warmup`, give a fitted "
+                    "`posterior`, or call `kernel.learn(key, num_warmup, ...)` first."
                 ) from error
             first = self.key is not None or is_prng_key(key)
             self.learn(key if first else key[0], num_warmup, *args, init_params=example, **kwargs)
@@ -240,13 +273,19 @@ class ScoreSDE(MCMCKernel):
     def init(
         self, rng_key: Array, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
     ) -> ScoreSDEState:
-        """Make the first state, of one chain or (given a batch of keys) of all; learn where nothing answers yet."""
+        """Make the first state of one chain, or of all chains if ``rng_key`` is a batch. Learn a sampler if needed.
+
+        Raises:
+            ValueError: if the kernel cannot learn: arguments or keys are traced, or ``num_warmup`` is 0.
+            UnsupportedModel: if the model has no density.
+            RuntimeError: if the density is not finite at ``init_params``, or NaN at all draws from the prior.
+        """
         model_kwargs = model_kwargs or {}
         one = is_prng_key(rng_key)
         example = init_params if one else jax.tree.map(lambda leaf: leaf[0], init_params)
         fit, target = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
         if not fit.problem.has_density:
-            raise UnsupportedModel("The model has no density to correct with: use `posterior.sample` instead.")
+            raise UnsupportedModel("ScoreSDE needs a density, but the model has no density: use `posterior.sample`.")
         check_density(target.problem, target.y, gradient=self.num_local_steps > 0)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
         begin = partial(start, fit.proposal, target, *sizes, self.num_local_steps > 0)
@@ -254,7 +293,7 @@ class ScoreSDE(MCMCKernel):
             init_params = unconstrain(fit.problem, rng_key, init_params)
         state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
         if init_params is not None and not is_traced(state.log_weight) and not np.isfinite(state.log_weight).all():
-            raise RuntimeError(f"{NO_START} where the chains were told to start, by `init_params`.")
+            raise RuntimeError(f"{NO_START} at the start that is given by `init_params`.")
         if fit.arguments is None and not is_traced((model_args, model_kwargs)):
             self._fits[self._latest] = fit._replace(arguments=(model_args, model_kwargs))
         self._sample_fn = self.sample
@@ -270,7 +309,7 @@ class ScoreSDE(MCMCKernel):
         return _each_chain(partial(transition, proposal, target, self.num_proposals, self.num_local_steps), state)
 
     def _restore(self, state: ScoreSDEState, args: tuple, kwargs: dict[str, Any]) -> tuple[AbstractProposal, Target]:
-        """Put the weights that travel in the state back into their sampler; read the observation."""
+        """Put the network weights in the state back into their sampler, and read the observation."""
         fit = self._fits[state.weights.fit]
         self._latest = state.weights.fit
         arrays, static = eqx.partition(fit.proposal, eqx.is_array)
@@ -279,28 +318,41 @@ class ScoreSDE(MCMCKernel):
 
     @own_broadcasting
     def refresh(self, state: ScoreSDEState, model_args: tuple, model_kwargs: dict | None) -> ScoreSDEState:
-        """Weigh the current draw for other values of what the model is conditioned on, as `Gibbs` asks."""
+        """Weigh the current draw again after `Gibbs` has changed the values of the other sites.
+
+        Exactness: exact, see `scoreinfer.mcmc.transition.refresh`.
+        """
         proposal, target = self._restore(state, model_args, model_kwargs or {})
         return _each_chain(partial(refresh, proposal, target), state)
 
     def wrap_model(self, wrapper: Callable) -> "ScoreSDE":
-        """Copy the kernel with another model and nothing learned; `Gibbs` gives it constrained first values."""
+        """Copy the kernel with another model and no learned sampler, as a block of `Gibbs`.
+
+        The ``init_params`` of the copy are constrained values.
+
+        Raises:
+            ValueError: if the kernel has no model or an amortised sampler.
+        """
         if self.model is None or any(fit.evidence is None for fit in self._fits):
-            raise ValueError("Only a ScoreSDE of a `model` alone can be a block of another kernel.")
+            raise ValueError("A block needs a ScoreSDE without a `posterior`: make it from the `model` only.")
         kernel = copy.copy(self)
         kernel.model, kernel._fits, kernel._sample_fn = wrapper(self.model), [], None
         kernel._latest, kernel._is_block, kernel._origins = 0, True, Origins()
         return kernel
 
     def fit_of(self, state: ScoreSDEState) -> Fit:
-        """Return the sampler that a state was moved by."""
+        """Return the fit whose sampler moved a state."""
         return self._fits[state.weights.fit]
 
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
-        """Make the function from unconstrained values to constrained latent and deterministic sites."""
+        """Make the function from unconstrained values to constrained latent and deterministic sites.
+
+        Raises:
+            ValueError: if there is no sampler of this design, or if the data have changed since the latest chain began.
+        """
         if self.potential_fn is not None:
             return lambda z: z
-        if self._is_block:  # asked without the values it is conditioned on, for its own sites alone
+        if self._is_block:  # `Gibbs` wants only the block's own sites, and gives no other values
             problem = self._fits[self._latest].problem
             return lambda z: problem.latent_sites(layout(problem).flatten(z))
         problem = self._find(args, kwargs or {}, any_data=True)[0].problem
@@ -316,19 +368,19 @@ class ScoreSDE(MCMCKernel):
         return text
 
     def num_evaluations(self, num_iterations: int, state: ScoreSDEState) -> float:
-        """Count evaluations of the density by so many iterations, and by the learning before them."""
+        """Count evaluations of the density in ``num_iterations`` iterations and in the learning before them."""
         evidence = self.fit_of(state).evidence
         local = self.num_local_steps + 2 if self.num_local_steps else 0
         learning = 0 if evidence is None else evidence.num_gradients
         return float(num_iterations * (self.num_proposals + local) + learning)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process."""
+        """Leave out the attributes that are valid in this process only."""
         return self.__dict__ | {"_origins": Origins(), "_sample_fn": None}
 
 
 def _same(y: Sites, other: Sites) -> bool:
-    """Say whether two observations are the same; traced ones are not known to be."""
+    """Say whether two observations are the same. Traced observations count as different."""
     return not is_traced((y, other)) and all(
         np.asarray(y[name]).tobytes() == np.asarray(other[name]).tobytes() for name in y
     )

@@ -1,22 +1,24 @@
-"""One iteration of `ScoreSDE`, as pure functions on its state. NumPyro's contract is in `scoreinfer.mcmc.score_sde`.
+"""One iteration of `ScoreSDE`, as pure functions on its state. `scoreinfer.mcmc.score_sde` is the NumPyro kernel.
 
-The learned sampler draws proposals that are independent of the chain; the model's density makes the chain exact. Let
-u be the path by which the sampler reached z (empty for the flow), q(z, u) its density, r(u | z) the density of the
-path run forwards from z (the noising), and
+The importance weight of a draw z with path u is
 
     w(z, u) = pi(z) r(u | z) / q(z, u),    log w = problem.log_joint(z, y) - log_q.
 
-Every move below leaves pi(z) r(u | z) invariant, so its z-marginal, the posterior, too. Since the moves read the path
-through w alone, the state keeps log w and forgets u.
+pi is the posterior. u is the path by which the sampler reached z (empty for the flow). q(z, u) is the density of the
+sampler, and r(u | z) is the density of the forward (noising) path from z. The sampler's proposals are independent of
+the chain, and w makes the chain exact.
 
-- *Global*, from N fresh proposals: pick one with probability w_j / S, S = sum_j w_j, and accept it with probability
-  min(1, S / (S - w_pick + w_current)). With the other proposals held fixed, the flow between current and pick is
-  proportional to w_current w_pick min(1 / S, 1 / (S - w_pick + w_current)) under q x q, symmetric in the two:
-  detailed balance. It moves at least as often as i-SIR, which picks among the N + 1 (Peskun); N = 1 is independence
-  Metropolis on paths.
-- *Local*, on request: MALA steps on pi(z), blind to u; then u is drawn anew from r(u | z), an exact Gibbs step, which
-  gives the new z its weight. Step sizes adapt during warm-up only, and their preconditioner comes from proposals that
-  the chain never sees.
+Every move leaves pi(z) r(u | z) invariant, so it leaves the z-marginal pi(z) invariant. The moves depend on the path
+only through w, so the state holds log w and not u.
+
+- *Global* move, from N fresh proposals with S = sum_j w_j: pick one with probability w_j / S, and accept it with
+  probability min(1, S / (S - w_pick + w_current)). Proof: with the other proposals fixed, the flow between current and
+  pick is proportional to w_current w_pick min(1 / S, 1 / (S - w_pick + w_current)) under q x q. It is symmetric in the
+  two, which is detailed balance. The move is accepted at least as often as that of i-SIR, which picks among all N + 1
+  (Peskun). N = 1 is independence Metropolis on paths.
+- *Local* move, optional: MALA steps on pi(z), which do not depend on u. Then u is drawn again from r(u | z). This is an
+  exact Gibbs step, and it gives the weight of the new z. Step sizes adapt only during warm-up. Their preconditioner
+  comes from proposals that the chain never uses.
 
 References: Liu, Liang and Wong 2000, "The multiple-try method", section 3; Andrieu, Lee and Vihola 2018, "Uniform
 ergodicity of the iterated conditional SMC"; Roberts and Rosenthal 1998 (MALA and its 0.574).
@@ -40,7 +42,7 @@ from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 
 class Bank(NamedTuple):
-    """Proposals waiting for one chain, which must arrive with the random key of these bits."""
+    """Unused proposals of one chain. They are valid only if the chain's random key has the bits ``key_bits``."""
 
     proposals: Weighted
     used: Int[Array, ""]
@@ -48,7 +50,7 @@ class Bank(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """Local moves: step size, Cholesky factor of the preconditioner, last acceptance probability."""
+    """Tuning of local moves: step size, Cholesky factor of the preconditioner, last acceptance probability."""
 
     step_size: Float[Array, ""]
     factor: Float[Array, "dim dim"]
@@ -57,28 +59,28 @@ class Adaptation(NamedTuple):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["fit"])
 class Weights:
-    """Arrays of the kernel's fit number ``fit``; another fit is another tree structure, so a loop is traced anew."""
+    """Arrays of the kernel's fit number ``fit``. Another number is another structure: JAX traces a loop again."""
 
     def __init__(self, arrays: tuple[Any, ...], fit: int):
         self.arrays, self.fit = arrays, fit
 
 
 class ScoreSDEState(NamedTuple):
-    """State of one chain, or of all of them when vectorised (then ``y`` and ``weights`` have no chain axis).
+    """State of one chain, or of all chains if vectorised. ``y`` and ``weights`` never have a chain axis.
 
     Args:
         i: iteration.
-        num_warmup: iteration at which step sizes freeze.
-        z: unconstrained values of the latent sites (of a bare density: what it takes).
+        num_warmup: iteration after which step sizes are fixed.
+        z: unconstrained values of the latent sites. For a bare density, its argument.
         potential_energy: minus log p(z, y) in the unconstrained space.
-        log_weight: log p(z, y) - log_q of the current draw; the lowest number before the first.
+        log_weight: log p(z, y) - log_q of the current draw. Before the first draw, the lowest finite number.
         accept_prob: acceptance probability of the last global move.
-        mean_accept_prob: its mean since the start, or since the end of warm-up.
+        mean_accept_prob: mean of ``accept_prob`` since the start, or since the end of warm-up.
         adapt_state: tuning of the local moves.
-        bank: proposals waiting to be tried.
-        y: the observation for which ``log_weight`` and ``bank`` hold.
+        bank: unused proposals.
+        y: the observation that ``log_weight`` and ``bank`` were computed for.
         weights: arrays of the learned sampler.
-        origin: where the data come from.
+        origin: mark of the data's source.
         rng_key: random key of the chain.
     """
 
@@ -98,24 +100,32 @@ class ScoreSDEState(NamedTuple):
 
 
 def cleaned(drawn: Weighted) -> Weighted:
-    """Give draws at which the density fails the weight zero."""
+    """Set the weight of draws to zero if their density is not finite or their weight is NaN."""
     fails = jnp.isnan(drawn.log_weight) | ~jnp.isfinite(drawn.log_target)
     return drawn._replace(log_weight=jnp.where(fails, -jnp.inf, drawn.log_weight))
 
 
 def weigh_anew(key: Key, proposal: AbstractProposal, target: Target, z: Float[Array, " dim"]) -> Weighted:
-    """Weigh any ``z``, over a fresh path where the weight is one of paths; infinite where no proposal ever comes."""
+    """Weigh any ``z``, with a fresh path if the weight is one of paths.
+
+    The weight is infinite if the proposal density of ``z`` is zero.
+
+    Exactness: exact: the path is drawn from r(u | z).
+    """
     return cleaned(proposal.weigh(key, target, proposal.context(target), z))
 
 
 def draw_proposals(key: Key, proposal: AbstractProposal, target: Target, num: int) -> Weighted:
-    """Draw and weigh ``num`` independent proposals."""
+    """Draw and weigh ``num`` independent proposals.
+
+    Exactness: exact weights, for any sampler.
+    """
     context = proposal.context(target)
     return jax.vmap(lambda key: cleaned(proposal.sample(key, target, context)))(random.split(key, num))
 
 
 def refill(key: Key, proposal: AbstractProposal, target: Target, bank: Bank, stale: Bool[Array, ""]) -> Bank:
-    """Replace the bank where it is stale; the sampler runs only when it is stale for some chain."""
+    """Replace the bank if it is stale. The sampler runs only if the bank is stale for some chain."""
 
     def drawn() -> Weighted:
         fresh = draw_proposals(key, proposal, target, bank.proposals.log_weight.size)
@@ -126,21 +136,24 @@ def refill(key: Key, proposal: AbstractProposal, target: Target, bank: Bank, sta
 
 
 def multiple_try(key: Key, proposals: Weighted, current: Weighted) -> tuple[Weighted, Float[Array, ""]]:
-    """Try one of the proposals, picked by weight: the next draw, and the acceptance probability of the pick.
+    """Pick one of the proposals by weight, and accept or reject it.
 
-    Exactness: exact: multiple-try Metropolis with independent proposals (proof in the module's docstring).
+    Returns:
+        The next draw, and the acceptance probability of the pick.
+
+    Exactness: exact: multiple-try Metropolis with independent proposals. The module's docstring has the proof.
     """
     key_pick, key_accept = random.split(key)
     pick = random.categorical(key_pick, proposals.log_weight)
     others = proposals.log_weight.at[pick].set(current.log_weight)
-    log_ratio = logsumexp(proposals.log_weight) - logsumexp(others)  # NaN where nothing has weight: stay
+    log_ratio = logsumexp(proposals.log_weight) - logsumexp(others)  # NaN if all weights are zero: then reject
     accept_prob = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
     accept = random.uniform(key_accept, dtype=accept_prob.dtype) < accept_prob
     return jax.tree.map(lambda new, old: jnp.where(accept, new[pick], old), proposals, current), accept_prob
 
 
 def current_draw(target: Target, state: ScoreSDEState) -> Weighted:
-    """Read the current draw off the state."""
+    """Read the current draw from the state."""
     return Weighted(layout(target.problem).flatten(state.z), state.log_weight, -state.potential_energy)
 
 
@@ -153,8 +166,10 @@ def with_draw(target: Target, state: ScoreSDEState, draw: Weighted) -> ScoreSDES
 def global_move(key: Key, proposal: AbstractProposal, target: Target, state: ScoreSDEState, num: int) -> ScoreSDEState:
     """Try the next ``num`` proposals of the bank.
 
-    A chain that has no weight yet, or whose observation has changed, starts afresh: it picks from a whole bank by
-    weight (importance resampling) and spends that bank.
+    If a chain has no weight yet, or if its observation has changed, it starts again: it picks one draw from a whole
+    bank by weight (importance resampling) and uses up that bank.
+
+    Exactness: exact, see `multiple_try`. The first draw is consistent as the bank's size grows.
     """
     key_bank, key_select = random.split(key)
     size = state.bank.proposals.log_weight.size
@@ -172,11 +187,12 @@ def global_move(key: Key, proposal: AbstractProposal, target: Target, state: Sco
 
 
 def local_move(key: Key, proposal: AbstractProposal, target: Target, state: ScoreSDEState, num: int) -> ScoreSDEState:
-    """Move ``z`` by ``num`` MALA steps and weigh it over a fresh path; undo a move to where the density fails.
+    """Move ``z`` by ``num`` MALA steps, and weigh it over a fresh path. A move to weight zero is undone.
 
-    Where the proposals never come the weight is infinite, and only further local moves lead away from there.
+    If the proposal density of the new ``z`` is zero, its weight is infinite. Then only local moves leave that region.
 
-    Exactness: exact: MALA leaves pi(z) invariant and does not see u; drawing u anew from r(u | z) is a Gibbs step.
+    Exactness: exact: MALA leaves pi(z) invariant and does not depend on u. Drawing u again from r(u | z) is a Gibbs
+        step.
     """
     key_steps, key_path = random.split(key)
     tuned, current = state.adapt_state, current_draw(target, state)
@@ -194,7 +210,7 @@ def local_move(key: Key, proposal: AbstractProposal, target: Target, state: Scor
 
 
 def adapt(tuned: Adaptation, accept_prob: Float[Array, ""], i: Array, num_warmup: Array) -> Adaptation:
-    """Move the step size towards the target acceptance probability (Robbins-Monro), during warm-up only."""
+    """Move the step size towards the target acceptance probability (Robbins-Monro). Only during warm-up."""
     dtype = tuned.step_size.dtype
     gain = jnp.where(i < num_warmup, lax.rsqrt(1.0 + i), 0.0)
     step_size = tuned.step_size * jnp.exp(gain * (accept_prob - TARGET_ACCEPT_PROB))
@@ -202,9 +218,9 @@ def adapt(tuned: Adaptation, accept_prob: Float[Array, ""], i: Array, num_warmup
 
 
 def refresh(proposal: AbstractProposal, target: Target, state: ScoreSDEState) -> ScoreSDEState:
-    """Weigh the current draw for another observation, over a fresh path; forget the proposals made for the old one.
+    """Weigh the current draw for another observation, over a fresh path. Discard the proposals for the old one.
 
-    Exactness: exact: drawing the path anew from r(u | z) is a Gibbs step.
+    Exactness: exact: drawing the path again from r(u | z) is a Gibbs step.
     """
     rng_key, key_path = random.split(state.rng_key)
     draw = weigh_anew(key_path, proposal, target, current_draw(target, state).z)
@@ -215,7 +231,10 @@ def refresh(proposal: AbstractProposal, target: Target, state: ScoreSDEState) ->
 def transition(
     proposal: AbstractProposal, target: Target, num_proposals: int, num_local_steps: int, state: ScoreSDEState
 ) -> ScoreSDEState:
-    """Move one chain by one iteration."""
+    """Move one chain by one iteration: a global move, then ``num_local_steps`` local steps.
+
+    Exactness: exact: both moves leave the posterior invariant.
+    """
     rng_key, key_global, key_local = random.split(state.rng_key, 3)
     new = global_move(key_global, proposal, target, state, num_proposals)
     if num_local_steps:
@@ -234,18 +253,21 @@ def start(
     proposal: AbstractProposal, target: Target, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
     key: Key, sites: PyTree | None,
 ) -> ScoreSDEState:  # fmt: skip
-    """Make the state of one chain before its first iteration: the bank is empty, and without ``sites`` so is ``z``."""
+    """Make the state of one chain before its first iteration.
+
+    The bank is empty. Without ``sites``, ``z`` is zero and has no weight yet.
+    """
     key, key_factor, key_path = random.split(key, 3)
     shapes = jax.eval_shape(lambda key: draw_proposals(key, proposal, target, bank_size), key)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    # Zeros that depend on the key, so that whatever NumPyro collects has a chain axis under any `vmap` from the start.
-    # No weight yet is the lowest number, since NumPyro multiplies it by zero, which `jax.debug_nans` would not like.
+    # These zeros depend on the key. So every array that NumPyro collects has a chain axis under any `vmap`.
+    # "No weight yet" is the lowest finite number: NumPyro multiplies it by zero, and minus infinity would give NaN.
     zero = 0 * random.uniform(key, dtype=empty.log_weight.dtype)
     nothing = zero + jnp.finfo(zero.dtype).min
     draw = Weighted(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_target[0] + zero)
     if sites is not None:
         draw = weigh_anew(key_path, proposal, target, flatten_sites(target.problem, sites).astype(empty.z.dtype))
-        lost = draw.log_weight == jnp.inf  # where the proposals never come: the chain starts from one of these instead
+        lost = draw.log_weight == jnp.inf  # zero proposal density: the chain starts from a proposal instead
         draw = draw._replace(log_weight=jnp.where(lost, -jnp.inf, draw.log_weight))
     factor = preconditioner(key_factor, proposal, target) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)
     state = ScoreSDEState(
@@ -267,6 +289,6 @@ def start(
 
 
 def preconditioner(key: Key, proposal: AbstractProposal, target: Target) -> Float[Array, "dim dim"]:
-    """Compute the Cholesky factor of the covariance of proposals that the chain never sees."""
+    """Compute the Cholesky factor of the covariance of proposals that the chain never uses."""
     dim = target.problem.dim
     return spread(draw_proposals(key, proposal, target, 64 + 8 * dim).z)

@@ -1,4 +1,4 @@
-"""Backbones and embeddings; none of them knows an SDE."""
+"""Networks (backbones) and embeddings; they do not depend on any SDE."""
 
 from scoreinfer.nets.convnet import ConvNet
 from scoreinfer.nets.embedding import Concatenate, DeepSet, Embedding, Series

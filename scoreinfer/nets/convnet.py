@@ -12,40 +12,43 @@ from scoreinfer._typing import Key
 from scoreinfer.nets.mlp import linear
 
 PADDING_MODES = {"periodic": "wrap", "dirichlet": "constant", "neumann": "edge"}
+"""Boundary conditions, and the modes of `jax.numpy.pad` that implement them."""
 
 
 class ConvNet(eqx.Module):
-    """A dilated residual convolutional network of a field, modulated by a level and a context vector.
+    """A dilated residual convolutional network for a field, modulated by a level and a context vector.
 
-    It takes and returns flat vectors, like `ConditionalMLP`: fields of ``shape``, one after another. Blocks normalise
-    each grid point by itself and the last layer is linear in what they add up to, so that linear maps of its reach are
-    within it, and under periodic padding it commutes with shifts.
+    Inputs and outputs are flat vectors, as for `ConditionalMLP`: one or more fields of ``shape``, concatenated. Every
+    block normalises each grid point separately. The last layer is linear in the sum of the blocks, so the network can
+    represent linear maps within its receptive field. With periodic padding it commutes with shifts.
 
-    With ``levels`` it is a U-Net: between two runs of blocks on each grid, the same is done on one half as fine (means
-    of neighbours), and what comes of it there is added. It then commutes with shifts by 2^(levels - 1).
+    With ``levels`` above 1 it is a U-Net. Each grid but the coarsest has two groups of blocks. Between them, the field
+    is averaged to a grid half as fine, the same is done there, and the change is added back. With periodic padding it
+    then commutes with shifts by multiples of 2^(levels - 1).
 
-    For ``SMDP(model, site, net=ConvNet(key, shape))``.
+    Use it as ``SMDP(model, site, net=ConvNet(key, shape))``.
 
     Args:
         key: random key of the weights.
-        shape: shape of one state: channels, where ``num_space`` is less than its length, then the grid.
-        num_space: number of axes of the grid, 1 or 2. None: all of the shape.
-        padding: what lies beyond the grid: itself (``periodic``), zero (``dirichlet``), or the value at its edge
-            (``neumann``).
+        shape: shape of one state: first the channels (the axes before the last ``num_space``), then the grid.
+        num_space: number of grid axes, 1 or 2. None means all axes of ``shape``.
+        padding: boundary condition: ``periodic``, ``dirichlet`` (zero beyond the grid) or ``neumann`` (the value at
+            the edge).
         num_context: length of the context vector.
-        num_outputs: number of states it returns: for `SMDP`, means and log scales, two.
-        physics: also see the state as it is, and the physics' own increment Phi(x) - x in units of its noise, beside
-            the standardised state.
-        width: channels within.
-        dilations: one block for each, of this spacing of its kernel.
-        kernel_size: points of a kernel along every axis, odd.
-        levels: number of grids; every axis must be divisible by 2 so many times, less one.
+        num_outputs: number of fields in the output. `SMDP` needs two: means and log scales.
+        physics: whether the input also holds the raw state and the physics' increment Phi(x) - x, in units of its
+            noise, beside the standardised state.
+        width: number of hidden channels.
+        dilations: spacing of the kernel in every block; there is one block for each entry.
+        kernel_size: number of kernel points along every axis; it must be odd.
+        levels: number of grids. Every grid axis must be divisible by 2^(levels - 1).
 
     Raises:
-        ValueError: where shape, ``num_space`` and ``levels`` do not fit, or padding or kernel size is none of these.
+        ValueError: if ``shape``, ``num_space`` and ``levels`` do not fit together, if ``padding`` is not one of the
+            three, or if ``kernel_size`` is not odd and positive.
 
-    Good values: dilations that double (1, 2, 4, 8) reach 2 (kernel_size - 1) 8 points for the price of four layers;
-    three levels reach further than that on grids of 64 points and more, for less than four times the blocks' price.
+    Good values: dilations that double (1, 2, 4, 8) reach about 16 (kernel_size - 1) points for the cost of four blocks.
+    On grids of 64 points or more, three levels reach further, for less than four times the cost of the blocks.
 
     References: Yu and Koltun 2016, arXiv 1511.07122 (dilated convolutions); Perez et al. 2018, arXiv 1709.07871
     (modulation); Stachenfeld et al. 2022, arXiv 2112.15275 (dilated residual networks of physics); Ronneberger et al.
@@ -89,17 +92,18 @@ class ConvNet(eqx.Module):
         num_space = len(shape) if num_space is None else num_space
         if num_space not in (1, 2) or num_space > len(shape):
             raise ValueError(
-                f"`shape` must end in one or two axes of a grid, `num_space` of them, got {shape} and {num_space}."
+                f"`num_space` must be 1 or 2 and at most the number of axes of `shape`, got {num_space} for {shape}. "
+                "Give the number of grid axes at the end of `shape`."
             )
         if padding not in PADDING_MODES:
             raise ValueError(f"`padding` must be one of {', '.join(PADDING_MODES)}, got {padding!r}.")
         if kernel_size % 2 != 1 or kernel_size < 1:
-            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}.")
+            raise ValueError(f"`kernel_size` must be odd and positive, got {kernel_size}. Use 3 or 5, for example.")
         coarsest = 2 ** (levels - 1) if levels > 0 else 0
         if coarsest == 0 or any(size % coarsest for size in shape[len(shape) - num_space :]):
             raise ValueError(
-                "`levels` must be at least 1, and every axis of the grid divisible by 2^(levels - 1), got "
-                f"{levels} for {shape}."
+                "`levels` must be at least 1, and every grid axis must be divisible by 2^(levels - 1), got "
+                f"`levels` {levels} for shape {shape}. Use fewer levels or another grid."
             )
         num_blocks = (2 * levels - 1) * len(dilations)
         keys = jax.random.split(key, 2 * num_blocks + 5)
@@ -119,7 +123,7 @@ class ConvNet(eqx.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the network was made with, besides the state's shape and the context."""
+        """Return the arguments that make such a network, except the shape of the state and the context."""
         return {
             "num_space": self.num_space, "padding": self.padding, "physics": self.physics,
             "width": self.first.out_features, "dilations": list(self.dilations), "kernel_size": self.kernel_size,
@@ -129,7 +133,7 @@ class ConvNet(eqx.Module):
     def __call__(
         self, x: Float[Array, " num_in"], log_level: Float[Array, ""], context: Float[Array, " num_context"]
     ) -> Float[Array, " num_out"]:
-        """Compute the output at ``x`` for one level (elapsed time) and context."""
+        """Compute the output at ``x`` for one level (the logarithm of a noise level, or a time) and context."""
         grid = self.shape[len(self.shape) - self.num_space :]
         phase = log_level * jax.lax.stop_gradient(self.frequencies)
         features = jnp.concatenate([jnp.sin(phase), jnp.cos(phase), context.astype(jnp.float32)])
@@ -143,7 +147,7 @@ class ConvNet(eqx.Module):
     def _on_grids(
         self, h: Float[Array, "*grid width"], rows: Float[Array, "rows width"], level: int = 0
     ) -> Float[Array, "*grid width"]:
-        """Run blocks on one grid, and again with what coarser grids have added."""
+        """Apply the blocks of one grid, then those of coarser grids, then the second group of blocks of this grid."""
         h = self._run(h, rows, level)
         if level + 1 < self.levels:
             coarse = _coarsen(h, self.num_space)
@@ -162,9 +166,9 @@ class ConvNet(eqx.Module):
         return h
 
     def _neighbours(self, h: Float[Array, "*grid channels"], dilation: int = 1) -> Float[Array, "*grid points"]:
-        """Set the channels of all points under the kernel side by side.
+        """Concatenate the channels of all points under the kernel.
 
-        One matrix product then is the convolution: XLA's own runs several times slower on the CPU inside a scan.
+        The convolution is then one matrix product. XLA's own convolution is several times slower on CPUs inside a scan.
         """
         reach = dilation * (self.kernel_size // 2)
         for axis in range(self.num_space):
@@ -177,7 +181,7 @@ class ConvNet(eqx.Module):
 
 
 NUM_SEEN = {False: 1, True: 3}
-"""States a network is shown: the standardised one alone; or with it the plain one and the physics' increment."""
+"""Number of input fields, by ``physics``: the standardised state; with physics also the raw state and the increment."""
 
 
 def _apply(layer: eqx.nn.Linear, h: Float[Array, "*grid num_in"]) -> Float[Array, "*grid num_out"]:
@@ -190,14 +194,14 @@ def _normalise(h: Float[Array, "*grid width"]) -> Float[Array, "*grid width"]:
 
 
 def _coarsen(h: Float[Array, "..."], num_space: int) -> Float[Array, "..."]:
-    """Take the means of neighbours, two by two along every axis of the grid."""
+    """Average pairs of neighbours along every grid axis."""
     for axis in range(num_space):
         h = h.reshape(*h.shape[:axis], -1, 2, *h.shape[axis + 1 :]).mean(axis + 1)
     return h
 
 
 def _refine(h: Float[Array, "..."], num_space: int) -> Float[Array, "..."]:
-    """Repeat every point, twice along every axis of the grid."""
+    """Repeat every point twice along every grid axis."""
     for axis in range(num_space):
         h = jnp.repeat(h, 2, axis=axis)
     return h

@@ -1,4 +1,4 @@
-"""Embeddings: standardised observed sites to one context vector."""
+"""Embeddings: maps from standardised observed sites to one context vector."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +12,21 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.nets.mlp import ResidualMLP, linear
 
 Embedding = Callable[[Sites], Float[Array, " features"]]
-"""What an embedding is to whoever calls it; to be trained and saved it has to be an Equinox module."""
+"""A map from standardised observed sites to one vector. To be trained and saved it must be an Equinox module."""
 
 
 def flatten(sites: Sites) -> Float[Array, " features"]:
-    """Concatenate all sites, in the order of their names, to one vector."""
+    """Concatenate all sites, in the order of their names, into one vector."""
     parts = [jnp.ravel(sites[name]) for name in sorted(sites)]
     return jnp.concatenate(parts).astype(jnp.float32) if parts else jnp.zeros(0, jnp.float32)
 
 
 class Concatenate(eqx.Module):
-    """The flat embedding: all observed numbers side by side."""
+    """The flat embedding: all observed numbers, concatenated."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the embedding was made with: nothing."""
+        """Return an empty dictionary: the embedding has no arguments."""
         return {}
 
     def __call__(self, sites: Sites) -> Float[Array, " features"]:
@@ -35,9 +35,16 @@ class Concatenate(eqx.Module):
 
 
 class DeepSet(eqx.Module):
-    """A permutation-invariant embedding of exchangeable entries: a function of the mean of functions.
+    """A permutation-invariant embedding of exchangeable entries x_i.
 
-    All sites must have the exchangeable axis first and of equal length.
+    The result is A [mean_i f(x_i), logsumexp_i f(x_i)], with a network f and a linear layer A. The exchangeable axis
+    must be the first axis of every site and have the same length in all sites.
+
+    Args:
+        key: random key of the weights.
+        num_entry: numbers per entry, over all sites.
+        width: width of f.
+        num_out: length of the context vector.
 
     References: Zaheer et al. 2017, arXiv 1703.06114, theorem 2.
     """
@@ -53,7 +60,7 @@ class DeepSet(eqx.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the embedding was made with."""
+        """Return the arguments that make such an embedding, except the key."""
         inner = self.inner.first
         return {"num_entry": inner.in_features, "width": inner.out_features, "num_out": self.outer.out_features}
 
@@ -67,7 +74,15 @@ class DeepSet(eqx.Module):
 
 
 class Series(eqx.Module):
-    """An embedding of series sampled along their first axis: strided 1-D convolutions, then a linear layer."""
+    """An embedding of series along their first axis: three 1-D convolutions, then a linear layer.
+
+    Args:
+        key: random key of the weights.
+        length: length of the series; convolutions have stride 2 from a length of 16 on.
+        num_channels: numbers per time, over all sites.
+        width: channels of the convolutions.
+        num_out: length of the context vector.
+    """
 
     layers: tuple[eqx.nn.Conv1d, ...]
     outer: eqx.nn.Linear
@@ -90,7 +105,7 @@ class Series(eqx.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the embedding was made with."""
+        """Return the arguments that make such an embedding, except the key."""
         first, num_out = self.layers[0], self.outer.out_features
         sizes = {"num_channels": first.in_channels, "width": first.out_channels, "num_out": num_out}
         return {"length": self.length, **sizes}

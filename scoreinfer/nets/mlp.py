@@ -23,7 +23,15 @@ def _normalise(x: Float[Array, " width"]) -> Float[Array, " width"]:
 
 
 class ResidualMLP(eqx.Module):
-    """A residual perceptron x -> output whose last layer starts at zero."""
+    """A residual multilayer perceptron whose last layer is zero at the start, so that its first output is zero.
+
+    Args:
+        key: random key of the weights.
+        num_in: length of the input.
+        num_out: length of the output.
+        width: width of the hidden layers.
+        depth: number of residual blocks.
+    """
 
     first: eqx.nn.Linear
     blocks: tuple[tuple[eqx.nn.Linear, eqx.nn.Linear], ...]
@@ -40,7 +48,7 @@ class ResidualMLP(eqx.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the network was made with, besides its inputs and outputs."""
+        """Return the arguments that make such a network, except the key and the lengths of inputs and outputs."""
         return {"width": self.first.out_features, "depth": len(self.blocks)}
 
     def __call__(self, x: Float[Array, " num_in"]) -> Float[Array, " num_out"]:
@@ -52,14 +60,26 @@ class ResidualMLP(eqx.Module):
 
 
 class ConditionalMLP(eqx.Module):
-    """A residual perceptron with adaptive layer norm from the noise level and a context vector.
+    """A residual multilayer perceptron, modulated by the noise level and a context vector (adaptive layer norm).
 
-    The modulation depends on level and context alone, so drawing many samples for one observation computes it
-    once, not once per draw.
+    The modulation depends only on level and context. It is therefore computed once for many draws of one observation,
+    not once per draw.
 
-    With ``octaves``, a number for every input, it also sees sines and cosines of w x_i, w = 2, 4, ..., 2^octaves_i, for
-    densities with details far narrower than their whole. Each is faded by what is left of it under the noise:
-    E cos(w e) for noise e of variance s^2 / (1 + s^2), which is what an input c_in (x_0 + s e) carries.
+    With ``octaves`` the network also sees, for every input x_i,
+
+        a(w) sin(w x_i) and a(w) cos(w x_i),   w = 2, 4, ..., 2^octaves_i,   a(w) = exp(-w^2 s^2 / (2 (1 + s^2))).
+
+    These features help with densities that have details far narrower than the whole. The factor a(w) = E cos(w e) fades
+    what the noise hides: e has variance s^2 / (1 + s^2), the noise variance of an input c_in (x_0 + s e).
+
+    Args:
+        key: random key of the weights.
+        num_in: length of the input.
+        num_context: length of the context vector.
+        num_out: length of the output.
+        width: width of the hidden layers.
+        depth: number of residual blocks.
+        octaves: number of octaves of sine features for every input. Empty means no sine features.
 
     References: Peebles and Xie 2023, arXiv 2212.09748, section 3.2 (adaptive layer norm, zero initialised); Barron et
     al. 2021, arXiv 2103.13415, equation 14 (faded features).
@@ -105,13 +125,13 @@ class ConditionalMLP(eqx.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What the network was made with, besides its inputs and outputs."""
+        """Return the arguments that make such a network, except the key and the lengths of inputs and outputs."""
         return {"width": self.width, "depth": len(self.blocks), "octaves": list(self.octaves)}
 
     def __call__(
         self, x: Float[Array, " num_in"], log_level: Float[Array, ""], context: Float[Array, " num_context"]
     ) -> Float[Array, " num_out"]:
-        """Compute the output at ``x`` for one noise level and context."""
+        """Compute the output at ``x`` for one log noise level and context."""
         phase = log_level * jax.lax.stop_gradient(self.frequencies)
         features = jnp.concatenate([jnp.sin(phase), jnp.cos(phase), context.astype(jnp.float32)])
         condition = self.mix(jax.nn.silu(self.condition(features)))
@@ -124,7 +144,7 @@ class ConditionalMLP(eqx.Module):
         return self.last(_normalise(h))
 
     def _faded_waves(self, x: Float[Array, " num_in"], log_level: Float[Array, ""]) -> Float[Array, " waves"]:
-        """Compute sines and cosines of ``x``, faded as the noise level says."""
+        """Compute the sine and cosine features of ``x``, faded by the noise level."""
         which = np.repeat(np.arange(len(self.octaves)), self.octaves)
         frequency = np.concatenate([2.0 ** np.arange(1, num + 1, dtype=np.float32) for num in self.octaves])
         fade = jnp.exp(-0.5 * frequency**2 * jax.nn.sigmoid(2 * log_level))

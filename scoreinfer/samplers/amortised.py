@@ -100,7 +100,7 @@ class Architecture(NamedTuple):
         score: size of the score network.
         sampler: the sampler that turns the score into draws.
         octaves: number of octaves of sine features, for each input of the score. Empty means no sine features.
-        bend: size of standardised observations above which the scale is logarithmic, in scale units.
+        bend: distance of observations from the centre, in scale units, above which their scale is logarithmic.
     """
 
     whitening: Size

@@ -20,7 +20,7 @@ SMALLEST_BATCH = 512
 
 
 def batch_shape(num: int, batch_size: int) -> int:
-    """Choose the number of rows per compiled call: a power of two, at least `SMALLEST_BATCH`, at most ``batch_size``."""
+    """Choose the number of rows per compiled call: a power of two from `SMALLEST_BATCH` on, at most ``batch_size``."""
     return min(batch_size, max(SMALLEST_BATCH, 1 << max(num - 1, 1).bit_length()))
 
 
@@ -95,7 +95,7 @@ def weighted_draws(
         defence: second component of the mixture. None means the proposal alone.
         first: number of the first row.
         count: number of rows.
-        done: is called with the number of finished rows.
+        done: called after every batch with its number of rows.
 
     Exactness: exact in the same sense as the proposal's weights. With a ``defence`` the weights are those of the
         mixture.

@@ -1,7 +1,8 @@
-"""Samplers: from noise to draws down the noise levels, with the exact density of what they do.
+"""Samplers: they turn noise into draws, from the highest noise level to the lowest, and compute ``log_q``.
 
-Both return ``log_q`` such that log p(z, y) - log_q is an exact importance weight at any number of steps and for any
-score, trained or not.
+For both samplers log p(z, y) - log_q is an exact log importance weight, at any number of steps and for any score,
+trained or untrained. In the formulas x_k is the state at the noise level s_k, D the denoiser, and K the number of
+steps.
 """
 
 import abc
@@ -16,8 +17,11 @@ from scoreinfer.process import VE, Noising
 from scoreinfer.score import AbstractScore
 
 State = Float[Array, " dim"]
+"""One state, in the whitened space."""
 Scalar = Float[Array, ""]
+"""One number."""
 LOG_2PI = 1.8378770664093453
+"""log(2 pi)."""
 
 
 def log_normal(x: State, mean: State | Scalar | float, variance: State | Scalar | float) -> Scalar:
@@ -27,7 +31,13 @@ def log_normal(x: State, mean: State | Scalar | float, variance: State | Scalar 
 
 
 class AbstractSampler(eqx.Module):
-    """A proposal made from a score: draws, and the log density of any draw."""
+    """A proposal made from a score: it draws, and computes the log density of any draw.
+
+    Raises:
+        TypeError: if ``process`` is not a `Noising`.
+
+    Exactness: ``log_q`` is exact for any score, trained or untrained.
+    """
 
     process: eqx.AbstractVar[Noising]
     num_steps: eqx.AbstractVar[int]
@@ -47,22 +57,24 @@ class AbstractSampler(eqx.Module):
     @property
     @abc.abstractmethod
     def num_evaluations(self) -> int:
-        """Number of score evaluations per draw."""
+        """Number of evaluations of the score per draw."""
 
 
 class ProbabilityFlow(AbstractSampler):
     """Heun steps down the probability flow dx/ds = (x - D(x, s)) / s, with the exact Jacobian of every step.
 
-    log q(x_0) = log N(x_K; 0, v I) - sum_k log |det dT_k|, T_k the k-th step as computed. The flow ends at the
-    smallest level: the draw keeps that noise, and its density says so. The start has variance v = (1 + s_K^2)
-    (1 + ``inflation`` / sqrt(dim))^2: an inflation of 0.15 costs about 4 % of the effective sample size in any
-    dimension, and bounds the weights where the learned tails are a little too thin (0.0 for draws that nothing weighs).
+        log q(x_0) = log N(x_K; 0, v I) - sum_k log |det dT_k|,    v = (1 + s_K^2) (1 + inflation / sqrt(dim))^2.
 
-    Exactness: exact at any number of steps where every T_k is injective. A step that folds space turns the sign of
-    its Jacobian: such draws get ``log_q`` = +inf, that is, weight zero. Never replaced by a trace integral along
-    the ODE: that one's weights look fine and are wrong.
+    T_k is the k-th step as computed. The flow ends at the smallest noise level. The draw keeps that noise, and
+    ``log_q`` is the density of the noisy draw. An ``inflation`` of 0.15 costs about 4 % of the effective sample size in
+    any dimension. It bounds the weights if the learned tails are a little too thin. Use 0.0 for unweighted draws.
 
-    Good values: 10 to 20 steps; up to about 30 dimensions (the cost grows as dimensions + 1).
+    Exactness: exact at any number of steps if every T_k is injective. A step that folds space changes the sign of its
+        Jacobian determinant. Draws with such a step get ``log_q`` = +inf, that is, weight zero. `log_q` of a given x
+        inverts every step numerically. Do not use a trace integral along the ODE instead: its weights look good and
+        are wrong.
+
+    Good values: 10 to 20 steps, up to about 30 dimensions. The cost grows as dimensions + 1.
 
     References: Song et al. 2021, arXiv 2011.13456, equation 13; Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
@@ -73,7 +85,7 @@ class ProbabilityFlow(AbstractSampler):
 
     @property
     def num_evaluations(self):
-        """Two per Heun step."""
+        """Return two per Heun step."""
         return 2 * self.num_steps
 
     def _start_variance(self, level, dim):
@@ -85,7 +97,7 @@ class ProbabilityFlow(AbstractSampler):
             move = (target - level) * (guess - score.denoise(s, guess, y)) / s
             return (x + move, end + 0.5 * move), None
 
-        # A loop, because a score that is written once compiles in half the time.
+        # A loop contains the score only once, which halves the compilation time.
         (_, end), _ = jax.lax.scan(evaluate, (x, x), jnp.stack([level, target]))
         return end
 
@@ -98,7 +110,7 @@ class ProbabilityFlow(AbstractSampler):
         return new, jacobian
 
     def sample(self, key, score, dim, y=None):
-        """Draw one x by walking the levels down; compute its density from the steps' determinants."""
+        """Draw one x, from the highest level to the lowest; compute ``log_q`` from the determinants of the steps."""
         levels = self.process.levels(self.num_steps)[::-1].astype(jnp.float32)
         variance = self._start_variance(levels[0], dim)
         x = jnp.sqrt(variance) * jax.random.normal(key, (dim,), jnp.float32)
@@ -113,7 +125,7 @@ class ProbabilityFlow(AbstractSampler):
         return end, log_normal(x, 0.0, variance) - log_det
 
     def log_q(self, key, score, x, y=None):
-        """Compute the density of ``x`` by inverting every step; -inf where no inverse is found."""
+        """Compute ``log_q`` of a given ``x`` by inverting every step; -inf if no inverse is found."""
         levels = self.process.levels(self.num_steps).astype(jnp.float32)
 
         def up(carry, pair):
@@ -127,9 +139,11 @@ class ProbabilityFlow(AbstractSampler):
         return jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
 
     def _invert(self, score, x, y, low, high, *, num_newton: int = 7):
-        """Find the point that the step from ``high`` to ``low`` takes to ``x``, by Newton's method.
+        """Invert the step from ``high`` to ``low`` at ``x`` by Newton's method.
 
-        Returns the point, log |det| of the step's Jacobian there, and whether the point really goes to ``x``.
+        Returns:
+            The point that the step maps to ``x``, log |det| of the step's Jacobian at this point, and whether the
+            inverse was found.
         """
 
         def newton(carry, _):
@@ -150,17 +164,21 @@ class ProbabilityFlow(AbstractSampler):
 
 
 class ReverseSDE(AbstractSampler):
-    """Ancestral steps of the reverse-time SDE with tuned variance, weighted over the whole path.
+    """Ancestral steps of the reverse-time SDE with a corrected variance, weighted over the whole path.
 
-    From level s to r < s: mean m x + (1 - m) D with m = (r/s)^2, variance r^2 (1 - m) + (1 - m)^2 Var[x_0 | x_s].
-    The last term is the second-order Tweedie correction without which the weights are useless. The last step ends
-    at noise zero. ``log_q`` = log N(x_K; 0, 1 + s_K^2) + sum_k [log B_k(x_{k-1} | x_k) - log F_k(x_k | x_{k-1})]
-    over the path drawn.
+    A step B_k from level s to r < s, with m = (r/s)^2, is Gaussian:
 
-    Exactness: exact at any number of steps: exp(-log_q) is unbiased for 1/q over the extended space of paths. The
-    ``log_q`` of a given x refreshes its path by forward noising, an exact Gibbs step on that space.
+        mean = m x + (1 - m) D,    variance = r^2 (1 - m) + (1 - m)^2 Var[x_0 | x_s].
 
-    Good values: 32 to 128 steps, any dimension.
+    The last term is the second-order Tweedie correction. Without it the effective sample size collapses. The last step
+    ends at noise level zero. With the forward noising F_k, the path drawn has
+
+        log_q = log N(x_K; 0, (1 + s_K^2) I) + sum_k [log B_k(x_{k-1} | x_k) - log F_k(x_k | x_{k-1})].
+
+    Exactness: exact at any number of steps: exp(-log_q) is unbiased for 1/q on the extended space of paths. `log_q` of
+        a given x draws its path by forward noising, an exact Gibbs step on that space.
+
+    Good values: 32 to 128 steps, in any number of dimensions.
 
     References: Anderson 1982; Ho et al. 2020, arXiv 2006.11239, equation 7; Bao et al. 2022, arXiv 2201.06503
     (optimal reverse variance).
@@ -171,7 +189,7 @@ class ReverseSDE(AbstractSampler):
 
     @property
     def num_evaluations(self):
-        """One per step."""
+        """Return one per step."""
         return self.num_steps
 
     def _levels(self):
@@ -184,7 +202,7 @@ class ReverseSDE(AbstractSampler):
         return keep * x + (1 - keep) * mean, spread
 
     def sample(self, key, score, dim, y=None):
-        """Draw one x down the levels and the log ratio of its path."""
+        """Draw one x, from the highest level to zero; compute ``log_q`` of its path."""
         levels = self._levels()[::-1]
         keys = jax.random.split(key, self.num_steps + 1)
         variance = 1.0 + levels[0] ** 2
@@ -203,7 +221,7 @@ class ReverseSDE(AbstractSampler):
         return x, log_q
 
     def log_q(self, key, score, x, y=None):
-        """Noise ``x`` up the levels and compute the log ratio of that path."""
+        """Draw a path from ``x`` by forward noising; compute ``log_q`` of this path."""
         levels = self._levels()
 
         def step(carry, inputs):

@@ -1,8 +1,9 @@
-"""Focus: adapt a proposal to one observation by moving and stretching its draws, and mix it with the original.
+"""Focus: adapt a proposal to one observation by an affine map of its draws, and mix it with the original.
 
-Adaptive importance sampling: draw, weigh with a power beta of the weights that keeps the effective sample size up,
-match mean and covariance, and again, until beta is 1. The learned shape stays; only its place and scale change. A
-quarter of the draws still come from the original proposal, so what that one covers stays covered.
+The method is adaptive importance sampling. Each round draws and tempers the weights by a power beta that keeps the
+effective sample size above a bound. It then matches mean and covariance of the tempered draws. Rounds end when the
+effective sample size is above half of the draws. The learned shape stays; only location and scale change. A quarter of
+the draws still come from the original proposal, so the mixture covers everything that the original covers.
 
 References: Cappe, Guillin, Marin and Robert 2004, "Population Monte Carlo"; Ryu and Boyd 2014, arXiv 1412.4845.
 """
@@ -25,52 +26,55 @@ from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import draw_rows
 
 SHARE = 0.75
-"""Share of the draws that come from the adapted component."""
+"""Share of the draws that come from the adapted component. Chosen by judgement."""
 NUM_DRAWS = 1024
-"""Draws per round of adaptation."""
+"""Draws per round of adaptation. Chosen by judgement."""
 
 
 class FocusedContext(NamedTuple):
-    """One observation as the two components see it."""
+    """What each of the two components computes from one observation."""
 
     original: Context
     adapted: Context
 
 
 class AbstractAdapted(AbstractAmortised):
-    """What proposals adapted to one observation have of the one they come from."""
+    """A proposal that was adapted to one observation from an amortised one, the ``original``."""
 
     original: eqx.AbstractVar[AmortisedProposal]
 
     @property
     def amortised(self):
-        """The proposal that it comes from."""
+        """Return the original, unadapted proposal."""
         return self.original
 
 
 class FocusedProposal(AbstractAdapted):
-    """A mixture of a proposal and of the same proposal with another ``adjustment``.
+    """A mixture of a proposal and the same proposal with another ``adjustment``.
 
-    Exactness: ``log_q`` is that of the mixture, exact in the same sense as the original's. Where components are weighed
-        over paths u and v, with densities q(z, u) and a(z, v) and noisings r(u | z) and s(v | z), a draw comes with a
-        path of each: the mixture draws (z, u, v) with density (1 - share) q(z, u) s(v | z) + share a(z, v) r(u | z),
-        the target there is pi(z) r(u | z) s(v | z), and their ratio is the weight. So both paths must be independent
-        given z, in `log_q` as in `propose`. For the flow it rests on finding each step's inverse numerically; where
-        none is found, that component counts as density zero.
+    Exactness: ``log_q`` is the log density of the mixture, exact in the same sense as the original's. With path
+        weights, a draw z has one path of each component: u of the original, with density q(z, u) and noising r(u | z),
+        and v of the adapted one, with density a(z, v) and noising s(v | z). The weight is the ratio of
+
+            target   pi(z) r(u | z) s(v | z),
+            mixture  (1 - share) q(z, u) s(v | z) + share a(z, v) r(u | z).
+
+        Both paths must therefore be independent given z, in `log_q` and in `propose`. For the flow, every step is
+        inverted numerically. If no inverse is found, that component has density zero.
     """
 
     original: AmortisedProposal
     adapted: AmortisedProposal
 
     def context(self, target: Target) -> FocusedContext:
-        """Embed one observation for both components."""
+        """Compute what both components need of one observation."""
         return FocusedContext(self.original.context(target), self.adapted.context(target))
 
     def propose(self, key: Key, context: FocusedContext) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z from either component and compute the mixture's ``log_q``."""
         for_choice, for_draw, for_other = jax.random.split(key, 3)
         adapted = jax.random.uniform(for_choice) < SHARE
-        # The components differ in their contexts alone.
+        # The components differ only in their contexts.
         chosen, other = (
             jax.tree.map(lambda a, b: jnp.where(adapted, a, b), *pair)
             for pair in ((context.adapted, context.original), (context.original, context.adapted))
@@ -80,7 +84,7 @@ class FocusedProposal(AbstractAdapted):
         return z, jnp.where(adapted, _mix(log_other, log_q), _mix(log_q, log_other))
 
     def log_q(self, key: Key, context: FocusedContext, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute the mixture's ``log_q`` of a given z, over a path of either component drawn anew."""
+        """Compute the mixture's ``log_q`` of a given z. Path weights use one new path of each component."""
         for_original, for_adapted = jax.random.split(key)
         log_original = self.original.log_q(for_original, context.original, z)
         return _mix(log_original, self.original.log_q(for_adapted, context.adapted, z))
@@ -105,12 +109,13 @@ def focus(
         key: random key.
         original: the amortised proposal.
         target: the posterior of the observation.
-        max_rounds: rounds of drawing and matching at the most.
+        max_rounds: largest number of rounds.
 
     Returns:
-        The mixture of the best round's adapted proposal and the original, and the adapted one's effective share.
+        The mixture of the original and the best round's adapted proposal, and the effective sample size of the adapted
+        proposal divided by the number of its draws.
 
-    Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
+    Exactness: every result is a valid proposal. Later draws use other keys, so their weights are unbiased.
     """
     dim, num = target.problem.dim, NUM_DRAWS
     stretch, shift = np.eye(dim), np.zeros(dim)

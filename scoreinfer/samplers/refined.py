@@ -1,4 +1,4 @@
-"""Refinement: train the score itself further on one observation, where an affine change of its draws is not enough."""
+"""Refinement: train the score further on one observation, if an affine map of its draws is not enough."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,25 +21,32 @@ from scoreinfer.samplers.single import Pools, replace, teach
 from scoreinfer.score.network import ConditionalScore
 
 NUM_PARTICLES = 4096
+"""Number of particles that the score is trained on. Chosen by judgement."""
 NUM_MOVES = 20
+"""Langevin steps of every particle in each pass. Chosen by judgement."""
 WARM_UP = 5
-"""Passes of moves before training: they part the duplicates and settle the step size."""
+"""Passes before training; they separate duplicates and adapt the step size. Chosen by judgement."""
 
 
 class RefinedContext(NamedTuple):
-    """One observation, and whether it is the one the score was trained on."""
+    """What the proposal computes from one observation.
+
+    Args:
+        here: whether the score was trained on this observation.
+        context: context of the refined proposal or, for another observation, of the original.
+    """
 
     here: Bool[Array, ""]
     context: Context
 
 
 class RefinedProposal(AbstractAdapted):
-    """A proposal whose score was trained further on one observation; at any other, the proposal it came from.
+    """A proposal whose score was trained further on one observation. At any other observation it is the original.
 
     Args:
         original: the amortised proposal.
-        refined: what became of it.
-        x: features of the observation.
+        refined: the proposal after the further training.
+        x: flat standardised features of the observation.
 
     Exactness: as for `AmortisedProposal`.
     """
@@ -49,8 +56,8 @@ class RefinedProposal(AbstractAdapted):
     x: Float[Array, " features"]
 
     def context(self, target: Target) -> RefinedContext:
-        """Embed one observation."""
-        # Not to the last bit: the same features may be rounded differently in another compiled program.
+        """Compute everything that the proposal needs of one observation."""
+        # With a tolerance: another compiled program may round the same features differently.
         here = jnp.allclose(flatten(self.features(target)), self.x, rtol=1e-5, atol=1e-5)
         return RefinedContext(here, self._at(here).context(target))
 
@@ -72,23 +79,24 @@ class RefinedProposal(AbstractAdapted):
 def refine(
     key: Key, proposal: FocusedProposal, target: Target, num_steps: int, *, progress_bar: bool = False
 ) -> tuple[RefinedProposal, float]:
-    """Train the adapted component of a focused proposal further, on weighted and moved draws of its own.
+    """Train the adapted component of a focused proposal further, on the proposal's own weighted and moved draws.
 
     Args:
         key: random key.
         proposal: the proposal, focused on the observation.
         target: the posterior of the observation.
         num_steps: optimiser steps.
-        progress_bar: show progress bars on a terminal.
+        progress_bar: whether to show progress bars on a terminal.
 
     Returns:
-        The proposal with the score of the best round, and the effective share of its draws.
+        The proposal with the score of the best round, and the effective sample size of its draws divided by their
+        number.
 
     Raises:
-        FloatingPointError: where training fails from the start.
+        FloatingPointError: if a round of training ends before any epoch has a finite loss.
 
-    Exactness: any outcome is a legitimate proposal; later draws use other keys, so their weights stay unbiased.
-        What the focused proposal never draws the refined one will not learn: see `scoreinfer.evidence.witnesses`.
+    Exactness: every result is a valid proposal. Later draws use other keys, so their weights are unbiased. A mode that
+        the focused proposal never draws is not learned (see `scoreinfer.evidence.witnesses`).
     """
     for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
     adapted = proposal.adapted

@@ -1,4 +1,7 @@
-"""Learning one posterior from its density: tempered particles explore it and train the score of its sampler."""
+"""Learn one posterior from its density.
+
+Tempered particles, the explorer, move from a reference density to the posterior. They then train a sampler's score.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,7 +48,7 @@ class SingleProposal(AbstractDensityProposal):
     dim: int = eqx.field(static=True)
 
     def context(self, target: Target) -> None:
-        """Return nothing: the proposal is for its own observation."""
+        """Return nothing: the proposal was made for one observation."""
 
     def propose(self, key: Key, context: None) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
         """Draw one z and compute its ``log_q``."""
@@ -58,23 +61,32 @@ class SingleProposal(AbstractDensityProposal):
 
 P = TypeVar("P", bound=AbstractProposal)
 MAX_TEMPERATURES = 1000
+"""Number of temperatures after which the explorer fails. Chosen by judgement."""
 EPOCH_STEPS = 250
+"""Optimiser steps between two moves of the particles. Chosen by judgement."""
 MAX_OCTAVES, MAX_WAVES = 6, 40
-"""Octaves of sine features of each input of the score, and of all inputs together (more make learning slower)."""
+"""Most octaves of sine features of one score input, and of all together (more slow down learning). Judgement."""
 DETAIL = 10.0
-"""Fisher information of a whitened coordinate (1 for a normal one) from which it gets sine features at all."""
+"""Fisher information above which a whitened coordinate gets sine features (1 for a normal one). Chosen by judgement."""
 ROUNDS = 4
-"""Rounds of training; between them the sampler's own draws, by weight, take the place of half of the particles."""
+"""Rounds of training; after each, the sampler's draws, resampled by weight, replace particles. Chosen by judgement."""
 REPLACED_SHARE = 0.3
-"""Share of the effective sample size that the weights between rounds keep, tempered where they must be."""
+"""Least effective share of the weights between rounds; below it they are tempered. Chosen by judgement."""
 ABLE = 0.5
-"""Share of the largest effective sample size that a round must reach for its evidence to count."""
+"""A round's evidence counts from this fraction of the largest effective sample size on. Chosen by judgement."""
 REPLACED_EACH = 2
-"""Between rounds one particle in so many is replaced. The others know small modes that the sampler may not draw yet."""
+"""One of this many particles is replaced; the rest keep small modes. Benchmark suite k2_24, row with two planets."""
 
 
 class Round(NamedTuple):
-    """What a round of training gave: a sampler, and its draws' effective sample size, log evidence and its error."""
+    """Result of one round of training.
+
+    Args:
+        proposal: the sampler.
+        ess: effective sample size of its draws.
+        log_evidence: log evidence estimated from its draws.
+        error: standard error of ``log_evidence``.
+    """
 
     proposal: Any
     ess: float
@@ -83,12 +95,12 @@ class Round(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How much work learning one posterior may take.
+    """The amount of work for learning one posterior.
 
     Args:
-        num_particles: particles of the explorer.
-        num_moves: Langevin steps of each at every temperature, and before every epoch of training.
-        num_steps: optimiser steps, all rounds together.
+        num_particles: number of particles of the explorer.
+        num_moves: Langevin steps of each particle at every temperature, and before every epoch of training.
+        num_steps: optimiser steps of all rounds together.
         kept_share: share of the effective sample size that each change of temperature keeps.
     """
 
@@ -99,14 +111,14 @@ class Effort(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What the explorer knows that the sampler's own draws do not.
+    """Results of the explorer, independent of the sampler's own draws.
 
     Args:
-        y: the observation that was explored.
-        places: where its particles ended, before any was replaced.
-        log_evidence: its estimate of the log evidence.
-        num_gradients: evaluations of the density's gradient, those for training included.
-        num_informative: effective number of first draws that its particles descend from.
+        y: the observation.
+        places: the final particles, before any was replaced.
+        log_evidence: the explorer's estimate of the log evidence.
+        num_gradients: evaluations of the density's gradient, including those for training.
+        num_informative: effective number of first draws from which the particles descend.
     """
 
     y: Sites
@@ -126,25 +138,27 @@ def learn(
 ) -> tuple[SingleProposal, Evidence]:
     """Learn a sampler of the posterior of one observation from its density.
 
-    Particles walk by tempering from the prior (or, where there is none to draw from, from a t distribution of scale
-    ``start_scale``) to the posterior and train an unconditional score. Then draws of that sampler,
-    resampled by weight and moved, train it further beside half of the particles: the modes' weights rest less on the
-    explorer's, and small modes that it found are not forgotten.
+    Tempered particles move from the prior to the posterior and train an unconditional score. If the prior cannot be
+    drawn from, they start from a t distribution of scale ``start_scale``. Later rounds replace half of the particles by
+    the sampler's own draws, resampled by weight and moved. The weights of the modes then depend less on the explorer.
+    The other half of the particles keeps small modes that the explorer found.
 
     Args:
         key: random key.
-        target: the posterior; where its density has no gradient, particles take random-walk steps.
-        effort: how much work to spend.
-        start_scale: see above.
-        progress_bar: show progress bars on a terminal.
+        target: the posterior. If its density has no gradient, particles take random-walk steps.
+        effort: the amount of work.
+        start_scale: scale of the t distribution, in the unconstrained space.
+        progress_bar: whether to show progress bars on a terminal.
 
     Returns:
-        The sampler of the round with the largest effective sample size, and the explorer's evidence.
+        The sampler of the best round (see `choose`), and the explorer's results.
 
     Raises:
-        FloatingPointError: where the density or its gradient is not finite, or too far from the reference.
+        FloatingPointError: if the density or its gradient is finite at no particle, if the explorer does not reach the
+            posterior, or if a round of training ends before any epoch has a finite loss.
 
-    Exactness: biased as a density, like every learned sampler; weighted draws and chains from it are exact.
+    Exactness: the density of the sampler is biased, as that of every learned sampler. Its weighted draws, and chains
+        that use it as a proposal, are exact.
 
     References: Del Moral, Doucet and Jasra 2006 (the explorer); De Bortoli et al. 2024, arXiv 2402.08667 (training
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
@@ -174,15 +188,17 @@ def learn(
 
 
 class Pools(eqx.Module):
-    """Training pools: particles moved afresh for every epoch, so that none is learned by heart.
+    """Training data of every epoch: the particles after new moves, which prevents overfitting.
 
     Args:
         reference: see `scoreinfer.montecarlo.tempering.advance`.
         target: the posterior.
-        particles: draws from about the posterior.
+        particles: approximate draws of the posterior.
         whitening: the whitening map.
-        x: the standardised observation, as the score is told of it.
+        x: the standardised observation, an input of the score.
         num_moves: Langevin steps of each particle before every epoch.
+
+    Exactness: the moves leave the posterior invariant; the particles are approximate draws of it.
     """
 
     reference: AbstractReference
@@ -194,11 +210,11 @@ class Pools(eqx.Module):
 
     @eqx.filter_jit
     def __call__(self, key: Key) -> ScoreBatch:
-        """Move the particles, and bring them to the whitened space."""
+        """Move the particles and map them to the whitened space."""
         return self.batch(advance(key, self.reference, self.target, self.particles, self.num_moves))
 
     def batch(self, particles: Particles) -> ScoreBatch:
-        """Bring particles to the whitened space."""
+        """Map particles and the gradients of their log density to the whitened space."""
         u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
         gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.gradient.astype(jnp.float32))
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
@@ -214,19 +230,26 @@ def teach(
     *,
     progress_bar: bool = True,
 ) -> tuple[P, float, int]:
-    """Train a score on particles near the posterior, put the sampler's weighted draws in place of half, and again.
+    """Train a score in rounds on particles near the posterior.
+
+    After each round, draws of the sampler, resampled by weight, replace half of the particles.
 
     Args:
         key: random key.
-        module: the score to start from.
-        make: makes the sampler of a score.
-        pools: the first particles.
-        num_steps: optimiser steps, all rounds together.
-        progress_bar: show progress bars on a terminal.
+        module: the score at the start.
+        make: makes a sampler from a score.
+        pools: the particles of the first round.
+        num_steps: optimiser steps of all rounds together.
+        progress_bar: whether to show progress bars on a terminal.
 
     Returns:
-        The sampler of the best round (`choose`), the effective share of its draws, and how often the particles were
-        moved.
+        The sampler of the best round (see `choose`), the effective sample size of its draws divided by their number,
+        and the number of passes in which the particles were moved.
+
+    Raises:
+        FloatingPointError: if a round ends before any epoch has a finite loss.
+
+    Exactness: as for `learn`.
     """
     num, num_passes = pools.particles.values.shape[0], 0
     steps = max(num_steps // ROUNDS, 1)
@@ -253,7 +276,11 @@ def teach(
 
 
 def choose(rounds: list[Round]) -> Round:
-    """Choose the most effective round, but none whose evidence is too low: weights that miss mass look better."""
+    """Choose the round with the largest effective sample size among those whose evidence is not too low.
+
+    The evidence is too low if it is more than two standard errors below the largest. Such a sampler misses posterior
+    mass, and missing mass makes the weights look better.
+    """
     most = max(one.ess for one in rounds)
     able = [one for one in rounds if one.ess >= ABLE * most]
     top = max(able, key=lambda one: one.log_evidence)
@@ -264,21 +291,23 @@ def choose(rounds: list[Round]) -> Round:
 def explore(
     key: Key, reference: AbstractReference, target: LogDensity, effort: Effort, *, progress_bar: bool = True
 ) -> tuple[Particles, int]:
-    """Walk particles from the reference to the target; return them and the number of temperatures.
+    """Move particles from the reference to the target; return them and the number of temperatures.
 
-    They begin as the most promising of 65,536 draws of the reference, so that rare corners of it are not overlooked.
+    The particles are resampled from 65,536 weighted draws of the reference (fewer in high dimensions). Many first draws
+    also reach modes of small reference mass.
 
     Raises:
-        FloatingPointError: where the target or its gradient is finite at no particle, or the target is not reached.
+        FloatingPointError: if the target or its gradient is finite at no particle, or the target is not reached.
 
-    Exactness: consistent as the particles grow (`scoreinfer.montecarlo.tempering.advance`).
+    Exactness: consistent as the number of particles grows (see `scoreinfer.montecarlo.tempering.advance`).
     """
     key, _, for_first, for_rows = jax.random.split(key, 4)
     first = draw_first(for_first, reference, target)
     if not bool(jnp.isfinite(first.log_ratio).any()):
-        where = "the prior" if isinstance(reference, Prior) else "a t distribution of `start_scale` around zero"
+        where = "the prior" if isinstance(reference, Prior) else "a t distribution of scale `start_scale` around zero"
         raise FloatingPointError(
-            f"The density is finite at none of the explorer's {first.num} first draws, which come from {where}."
+            f"The density must be finite somewhere, but it is finite at none of {first.num} draws of {where}. Check "
+            "the data and the model, or change `start_scale`."
         )
     power = first_power(first, effort.num_particles)
     begun = resample_first(for_rows, reference, first, power, effort.num_particles)
@@ -290,20 +319,24 @@ def explore(
             particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
             bar.update(float(particles.power - before))
             if not bool(jnp.isfinite(particles.gradient).all(1).any()):
-                raise FloatingPointError("The gradient of the density is finite at none of the explorer's particles.")
+                raise FloatingPointError(
+                    "The gradient of the density must be finite somewhere, but it is finite at none of the explorer's "
+                    "particles. Check the model."
+                )
             if particles.power == 1.0:
                 return particles, passes
     raise FloatingPointError(
-        f"The explorer got no further than power {float(particles.power):.2g} of the density in {MAX_TEMPERATURES} "
-        "temperatures: it changes too fast for where the particles start. Give better priors or `start_scale`."
+        f"The explorer must reach power 1 of the density, but reached only {float(particles.power):.2g} in "
+        f"{MAX_TEMPERATURES} temperatures. The density changes too fast for the particles' start. Give more "
+        "informative priors or another `start_scale`."
     )
 
 
 def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
-    """Choose how many octaves of sine features each input of the score gets: down to the width of its details.
+    """Choose the number of octaves of sine features for each input of the score.
 
-    Where the density's details are a share s of its whole, the mean square of its score is about 1 / s^2. (Where tails
-    have been bent, narrow places are no details any more, and there are none.)
+    Details that are s times as wide as the whole density give a mean squared score of about 1 / s^2. The octaves reach
+    down to this width. (`learn` uses no octaves if the whitening transforms heavy tails.)
     """
     information = np.asarray((batch.gradient**2).mean(0), np.float64)
     wanted = np.where(information > DETAIL, 1 + np.ceil(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
@@ -320,7 +353,12 @@ def _whitening(particles: Particles) -> Chain:
 
 
 def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> Particles:
-    """Put draws, resampled by weight (tempered where few would be left), in place of one in ``each`` particles."""
+    """Replace one of ``each`` particles by draws that are resampled by weight.
+
+    If the effective sample size is below `REPLACED_SHARE` of the draws, the weights are tempered until it is not.
+
+    Exactness: biased by the tempering and by a finite number of draws; the moves that follow reduce the bias.
+    """
     log_weight = np.asarray(drawn.log_weight, np.float64)
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):

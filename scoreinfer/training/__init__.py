@@ -1,1 +1,1 @@
-"""Training: simulations, losses and the one loop that minimises them."""
+"""Training: simulations, losses, and the loop that minimises a loss."""

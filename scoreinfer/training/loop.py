@@ -1,4 +1,4 @@
-"""The one training loop: optax, averaged weights, validation, early stop, and a clear end whatever happens."""
+"""The training loop: optax, averaged weights, validation and early stopping. Every run records why it ended."""
 
 import time
 import warnings
@@ -20,23 +20,25 @@ from scoreinfer.training.losses import mean_loss
 from scoreinfer.training.resume import Progress, keep_progress, resume_progress
 
 FINISHED, EARLY, INTERRUPTED = "finished", "early", "interrupted"
+"""Normal reasons why a training run ends, and interruption by the user (`History.stopped`)."""
 BAD_LOSS, BAD_SIMULATIONS = "loss not finite", "simulations not finite"
-"""Why a training run ends."""
+"""Failures that end a training run (`History.stopped`)."""
 KEEP_SECONDS = 2.0
-"""Least time between two writings of a run to disk."""
+"""Least time between two writes of a run to disk, in seconds. Chosen by judgement."""
 Loss = Callable[[PyTree, PyTree, Key], Float[Array, ""]]
+"""A loss: ``(module, batch, key) -> scalar``."""
 
 
 class History(NamedTuple):
-    """What happened in a training run, one entry per epoch.
+    """Record of a training run.
 
     Args:
         loss: mean training loss of each epoch.
         validation: validation loss of the averaged weights after each epoch.
-        num_steps: optimiser steps done.
+        num_steps: number of optimiser steps taken.
         num_simulations: simulations drawn (online) or held (fixed budget).
-        seconds: wall time, compilation included.
-        stopped: why it ended: ``finished``, ``early``, ``interrupted``, ``loss not finite`` or
+        seconds: wall time in seconds, including compilation.
+        stopped: why the run ended: ``finished``, ``early``, ``interrupted``, ``loss not finite`` or
             ``simulations not finite``.
     """
 
@@ -49,14 +51,14 @@ class History(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How long and how to train.
+    """Length and settings of a training run.
 
     Args:
-        num_steps: optimiser steps.
+        num_steps: number of optimiser steps.
         batch_size: simulations per step.
-        epoch_steps: steps per compiled scan, and per fresh pool of simulations.
-        learning_rate: peak of the warm-up and cosine schedule.
-        patience: epochs without a better validation loss after which a fixed budget stops; None: never.
+        epoch_steps: steps per epoch. An epoch is one compiled scan over one pool of simulations.
+        learning_rate: peak of the learning rate, which warms up and then decays as a cosine.
+        patience: training stops after this number of epochs without a better validation loss. None means never.
     """
 
     num_steps: int
@@ -70,9 +72,9 @@ class TrainingHistory(NamedTuple):
     """The two training runs behind a posterior: the whitening map, then the score.
 
     Args:
-        whitening: what happened to the whitening map.
-        score: what happened to the score.
-        budget: how the score was to be trained.
+        whitening: record of the training of the whitening map.
+        score: record of the training of the score.
+        budget: planned training of the score. None means it is not known.
     """
 
     whitening: History
@@ -116,19 +118,23 @@ def train(
 
     Args:
         key: random key; the same key gives the same weights.
-        module: what to train: a pytree whose inexact arrays are the weights.
+        module: the pytree to train; its inexact arrays are the weights.
         loss: ``(module, batch, key) -> scalar``.
-        pools: ``key -> batch``: the simulations of one epoch, fresh (online) or always the same (fixed budget).
-        validation: simulations no step ever sees.
-        budget: length and manner of training.
-        progress_bar: show a progress bar with the loss (never when standard error is not a terminal).
-        title: the progress bar's label.
-        checkpoint: file in which the run is kept, and from which it goes on where it is there.
+        pools: ``key -> batch``: the simulations of one epoch, new ones (online) or always the same (fixed budget).
+        validation: held-out simulations.
+        budget: length and settings of training.
+        progress_bar: whether to show a progress bar with the losses, if standard error is a terminal.
+        title: label of the progress bar and of messages.
+        checkpoint: file in which the run is kept. If it exists, training resumes from it. None means no file.
+
+    Returns:
+        ``module`` with the averaged weights of the smallest validation loss, and the record of the run. A run that
+        ends too early returns the best weights so far, with a `TrainingWarning`.
 
     Raises:
-        KeyboardInterrupt: where ``checkpoint`` is given, after keeping the run; else an interrupted run returns the
-            best weights so far, with a warning.
-        FloatingPointError: when the loss is not finite before any epoch has ended well.
+        KeyboardInterrupt: if the user interrupts a run with a ``checkpoint``; the run is kept first.
+        FloatingPointError: if the run ends before any epoch has a finite loss.
+        UnreadableFile: if ``checkpoint`` is damaged or belongs to other networks.
     """
     weights = eqx.filter(module, eqx.is_inexact_array)
     task = _Task(key, module, loss, pools, validation, budget)
@@ -163,7 +169,7 @@ def train(
 
 
 class _Task(NamedTuple):
-    """What is trained, and on what; see `train`."""
+    """Arguments of `train`."""
 
     key: Key
     module: PyTree
@@ -174,12 +180,12 @@ class _Task(NamedTuple):
 
     @property
     def num_epochs(self) -> int:
-        """Number of epochs of the budget."""
+        """Number of epochs in the budget."""
         return -(-self.budget.num_steps // self.budget.epoch_steps)
 
 
 def _next_epoch(task: _Task, progress: Progress) -> Progress:
-    """Train for one epoch, which depends on nothing but the progress so far and the epoch's own key."""
+    """Train for one epoch. The result depends only on the task, the progress so far and the number of the epoch."""
     epoch, budget = len(progress.loss), task.budget
     for_pool, for_epoch = jax.random.split(jax.random.fold_in(task.key, epoch))
     for_validation = jax.random.fold_in(task.key, task.num_epochs)
@@ -204,10 +210,10 @@ def _next_epoch(task: _Task, progress: Progress) -> Progress:
 
 
 def _history(task: _Task, progress: Progress, title: str) -> History:
-    """Sum a run up; warn where it did not end as it should.
+    """Make the record of a run; warn if the run did not finish.
 
     Raises:
-        FloatingPointError: where no epoch has ended well.
+        FloatingPointError: if no epoch has a finite loss.
     """
     num_done = len(progress.loss)
     history = History(
@@ -217,8 +223,11 @@ def _history(task: _Task, progress: Progress, title: str) -> History:
     if history.stopped not in (FINISHED, EARLY):
         message = f"{title} ended after {num_done} of {task.num_epochs} epochs: {history.stopped}."
         if not np.isfinite(progress.best_value):
-            raise FloatingPointError(f"{message} No epoch had ended well, so there are no weights to keep.")
-        warnings.warn(f"{message} The best weights so far are kept.", TrainingWarning, stacklevel=3)
+            raise FloatingPointError(
+                f"{message} No epoch has a finite loss, so there are no weights to return. Check that the model's "
+                "simulations and density are finite."
+            )
+        warnings.warn(f"{message} The best weights so far are returned.", TrainingWarning, stacklevel=3)
     return history
 
 
@@ -226,7 +235,7 @@ def _history(task: _Task, progress: Progress, title: str) -> History:
 def _run_epoch(
     loss: Loss, budget: Budget, module: PyTree, state: _State, pool: PyTree, key: Key
 ) -> tuple[_State, Float[Array, ""]]:
-    """Take ``epoch_steps`` optimiser steps over shuffled passes through the pool."""
+    """Take ``epoch_steps`` optimiser steps on minibatches of the shuffled pool; return the mean loss."""
     optimiser = _optimiser(budget)
     size = jax.tree.leaves(pool)[0].shape[0]
     for_order, for_steps = jax.random.split(key)

@@ -1,7 +1,7 @@
-"""Resuming: a training run kept on disk, so that one which was killed goes on as if it had not been.
+"""Checkpoints of training runs: a run that was killed resumes from disk and ends with the same weights.
 
-A folder holds ``fit.json``, which says what is being trained, and one file for each of the two stages with everything
-the next epoch depends on. Every file is replaced whole.
+A folder holds ``fit.json``, which describes the run, and one file for each of the two training stages. Each of these
+holds everything that the next epoch depends on. Files are replaced atomically.
 """
 
 import math
@@ -18,22 +18,24 @@ from scoreinfer.files import read_arrays, read_record, remove_leftovers, write_a
 from scoreinfer.identity import key_bits
 
 FORMAT, SCHEMA = "scoreinfer training", 1
+"""Name of the file format, and its version."""
 IDENTITY = "fit.json"
+"""Name of the file that describes the run."""
 
 
 class Progress(NamedTuple):
-    """Where a training run stands after an epoch.
+    """State of a training run after an epoch.
 
     Args:
-        state: weights, their average, and the optimiser's memory.
+        state: weights, averaged weights, state of the optimiser, and number of steps.
         best: the best averaged weights so far.
-        best_value: their validation loss; infinite before any epoch has ended well.
-        best_epoch: the epoch they come from.
+        best_value: validation loss of the best weights; infinite before any epoch has a finite loss.
+        best_epoch: epoch of the best weights.
         loss: mean training loss of each epoch.
         validation: validation loss of each epoch.
-        num_simulations: simulations drawn or passed through.
-        seconds: wall time spent.
-        stopped: why training has ended; empty while it has not.
+        num_simulations: number of simulations in all pools so far.
+        seconds: wall time so far, in seconds.
+        stopped: why training ended; empty while it goes on.
     """
 
     state: PyTree
@@ -48,7 +50,7 @@ class Progress(NamedTuple):
 
 
 def keep_progress(path: Path, progress: Progress) -> None:
-    """Write where a run stands, whole or not at all."""
+    """Write the state of a run atomically."""
     told = progress._asdict()
     arrays = arrays_by_name((told.pop("state"), told.pop("best")))
     note = {name: _plain(value) for name, value in told.items()}
@@ -56,10 +58,10 @@ def keep_progress(path: Path, progress: Progress) -> None:
 
 
 def resume_progress(path: Path, start: Progress) -> Progress:
-    """Read where a run stands, or return ``start`` where it has not got anywhere.
+    """Read the state of a run; if the file does not exist, return ``start``.
 
     Raises:
-        UnreadableFile: where the file is damaged, or belongs to other networks.
+        UnreadableFile: if the file is damaged or belongs to other networks.
     """
     if not path.exists():
         return start
@@ -67,34 +69,34 @@ def resume_progress(path: Path, start: Progress) -> Progress:
     arrays, note = read_arrays(path, sum(leaf.nbytes for leaf in own.values()))
     shapes = [{name: (leaf.shape, str(leaf.dtype)) for name, leaf in tree.items()} for tree in (own, arrays)]
     if shapes[0] != shapes[1]:
-        raise UnreadableFile(path, "it belongs to networks of other sizes")
+        raise UnreadableFile(path, "names, shapes or types of its arrays are not those of this run's networks")
     state, best = put_arrays((start.state, start.best), arrays)
     try:
         told = {name: getattr(start, name).__class__(value) for name, value in note.items()}
         rows = {name: tuple(map(float, note[name])) for name in ("loss", "validation")}
         return Progress(state, best, **told | rows)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnreadableFile(path, f"it does not say where a training run stands ({error!r})") from error
+        raise UnreadableFile(path, f"it does not hold the state of a training run ({error!r})") from error
 
 
 def _plain(value: Any) -> Any:
-    """Make JSON of a number or a row of numbers; what is not finite becomes a word."""
+    """Convert a number or a tuple of numbers to JSON values; numbers that are not finite become text."""
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
-    """Begin a run in a folder, or check that the one that is there is the same.
+    """Begin a run in a folder, or check that the run in it is the same.
 
     Args:
-        folder: where the run is kept; made where there is none.
-        key: the random key of the run.
-        settings: everything else that it depends on, as plain data.
+        folder: folder of the run; it is created if it does not exist.
+        key: random key of the run.
+        settings: everything else that the run depends on, as plain data.
 
     Raises:
-        ValueError: where another run is kept there; the message says in what they differ.
-        UnreadableFile: where what is there is damaged, newer, or no training run.
+        ValueError: if the folder holds another run. The message lists the differences.
+        UnreadableFile: if the folder's record is damaged, of another version, or no training run.
     """
     record = {"format": FORMAT, "schema": SCHEMA, "key": key_bits(key)} | settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,11 @@ def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
         return
     stored = read_record(path)
     if stored.get("format") != FORMAT or stored.get("schema") != SCHEMA:
-        raise UnreadableFile(path, f"expected {FORMAT!r} of schema {SCHEMA}", "Choose another folder")
+        raise UnreadableFile(
+            path,
+            f"expected {FORMAT!r} of schema {SCHEMA}, got {stored.get('format')!r} of schema {stored.get('schema')!r}",
+            "Choose another folder",
+        )
     changed = [
         f"`{name}` is {_shortly(record.get(name))}, was {_shortly(stored.get(name))}"
         for name in sorted(record.keys() | stored.keys())
@@ -113,8 +119,8 @@ def open_run(folder: Path, key: Key, settings: dict[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"Another training run is kept in `{folder}`: {'; '.join(changed)}. Resume it with the arguments it was "
-            "started with, or choose another `checkpoint` folder."
+            f"`{folder}` must hold this training run, but it holds another one: {'; '.join(changed)}. Use the "
+            "arguments of that run to resume it, or choose another `checkpoint` folder."
         )
 
 

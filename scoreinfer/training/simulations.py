@@ -1,4 +1,4 @@
-"""Simulations: joint draws of parameters and observations, and the scale on which networks see them."""
+"""Simulations: joint draws of parameters and observations, and their standardisation for the networks."""
 
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +20,8 @@ class Simulations(NamedTuple):
 
     Args:
         z: unconstrained latent vectors.
-        x: observed sites, encoded to real numbers (`Problem.encode`).
-        gradient: gradient of the log joint density with respect to z; None where it was not asked for.
+        x: observed sites, encoded as real numbers (`Problem.encode`).
+        gradient: gradient of the log joint density with respect to z. None means it was not computed.
     """
 
     z: Float[Array, "num dim"]
@@ -35,14 +35,14 @@ class Simulations(NamedTuple):
 
 
 BATCH = 4096
-"""Simulations per compiled call."""
+"""Simulations per compiled call. Chosen by judgement."""
 
 
 def simulate_joint(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> Simulations:
-    """Draw ``num`` joint draws (z, x) from prior and simulator, in batches of bounded memory.
+    """Draw (z, x) ``num`` times from prior and simulator, in batches of bounded memory.
 
-    Draw i depends on ``key`` and i alone. With ``gradient`` every draw also carries the gradient of the log joint
-    density there.
+    Draw i depends only on ``key`` and i. With ``gradient``, the gradient of the log joint density at every draw is
+    computed too.
 
     Exactness: exact draws from the model's joint distribution.
     """
@@ -72,7 +72,7 @@ def _gradients(problem, z, y):
 
 
 def has_gradient(problem: Problem) -> bool:
-    """Say whether the joint density of a problem that can be simulated has a gradient (nothing is computed)."""
+    """Return whether the joint density has a gradient. The problem must have ``simulate``; nothing is computed."""
     assert problem.simulate is not None
     z, shapes = jax.eval_shape(problem.simulate, jax.random.key(0))
     y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -80,13 +80,13 @@ def has_gradient(problem: Problem) -> bool:
 
 
 def blame(problem: Problem, z: Float[Array, " dim"], y: Sites) -> str:
-    """Say which parts of a log joint density are not finite at one place, and what to do; nothing where all are."""
+    """Describe which parts of the log joint density are not finite at ``z``, and what to do; empty if all are."""
     faults = "; ".join(_faults(problem, z, y))
     if not faults:
         return ""
     return (
-        f" There {faults}. Look at what the model divides by and takes logarithms and roots of; where `jnp.where` "
-        "chooses between values, the branch not taken must be finite too, for the gradient."
+        f" At one such point {faults}. Check the model's divisions, logarithms and roots. In `jnp.where`, the branch "
+        "that is not taken must be finite too, or the gradient is not finite."
     )
 
 
@@ -105,7 +105,7 @@ def _faults(problem: Problem, z: Float[Array, " dim"], y: Sites) -> list[str]:
 
 
 def _parts(problem: Problem, y: Sites) -> dict[str, LogDensity]:
-    """Split the joint density: the prior, and every observed site where these are known one by one."""
+    """Split the log joint density into the prior and every observed site, or the whole likelihood."""
     pointwise = problem.pointwise_log_likelihood
     if pointwise is None:
         return {"the prior": problem.log_prior, "the likelihood": lambda z: problem.log_likelihood(z, y)}
@@ -120,7 +120,11 @@ def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
 
 
 def check_finite(simulations: Simulations) -> None:
-    """Raise a ValueError that says which sites are not finite, and how often (training does without gradients)."""
+    """Check that all latent values and observed sites are finite; gradients are not checked.
+
+    Raises:
+        ValueError: if some are not finite. The message names the sites and the share of such draws.
+    """
     finite = finite_rows(simulations._replace(gradient=None))
     if bool(finite.all()):
         return
@@ -128,28 +132,28 @@ def check_finite(simulations: Simulations) -> None:
     bad = [name for name, value in sites.items() if not bool(jnp.isfinite(value).all())]
     share = 1.0 - float(finite.mean())
     raise ValueError(
-        f"The model simulates numbers that are not finite in {', '.join(bad)}: {share:.2%} of {simulations.num} "
-        "draws. Dropping them silently would bias the posterior. Restrict the prior to where the simulator works, or "
-        "make the simulator return a finite value (a clipped state, say) where it fails."
+        f"Simulations must be finite, but the model's are not finite in {', '.join(bad)}: {share:.2%} of "
+        f"{simulations.num} draws. Leaving these draws out would bias the posterior. Restrict the prior to values for "
+        "which the simulator works, or let the simulator return a finite value (such as a clipped state) if it fails."
     )
 
 
 def encode(problem: Problem, y: Sites) -> Sites:
-    """Encode the observed sites; a model without any observes one constant."""
+    """Encode the observed sites. A model without observed sites gets one constant, zero."""
     return problem.encode(y) or {"nothing": jnp.zeros(1)}
 
 
 @eqx.filter_jit
 def encoded(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> Simulations:
-    """Make simulations of given pairs, draw axis first."""
+    """Make `Simulations` from given pairs (z, y); the draw axis comes first."""
     return Simulations(z, jax.vmap(lambda y: encode(problem, y))(y))
 
 
 class Standardiser(eqx.Module):
-    """A robust affine scale for encoded observations, with logarithmic tails beyond ``bend`` scale units.
+    """Standardise encoded observations: linear within ``bend`` scale units of the centre, logarithmic beyond.
 
-    Linear in the bulk, so that linear problems stay linear; logarithmic in the tails, so that a heavy-tailed
-    simulator does not flood the network.
+    With v = (x - centre) / scale the result is sign(v) (min(|v|, bend) + log(1 + max(|v| - bend, 0))). Linear problems
+    therefore stay linear, and heavy tails of a simulator give the network inputs of moderate size.
     """
 
     centre: Sites
@@ -169,7 +173,10 @@ class Standardiser(eqx.Module):
 
 @eqx.filter_jit
 def standardiser(x: Sites) -> Standardiser:
-    """Make the standardiser of encoded observations ``x`` (draw axis first) from their medians and quantiles."""
+    """Make a standardiser from the medians and quantiles of encoded observations ``x`` (draw axis first).
+
+    The scale is the range between the quantiles 0.1 and 0.9, divided by its value for a standard normal distribution.
+    """
 
     def spread(value):
         low, high = jnp.quantile(value, jnp.array([0.1, 0.9]), axis=0)

@@ -1,8 +1,10 @@
-"""Whitening: the affine map, chosen by the observation, that makes a posterior roughly standard normal.
+"""Whitening: an affine map that depends on the observation and makes the posterior about standard normal.
 
-A posterior is often far narrower than its prior, and its centre moves with the observation. The denoiser need not
-learn that: u = L(x)^{-1} (z - m(x)) is learned first, by Gaussian maximum likelihood, and the score lives in the
-space of u. It starts from the linear regression of z on x, which is already the answer for linear-Gaussian models.
+    u = L(x)^{-1} (z - m(x))
+
+A posterior is often far narrower than its prior, and its centre depends on the observation. The whitening map learns
+this first, by Gaussian maximum likelihood. The score is then learned in the space of u. Training starts from the linear
+regression of z on x, which is already the solution for linear-Gaussian models.
 """
 
 import dataclasses
@@ -18,13 +20,14 @@ from scoreinfer.nets import Embedding, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 
 MAX_FULL = 64
-"""Largest dimension for which the network modulates the whole Cholesky factor, not just its diagonal."""
+"""Largest dimension in which the network outputs the whole Cholesky factor, not only its diagonal. By judgement."""
 
 
 class Whitening(eqx.Module):
-    """The learned affine map of each observation.
+    """The learned affine map of every observation.
 
-    Exactness: an invertible change of variables whatever the network says; its Jacobian enters every weight.
+    Exactness: an invertible change of variables for any weights of the network. Its Jacobian enters every importance
+        weight.
     """
 
     slope: Float[Array, "dim features"]
@@ -47,13 +50,13 @@ class Whitening(eqx.Module):
 
 
 def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth: int) -> ResidualMLP:
-    """Make the untrained network: shift, log scales and, up to `MAX_FULL` dimensions, what is below the diagonal."""
+    """Make the untrained network: shift, log scales and, up to `MAX_FULL` dimensions, the part below the diagonal."""
     num_out = 2 * dim + (dim * (dim - 1) // 2 if dim <= MAX_FULL else 0)
     return ResidualMLP(key, num_context, num_out, width=width, depth=depth)
 
 
 def untrained_whitening(key: Key, dim: int, x: Sites, embedding: Embedding, *, width: int, depth: int) -> Whitening:
-    """Make a whitening for standardised observations like ``x`` that leaves everything where it is."""
+    """Make a whitening that is the identity map, for standardised observations like ``x``."""
     features, context = flatten(x), embedding(x)
     network = whitening_network(key, dim, context.size, width=width, depth=depth)
     slope, eye = jnp.zeros((dim, features.size), jnp.float32), jnp.eye(dim, dtype=jnp.float32)
@@ -62,7 +65,7 @@ def untrained_whitening(key: Key, dim: int, x: Sites, embedding: Embedding, *, w
 
 @eqx.filter_jit
 def regressed(whitening: Whitening, z: Float[Array, "num dim"], x: Sites) -> Whitening:
-    """Start a whitening from the ridge regression of z on the standardised observations (draw axis first)."""
+    """Set a whitening to the ridge regression of z on the standardised observations (draw axis first)."""
     features = jax.vmap(flatten)(x)
     centre, middle = features.mean(0), z.mean(0)
     f, r = features - centre, z - middle

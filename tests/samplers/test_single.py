@@ -84,7 +84,8 @@ def test_explorer_says_when_the_density_fails():
 def test_half_of_the_particles_outlive_a_round():
     """A mode that the sampler's draws have lost stays among the particles; the replaced ones follow the weights."""
     position = jnp.linspace(-1.0, 1.0, 1000)
-    drawn = Weighted(position[:, None], jnp.zeros(1000), jnp.log(jnp.where(position > 0, 3.0, 1.0)))
+    log_weight = jnp.log(jnp.where(position > 0, 3.0, 1.0))
+    drawn = Weighted(position[:, None], log_weight, log_weight)
     start = begin(random.key(0), Overdispersed(jnp.zeros(1), jnp.ones(1)), 1000)
     lost = start._replace(values=jnp.full((1000, 1), -9.0))
     values = np.asarray(replace(random.key(1), lost, drawn, 2).values)

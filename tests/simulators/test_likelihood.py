@@ -131,7 +131,7 @@ def test_runs_on_draws_may_be_made_elsewhere(conditioned, draws, tmp_path):
 
 def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tmp_path):
     posterior.save(tmp_path / "p")
-    with pytest.raises(ValueError, match="pass `likelihood=`"):
+    with pytest.raises(ValueError, match=r"load it with `NPSE\(model, likelihood="):
         si.load(tmp_path / "p", problem)
 
     def narrower(parameters, outputs, y=None):
