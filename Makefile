@@ -19,18 +19,23 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 demo: export EQX_ON_ERROR ?= nan
 # The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured), and so
 # are XLA's older emitters (a third; jaxlib 0.12 no longer has them).
-test test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test test-worlds test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 demo: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(SMOKE),1,0)
 QUICK_FLAG := --xla_cpu_use_fusion_emitters=false
 QUICK = XLA_FLAGS="$$XLA_FLAGS $$(XLA_FLAGS=$(QUICK_FLAG) $(BIN)/python -c 'import jax; jax.devices()' >/dev/null 2>&1 \
 	&& echo $(QUICK_FLAG))"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all lint format types bench setup clean
+# What may differ between versions of Python, JAX, NumPyro and ArviZ: reading models, kernels, saving, ArviZ, docstrings.
+WORLDS := scoreinfer tests/test_arviz.py tests/test_architecture.py tests/test_comparison.py tests/test_identity.py \
+	tests/test_names.py tests/test_pickling.py tests/calibration tests/mcmc tests/model tests/posterior/test_saving.py \
+	tests/posterior/test_path_saving.py tests/posterior/test_surface.py
+
+.PHONY: help demo test test-worlds test-all lint format types bench setup clean
 
 help:
 	@echo "make demo [SMOKE=1]   the lynx-hare example, end to end"
-	@echo "make test             the tests (test-all: the slow ones too)"
+	@echo "make test             the tests (test-all: the slow ones too; test-worlds: those of another Python or ArviZ)"
 	@echo "make lint | types     ruff | mypy        make format   let ruff rewrite"
 	@echo "make bench            the accuracy benchmarks"
 
@@ -54,6 +59,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-worlds: $(STAMP)
+	$(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(WORLDS)
 
 test-all: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS)

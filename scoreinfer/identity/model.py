@@ -60,8 +60,8 @@ def check_sites(stored: Mapping[str, Any], problem: Problem) -> None:
     for kind, sites in (("latent", problem.latents), ("observed", problem.observed)):
         theirs = {site["name"]: site for site in stored["latents" if kind == "latent" else "observed"]}
         ours = {site.name: _site(site) for site in sites}
-        differences += [f"{kind} site {name!r} is missing" for name in theirs.keys() - ours.keys()]
-        differences += [f"{kind} site {name!r} is new" for name in ours.keys() - theirs.keys()]
+        differences += [f"{kind} site {name!r} is missing" for name in sorted(theirs.keys() - ours.keys())]
+        differences += [f"{kind} site {name!r} is new" for name in sorted(ours.keys() - theirs.keys())]
         for name in sorted(ours.keys() & theirs.keys()):
             differences += [
                 f"{kind} site {name!r} has {field} {ours[name][field]}, was {theirs[name][field]}"

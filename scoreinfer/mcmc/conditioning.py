@@ -67,7 +67,7 @@ def _open_to_data(kernel: MCMCKernel, problem: Problem, args: tuple, kwargs: dic
     opened = dataclasses.replace(problem, read=lambda args, kwargs: args[0], recipe=None)
     kernel = copy.copy(kernel)
     if isinstance(kernel, ScoreSDE) and any(fit.evidence is None for fit in kernel._fits):
-        kernel._fits = [fit._replace(problem=opened, arguments=None) for fit in kernel._fits]
+        kernel._fits = [fit._replace(problem=opened) for fit in kernel._fits]
         kernel._sample_fn, kernel.model = None, None
         return kernel, False
     model = kernel.model

@@ -41,8 +41,6 @@ class Fit(NamedTuple):
     Args:
         problem: the problem.
         proposal: the sampler.
-        arguments: model arguments of the same design (for a bare density, an example of its argument). None means
-            that the kernel has not had any yet.
         evidence: results of the explorer, for a sampler of one observation. None means that the sampler is amortised.
         outliers: simulations by which an outlying observation is detected, for an amortised sampler. None means that
             there are none.
@@ -50,7 +48,6 @@ class Fit(NamedTuple):
 
     problem: Problem
     proposal: AbstractProposal
-    arguments: tuple[tuple, dict[str, Any]] | None
     evidence: Evidence | None = None
     outliers: Outliers | None = None
 
@@ -63,9 +60,9 @@ class Fit(NamedTuple):
         return Target(self.problem, observe(self.problem, args, kwargs))
 
 
-def amortised_fit(posterior: Any, arguments: tuple[tuple, dict[str, Any]] | None) -> Fit:
+def amortised_fit(posterior: Any) -> Fit:
     """Make the `Fit` of a fitted posterior."""
-    return Fit(posterior.problem, posterior.proposal, arguments, outliers=getattr(posterior, "outliers", None))
+    return Fit(posterior.problem, posterior.proposal, outliers=getattr(posterior, "outliers", None))
 
 
 class ScoreSDE(MCMCKernel):
@@ -142,7 +139,7 @@ class ScoreSDE(MCMCKernel):
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
         self.key, self.progress_bar = key, progress_bar
-        self._fits = [] if posterior is None else [amortised_fit(posterior, None)]
+        self._fits = [] if posterior is None else [amortised_fit(posterior)]
         self._latest = 0
         self._origins = Origins()
         self._is_block = False
@@ -159,7 +156,7 @@ class ScoreSDE(MCMCKernel):
             raise ValueError("Expected a ScoreSDE with a model to fit, this one has no model: give ScoreSDE a `model`.")
         with evaluated_at_once():
             posterior = NPSE(self.model, progress_bar=self.progress_bar).fit(key, *args, **kwargs)
-        self._keep(amortised_fit(posterior, (args, kwargs)))
+        self._keep(amortised_fit(posterior))
         return posterior
 
     @own_broadcasting
@@ -190,8 +187,7 @@ class ScoreSDE(MCMCKernel):
             proposal, evidence = learn(
                 key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
             )
-        arguments = ((init_params,), {}) if self.model is None else (args, kwargs)
-        self._keep(Fit(problem, proposal, arguments, evidence))
+        self._keep(Fit(problem, proposal, evidence))
 
     def _keep(self, fit: Fit) -> None:
         self._latest = len(self._fits)
@@ -294,8 +290,6 @@ class ScoreSDE(MCMCKernel):
         state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
         if init_params is not None and not is_traced(state.log_weight) and not np.isfinite(state.log_weight).all():
             raise RuntimeError(f"{NO_START} at the start that is given by `init_params`.")
-        if fit.arguments is None and not is_traced((model_args, model_kwargs)):
-            self._fits[self._latest] = fit._replace(arguments=(model_args, model_kwargs))
         self._sample_fn = self.sample
         arrays = jax.tree.leaves(eqx.filter(fit.proposal, eqx.is_array))
         origin = self._origins.begin(fit.problem, model_args, model_kwargs)
