@@ -1,16 +1,16 @@
 """Reading a NumPyro model: from a model and its arguments to a `Problem`.
 
-A model is replayed, never rewritten. Every function of the `Problem` runs the user's model once under three
-handlers, from the inside out:
+The model's code is never rewritten. Every function of the `Problem` runs the model once under three handlers, from
+the inside out:
 
-- `Open` makes the observed sites sampled ones (also inside ``scan``), so that data in the arguments are not seen;
-- ``seed`` gives every site without a value a key;
-- ``substitute`` puts in latent values, through the bijector of the site's own support, and observations.
+- `Open` turns observed sites into sampled sites (also inside ``scan``). So data in the arguments are ignored.
+- ``seed`` gives a random key to every site without a value.
+- ``substitute`` sets the observations, and the latent values through the bijector of each site's own support.
 
-What a model does with its sites (which supports move, which terms depend on the data, which masks are fixed) is
-not guessed from its code but measured, on a few joint draws with a fixed key, when the problem is made.
+Some properties of a model are measured, on a few joint draws with a fixed key, when the problem is made: which
+supports depend on other sites, which terms depend on the data, and which masks are fixed.
 
-Arguments are closed over as they are: only keys, ``z`` and ``y`` are traced.
+The model's arguments are constants. Only keys, ``z`` and ``y`` are traced.
 """
 
 from collections.abc import Callable
@@ -43,27 +43,31 @@ __all__ = [
 def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **kwargs: Any) -> Problem:
     """Read a NumPyro model as a `Problem`: pure functions on one flat unconstrained vector ``z``.
 
-    ``model(t)`` and ``model(t, y=data)`` give the same problem. When the arguments hold data, the observed sites
-    are those that NumPyro sees as observed. When nothing is observed, arguments that are None are filled to see
-    which sites they feed.
+    ``model(t)`` and ``model(t, y=data)`` give the same problem. If the arguments hold data, the observed sites are
+    those that NumPyro observes. If no site is observed, every argument that is None is replaced by test data, to find
+    the sites that receive it.
 
-    Sites of ``numpyro.factor`` count as likelihood. ``log_prior + log_likelihood`` is minus NumPyro's potential
-    energy. Entries of an observation that a fixed mask removes hold the same constant in simulations and in what
-    ``read`` returns, so nothing is learned from them.
+    ``log_prior + log_likelihood`` is minus NumPyro's potential energy. Sites of ``numpyro.factor`` belong to the
+    likelihood. Where a fixed mask removes entries of an observation, simulations and ``read`` put the same constant,
+    so a sampler learns nothing from these entries.
 
     Args:
-        model: any callable with NumPyro primitives, handlers around it included.
+        model: any callable with NumPyro primitives, with or without handlers around it.
         *args: the model's arguments, with or without data.
-        observed: tuple of names of the observed sites, for models where this cannot be seen. (A model's own parameter
-            of this name works: anything but a tuple or list of strings is passed on to it.)
+        observed: tuple or list of the names of the observed sites. None means they are found as above. If the model
+            itself has a parameter ``observed``, any other value is passed on to the model.
         **kwargs: the model's keyword arguments.
 
     Returns:
         The problem.
 
     Raises:
-        UnsupportedModel: with every offending site and the way out.
-        ValueError: when the data in the arguments do not fit the model.
+        UnsupportedModel: if the model cannot be read. The message names every such site and what to write instead.
+        ValueError: if the data in the arguments do not fit the model.
+        TypeError: if ``observed`` is no tuple of names and the model has no such parameter, or the arguments do not
+            fit the model's signature.
+
+    Exactness: the densities are those of the model. The simulations are exact draws of its sample sites.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -82,14 +86,19 @@ def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **
 def problem_of(
     model: Callable[..., Any] | Problem, args: tuple, kwargs: dict[str, Any], observed: tuple[str, ...] | None = None
 ) -> Problem:
-    """Read a model with these arguments, or take the problem that it is.
+    """Read a model with these arguments, or return a problem unchanged.
 
     Raises:
-        TypeError: where arguments are given beside a problem, which has been read already.
+        TypeError: if arguments are given together with a problem, or do not fit the model's signature.
+        UnsupportedModel: if the model cannot be read.
+        ValueError: if the data in the arguments do not fit the model.
     """
     if not isinstance(model, Problem):
         return read_problem(model, *bind(model, args, kwargs, observed))
     if args or kwargs:
         given = ", ".join([*map(repr, args), *kwargs])
-        raise TypeError(f"Expected no arguments beside a `Problem`, which has been read with its own; got {given}.")
+        raise TypeError(
+            f"Expected no arguments together with a `Problem`, got {given}. A `Problem` contains its arguments. Leave "
+            "them out, or pass the model itself."
+        )
     return model

@@ -1,4 +1,4 @@
-"""The model's arguments: binding them, and finding the sites that empty ones would feed."""
+"""The model's arguments: binding them, and finding the sites that receive the arguments which are None."""
 
 import functools
 import inspect
@@ -17,10 +17,17 @@ from scoreinfer.model.replay import Open, Trace, compiled, fixed_key, is_data
 
 
 def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tuple[tuple, dict[str, Any], Any]:
-    """Bind the arguments to the model's signature, so that positional, keyword and default are the same.
+    """Bind the arguments to the model's signature, so that positional, keyword and default arguments are equivalent.
 
-    JAX arrays made in double precision become NumPy arrays where the session is in single precision: JAX would warn of
-    every operation on them. Returns the arguments, and the names of observed sites where they were given.
+    In a single-precision session, double-precision JAX arrays become NumPy arrays, because JAX would warn at every
+    operation on them.
+
+    Returns:
+        The arguments, the keyword arguments, and the names of the observed sites (None if not given).
+
+    Raises:
+        TypeError: if ``observed`` is no tuple of names and the model has no such parameter, or the arguments do not
+            fit the model's signature.
     """
     args, kwargs = _in_session_precision(args), _in_session_precision(kwargs)
     try:
@@ -30,7 +37,10 @@ def bind(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> tupl
     named = isinstance(observed, tuple | list) and all(isinstance(name, str) for name in observed)
     if observed is not None and not named:
         if signature is None or "observed" not in signature.parameters:
-            raise TypeError(f"Expected `observed` to be a tuple of site names, got {type(observed).__name__}.")
+            raise TypeError(
+                f"Expected `observed` to be a tuple of site names, got {type(observed).__name__}. "
+                "Write `observed=('name',)`."
+            )
         kwargs, observed = kwargs | {"observed": observed}, None
     if signature is None:
         return args, kwargs, observed
@@ -50,7 +60,7 @@ def _in_session_precision(arguments: Any) -> Any:
 
 
 class _Blank:
-    """Stands for data not yet given: any item, attribute or call of it is another."""
+    """A placeholder for data that are not given. Any item, attribute or call of it returns another placeholder."""
 
     __iter__ = None
 
@@ -70,7 +80,7 @@ class _Blank:
 
 
 class _FindBlanks(Messenger):
-    """Sample the sites that are given a `_Blank`, and remember their names."""
+    """Samples the sites that observe a `_Blank`, and stores their names."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.found: set[str] = set()
@@ -83,7 +93,7 @@ class _FindBlanks(Messenger):
 
 
 def abstract_trace(run: Callable[[], Any]) -> Trace:
-    """Trace a model without computing anything; its arrays are for their shapes only."""
+    """Trace a model without computing values. Its arrays have shapes only."""
     traces: list[Trace] = []
     jax.eval_shape(lambda key: traces.append(trace(seed(Open(run, frozenset()), key)).get_trace()), fixed_key())
     return traces[0]
@@ -103,10 +113,10 @@ def _fed_by_array(run: Callable[[], Any], base: Trace) -> frozenset[str]:
 
 
 def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], base: Trace) -> frozenset[str]:
-    """Find the sites that the arguments which are None would feed.
+    """Find the sites that receive the arguments which are None.
 
-    First with a stand-in that any site can be given; where the model computes with its data, with arrays
-    of the shapes of its own sites, the last sites first.
+    The first attempt passes a placeholder. It fails if the model computes with its data. The second attempt passes
+    arrays with the shapes of the model's own sites, the last site first.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
     slots = [i for i, leaf in enumerate(leaves) if leaf is None]
@@ -120,7 +130,7 @@ def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any
     def attempt(find: Callable[..., frozenset[str]], *given: Any) -> frozenset[str]:
         try:
             return find(*given)
-        except Exception:  # whatever a model does with data it did not expect
+        except Exception:  # a model may raise anything for data that it does not expect
             return frozenset()
 
     together = attempt(_fed_by_blank, filled(dict.fromkeys(slots, _Blank())))
@@ -138,7 +148,11 @@ def infer_observed(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any
 
 
 def fix_parameters(model: Any, args: tuple, kwargs: dict[str, Any], base: Trace) -> tuple[Any, tuple[str, ...]]:
-    """Fix the ``param`` and ``mutable`` sites in its trace at their initial values, as MCMC does."""
+    """Fix ``param`` and ``mutable`` sites at their initial values, as NumPyro's MCMC does.
+
+    Returns:
+        The model with these sites fixed, and their names.
+    """
     names = tuple(name for name, site in base.items() if site["type"] in ("param", "mutable"))
     if not names:
         return model, ()

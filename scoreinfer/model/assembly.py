@@ -1,4 +1,4 @@
-"""From a model and its arguments to a `Problem`."""
+"""Assembly of a `Problem` from a model and its arguments."""
 
 import dataclasses
 import functools
@@ -23,7 +23,16 @@ from scoreinfer.problem import Problem, Site
 
 
 class Facts(NamedTuple):
-    """What `check` says besides what is in the problem."""
+    """Facts about a model that `check` reports and the problem does not hold.
+
+    Args:
+        survey: the measured properties of the model.
+        script: the model with its arguments.
+        inferred: observed sites that were found by filling arguments which are None.
+        fixed: ``param`` and ``mutable`` sites, fixed at their initial values.
+        pseudo: sites observed at a function of the latent sites.
+        overlooked: latent sites that would receive arguments which are None.
+    """
 
     survey: Survey
     script: Script
@@ -34,12 +43,22 @@ class Facts(NamedTuple):
 
 
 def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> Problem:
-    """Read a model with bound arguments."""
+    """Read a model with bound arguments.
+
+    Raises:
+        UnsupportedModel: if the model cannot be read.
+        ValueError: if the data in the arguments do not fit the model.
+    """
     return read_model(model, args, kwargs, observed)[0]
 
 
 def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> tuple[Problem, Facts]:
-    """Read a model with bound arguments: the problem, and what else `check` has to say."""
+    """Read a model with bound arguments: the problem, and further facts for `check`.
+
+    Raises:
+        UnsupportedModel: if the model cannot be read.
+        ValueError: if the data in the arguments do not fit the model.
+    """
     args, kwargs = jax.tree.map(own, (args, kwargs))
     base = needs_no_values(abstract_trace, functools.partial(model, *args, **kwargs))
     closed, fixed = fix_parameters(model, args, kwargs, base)
@@ -58,9 +77,11 @@ def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = 
 
 
 def _given(run: Callable[[], Any], base: Trace) -> tuple[dict[str, tuple[int, ...] | None], frozenset[str]]:
-    """Find the sites that the arguments give data for, and sites "observed" at a function of the latent ones.
+    """Find the sites with data in the arguments, and the sites observed at a function of the latent sites.
 
-    For data broader than their distribution, the batch shape they need.
+    Returns:
+        The first kind by name, each with the batch shape that its data need if they are broader than its distribution
+        (None otherwise). The names of the second kind.
     """
     sites = {name: site for name, site in base.items() if is_data(site)}
     if not sites:
@@ -84,14 +105,14 @@ def _broad_shape(site: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 class _Parts(NamedTuple):
-    """What the functions of a problem are made of.
+    """The parts from which the functions of a problem are built.
 
     Args:
-        survey: what was measured of the model.
-        script: the model, ready to be replayed.
-        names: the observed sites.
-        example: an observation, for where its values do not matter.
-        key: a key, for where it does not matter.
+        survey: the measured properties of the model.
+        script: the model with its arguments.
+        names: names of the observed sites.
+        example: an observation, used if its values do not matter.
+        key: a random key, used if it does not matter.
     """
 
     survey: Survey
@@ -102,17 +123,17 @@ class _Parts(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """How latent sites fill ``z``."""
+        """Layout of the latent sites in ``z``."""
         return self.survey.layout
 
     def play(self, z: Float[Array, " dim"], wanted: Iterable[str]) -> Values:
-        """Replay the model at ``z``, and take the values of some sites."""
+        """Run the model at ``z``, and return the values of the ``wanted`` sites."""
         played = self.script.play(self.key, self.layout.unflatten(z), self.example)
         return {name: played[name]["value"] for name in wanted}
 
 
 class _Densities(NamedTuple):
-    """Log densities of a problem, as it holds them."""
+    """The log densities of a problem. See `Problem`."""
 
     log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
     log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
@@ -132,8 +153,8 @@ def _densities(parts: _Parts) -> _Densities:
     def log_likelihood(z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         if not has_density:
             raise ValueError(
-                "This model draws random numbers through `numpyro.prng_key`, so its likelihood has no density "
-                "(`Problem.has_density` is False). Make the noise a sample site to have one."
+                "Expected a likelihood with a density, but this model draws random numbers through `numpyro.prng_key` "
+                "(`Problem.has_density` is False). Make the noise a sample site."
             )
         return sum_terms(script.terms(parts.key, parts.layout.unflatten(z), y), lambda name: name not in prior)
 
@@ -145,7 +166,7 @@ def _densities(parts: _Parts) -> _Densities:
 
 
 class _Bijections(NamedTuple):
-    """Maps between ``z`` and the sites, as a problem holds them."""
+    """The maps between ``z`` and the sites of a problem. See `Problem`."""
 
     constrain: Callable[[Float[Array, " dim"]], Values]
     latent_sites: Callable[[Float[Array, " dim"]], Sites]
@@ -169,7 +190,9 @@ def _bijections(parts: _Parts) -> _Bijections:
     def unconstrain(sites: Sites) -> Float[Array, " dim"]:
         missing = [name for name in survey.latents if name not in sites]
         if missing:
-            raise ValueError(f"Expected a value for every latent site, got none for {', '.join(missing)}.")
+            raise ValueError(
+                f"Expected a value for every latent site, got none for {', '.join(missing)}. Add these sites."
+            )
         values = {name: jnp.asarray(sites[name]) for name in survey.latents}
         if not moving:
             return layout.flatten({name: bijectors[name].inv(value) for name, value in values.items()})
@@ -224,7 +247,7 @@ def _site(name: str, survey: Survey, size: int = 0) -> Site:
 
 
 def _points(played: Trace, layout: Layout) -> Float[Array, " dim"]:
-    """Unconstrain the latent sites of a run; values rounded onto the edge of a support stay finite."""
+    """Map the latent sites of a run to ``z``. Values that rounding put on the edge of a support stay finite."""
     z = layout.flatten({n: biject_to(played[n]["fn"].support).inv(played[n]["value"]) for n in layout.names})
     edge = -jnp.log(jnp.finfo(z.dtype).tiny)
     return jnp.nan_to_num(z, nan=jnp.nan, posinf=edge, neginf=-edge)

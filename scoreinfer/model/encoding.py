@@ -1,4 +1,4 @@
-"""Observed values as real numbers, by the support of their site."""
+"""Encoding of observed values as real numbers, according to the support of their site."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,15 @@ from scoreinfer.model.survey import Row
 
 
 def encoder(row: Row, support: constraints.Constraint | None) -> Callable[[Array], Array]:
-    """Choose how observed values become real numbers.
+    """Choose the map from observed values to real numbers.
 
-    Supports that move with the latent sites (`None`) are left as they are.
+    One-hot vectors for categories, (cos, sin) for angles, log(1 + x) for counts, log or logit for values with one or
+    two bounds, and the bijector's inverse otherwise. Values of a boolean site, and of a support without a bijector,
+    only become floats.
+
+    Args:
+        row: the static properties of the site.
+        support: the support of the site. None means it depends on the latent sites; then values only become floats.
     """
     inner = None if support is None else unwrapped(support)
     num_classes = row.num_classes
@@ -73,7 +79,7 @@ def _inside_simplex(x: Array) -> Array:
 
 
 def fill(support: constraints.Constraint, mask: np.ndarray, value: Array) -> Array:
-    """Put one constant where the mask says that entries do not count."""
+    """Replace the entries that the mask excludes (False) by one constant inside the support."""
     try:
         constant = support.feasible_like(value)
     except NotImplementedError:

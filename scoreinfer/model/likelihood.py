@@ -1,4 +1,4 @@
-"""Likelihoods given apart: a NumPyro model of the data, told the parameters and a foreign simulator's outputs."""
+"""Separate likelihoods: a NumPyro model of the data given the parameters and the outputs of a foreign simulator."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from scoreinfer.problem import Problem
 
 
 class _Rows(dist.Distribution):
-    """One of a few rows, where a model needs a value to be looked at; nobody asks for its density."""
+    """A uniform choice of one of a few rows. It provides example values; its density (set to one) has no meaning."""
 
     support = constraints.real_vector
 
@@ -32,7 +32,7 @@ class _Rows(dist.Distribution):
         super().__init__(event_shape=rows.shape[1:])
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*shape size"]:
-        """Pick rows."""
+        """Draw rows."""
         return self.rows[jax.random.randint(key, sample_shape, 0, len(self.rows))]
 
     def log_prob(self, value: Float[Array, "*shape size"]) -> Float[Array, "*shape"]:
@@ -41,18 +41,20 @@ class _Rows(dist.Distribution):
 
 
 def read_likelihood(likelihood: Callable[..., Any], parameters: Sites, outputs: Sites) -> Problem:
-    """Read ``likelihood(parameters, outputs, ...data)`` as a problem about both side by side.
+    """Read ``likelihood(parameters, outputs, ...data)`` as a problem whose latent vector is (parameters, outputs).
 
-    Its flat vector is that of the pair (parameters, outputs), by name, as `jax.flatten_util.ravel_pytree` lays it out.
-    Every sample site of the likelihood is data.
+    The latent vector is the flat vector of the pair (parameters, outputs), in the order of
+    `jax.flatten_util.ravel_pytree`. Every sample site of the likelihood is observed.
 
     Args:
         likelihood: a NumPyro model of the data.
-        parameters: a few examples of the constrained parameters, draw axis first.
-        outputs: the simulator's outputs there.
+        parameters: a few examples of the constrained parameters by site, draw axis first.
+        outputs: the simulator's outputs at these parameters, by name.
 
     Raises:
-        UnsupportedModel: where the likelihood has no sample site, or cannot be read.
+        UnsupportedModel: if the likelihood has no sample site, or cannot be read.
+
+    Exactness: exact: the log likelihood of the problem is the log density of the data.
     """
     first = jax.tree.map(lambda leaf: leaf[0], (parameters, outputs))
     rows = jax.vmap(lambda *pair: ravel_pytree(pair)[0])(parameters, outputs)
@@ -61,7 +63,10 @@ def read_likelihood(likelihood: Callable[..., Any], parameters: Sites, outputs: 
     samples = [name for name, site in played.items() if site["type"] == "sample"]
     names = tuple(name for name in samples if not played[name]["infer"].get("is_auxiliary"))
     if not names:
-        raise UnsupportedModel("The likelihood has no sample site: expected `numpyro.sample(name, ..., obs=data)`.")
+        raise UnsupportedModel(
+            "Expected a likelihood with sample sites, but it has no sample site. Write the data as "
+            "`numpyro.sample(name, ..., obs=data)`."
+        )
 
     def model(*args: Any, **kwargs: Any) -> None:
         likelihood(*unravel(numpyro.sample("parameters and outputs", _Rows(rows))), *args, **kwargs)

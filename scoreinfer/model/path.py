@@ -1,4 +1,4 @@
-"""PhysicsPath: a NumPyro distribution over the paths of any step function with additive Gaussian noise."""
+"""PhysicsPath: a NumPyro distribution of paths. Each step is any function plus Gaussian noise."""
 
 import math
 from collections.abc import Callable
@@ -19,23 +19,25 @@ from scoreinfer._typing import Key
 class PhysicsPath(dist.Distribution):
     r"""The path x_0 ~ ``init_dist``, x_{k+1} = Phi(t_k, t_{k+1}, x_k) + noise_scale_k e_k on a grid of times.
 
-    Phi may be anything that JAX can run: an exact spectral step, Runge-Kutta with substeps, a solver of diffrax or
-    exponax, a learned surrogate. ``log_prob`` is the exact density of the discrete path,
-    log p_0(x_0) + sum_k log N(x_{k+1}; Phi(x_k), noise_scale_k^2).
+    The e_k are independent standard normal. Phi is any function that JAX can run: an exact spectral step, Runge-Kutta
+    with substeps, a solver of diffrax or exponax, or a learned surrogate. The log density of the path is
+
+        log p_0(x_0) + sum_k log N(x_{k+1}; Phi(t_k, t_{k+1}, x_k), noise_scale_k^2).
 
     Args:
-        step: ``(t0, t1, x) -> x`` without noise; must keep the shape of the state.
-        noise_scale: standard deviation of the noise of one step, that is g sqrt(t_{k+1} - t_k) for dx = ... + g dW;
-            broadcast to ``(steps, *state)``: a number, one for every component, or ``(steps, *state)`` for one that
+        step: Phi, as ``(t0, t1, x) -> x`` without noise. It must keep the shape of the state.
+        noise_scale: standard deviation of the noise of one step; g sqrt(t_{k+1} - t_k) for dx = ... + g dW. It is
+            broadcast to ``(steps, *state)``: one number, one number for each component, or ``(steps, *state)`` if it
             changes in time.
-        ts: increasing times of the states, the first included.
-        init_dist: distribution of the first state, with no batch shape (``.to_event()`` makes one an event).
+        ts: increasing times of the states, including the first state.
+        init_dist: distribution of the first state. It must have no batch shape (``.to_event()`` removes one).
+        validate_args: whether NumPyro checks the values given to ``log_prob``. None means NumPyro's setting.
 
     Raises:
-        ValueError: where times do not increase, noise is not positive or shapes do not fit.
-        TypeError: where ``init_dist`` is no distribution.
+        ValueError: if times do not increase, noise is not positive, or shapes do not fit.
+        TypeError: if ``init_dist`` is no NumPyro distribution.
 
-    Exactness: exact.
+    Exactness: draws and log density of the discrete path are exact.
 
     >>> decay = lambda t0, t1, x: x * jnp.exp(t0 - t1)
     >>> path = PhysicsPath(decay, 0.1, jnp.linspace(0.0, 1.0, 5), dist.Normal(0.0, 1.0))
@@ -59,11 +61,14 @@ class PhysicsPath(dist.Distribution):
         validate_args: bool | None = None,
     ) -> None:
         if not isinstance(init_dist, dist.Distribution):
-            raise TypeError(f"`init_dist` must be a NumPyro distribution, got {type(init_dist).__name__}.")
+            raise TypeError(
+                f"`init_dist` must be a NumPyro distribution, got {type(init_dist).__name__}. "
+                "Pass the distribution of the first state, such as `dist.Normal(0.0, 1.0)`."
+            )
         if init_dist.batch_shape:
             raise ValueError(
-                f"`init_dist` must have no batch shape, got {init_dist.batch_shape}: make it one event of the state's "
-                f"shape with `.to_event({len(init_dist.batch_shape)})`."
+                f"`init_dist` must have no batch shape, got {init_dist.batch_shape}. Make it one event of the state's "
+                f"shape: `init_dist.to_event({len(init_dist.batch_shape)})`."
             )
         self.step, self.init_dist = step, init_dist
         self.ts = check_times(ts, "PhysicsPath")
@@ -82,7 +87,7 @@ class PhysicsPath(dist.Distribution):
         return mean
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
-        """Draw paths."""
+        """Draw paths. Exactness: exact."""
 
         def one(key: Key) -> Array:
             for_start, for_noise = jax.random.split(key)
@@ -115,10 +120,21 @@ class PhysicsPath(dist.Distribution):
 
 
 def check_times(ts: Any, who: str) -> Float[Array, " times"]:
-    """Check that times increase, where their values are known."""
+    """Check that times are a vector of at least two entries and increase. Traced values are not checked.
+
+    Args:
+        ts: the times.
+        who: what the times belong to, for the message.
+
+    Raises:
+        ValueError: if they do not.
+    """
     ts = jnp.asarray(ts, jnp.result_type(float))
     if ts.ndim != 1 or ts.shape[0] < 2:
-        raise ValueError(f"The times of `{who}` must be a vector of at least two, got shape {ts.shape}.")
+        raise ValueError(
+            f"The times of `{who}` must be a vector of at least two times, got shape {ts.shape}. Pass the times of all "
+            "states, including the first."
+        )
     if not is_traced(ts):
         with jax.ensure_compile_time_eval():
             times = np.asarray(ts)
@@ -127,19 +143,29 @@ def check_times(ts: Any, who: str) -> Float[Array, " times"]:
             worst = int(np.argmin(np.where(np.isnan(steps), -np.inf, steps)))
             raise ValueError(
                 f"The times of `{who}` must increase, but number {worst} is {times[worst]:g} and the next "
-                f"{times[worst + 1]:g}."
+                f"{times[worst + 1]:g}. Sort the times, and remove duplicates."
             )
     return ts
 
 
 def check_noise(noise_scale: Any, shape: tuple[int, ...], who: str) -> Float[Array, "..."]:
-    """Check that noise is positive, where its values are known, and broadcast it to all steps and components."""
+    """Broadcast noise to all steps and components, and check that it is positive. Traced values are not checked.
+
+    Args:
+        noise_scale: standard deviation of the noise.
+        shape: the shape ``(steps, *state)``.
+        who: what the noise belongs to, for the message.
+
+    Raises:
+        ValueError: if the noise does not broadcast to ``shape``, or is not positive and finite everywhere.
+    """
     noise_scale = jnp.asarray(noise_scale, jnp.result_type(float))
     try:
         full = jnp.broadcast_to(noise_scale, shape)
     except ValueError as error:
         raise ValueError(
-            f"`noise_scale` of `{who}` must broadcast to (steps, *state) = {shape}, got {noise_scale.shape}."
+            f"`noise_scale` of `{who}` must broadcast to (steps, *state) = {shape}, got {noise_scale.shape}. Pass one "
+            "number, one for each component, or one for each step and component."
         ) from error
     if not is_traced(noise_scale):
         with jax.ensure_compile_time_eval():
@@ -147,16 +173,25 @@ def check_noise(noise_scale: Any, shape: tuple[int, ...], who: str) -> Float[Arr
         if bad.any():
             raise ValueError(
                 f"The noise of `{who}` must be positive and finite everywhere, but {bad.sum()} of its {bad.size} "
-                "entries are not: without noise a transition has no density. Leave components that carry no noise out "
-                "of the state (compute them from the others), or give them a little."
+                "entries are not. A transition without noise has no density. Remove components without noise from the "
+                "state (compute them from the others), or give them a little noise."
             )
     return full
 
 
 def check_shape(got: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
-    """Check that physics keeps the shape of the state."""
+    """Check that a step or drift keeps the shape of the state.
+
+    Args:
+        got: the returned shape.
+        expected: the shape of the state.
+        what: the name of the function, for the message.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if got != expected:
         raise ValueError(
-            f"`Physics` {what} must return shape {expected} like the state, got {got}. Did the simulator keep a batch "
-            "axis?"
+            f"`Physics` {what} must return shape {expected} like the state, got {got}. Remove any batch axis that the "
+            "simulator adds."
         )

@@ -1,4 +1,4 @@
-"""Reading physics: the site of a NumPyro model that is a process in time, as transitions on its grid."""
+"""Reading physics: the transitions of a site of a NumPyro model that is a process in time."""
 
 import dataclasses
 import functools
@@ -21,26 +21,31 @@ from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import Step, components_of, minus_drift, states_of
 
 NUM_PROBES = 8
+"""Joint draws on which properties of physics are measured. Chosen by judgement."""
 
 
 def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
-    """Read the transitions of a model's physical process: mean step, noise, grid, state of any shape (flattened).
+    """Read the transitions of a model's physical process: mean step, noise, and grid. The state is flattened.
 
     Args:
-        physics: which site, and its reverse.
+        physics: the site, and its reverse step.
         model: the NumPyro model.
         *args: the model's arguments.
         **kwargs: the model's keyword arguments.
 
     Returns:
-        The process; its initial distribution stays in the model's own density. Where parameters of the physics are
-        latent it is that of one value of them, drawn from their prior: for kernels to start from. Its ``given`` makes
-        that of others.
+        The process, without its initial distribution, which the model's density includes. If the physics has latent
+        parameters, the process is that of one draw from their prior; kernels start their training from it. Its
+        ``given`` returns the process for other values.
 
     Raises:
-        UnsupportedModel: where the site is missing or no process in time, or its noise depends on the state.
-        ValueError: where the drift has a wrong shape, times do not increase, noise is not positive, or a step is not
-            finite.
+        UnsupportedModel: if the site is missing, is no process in time, has a batch shape, or has noise that depends
+            on the state.
+        ValueError: if a step or drift has a wrong shape, times do not increase, noise is not positive, a step is not
+            finite, or ``waves=True`` is used with noise that differs between components.
+
+    Exactness: mean steps and noise are those of the model. That the noise does not depend on the state is tested on 8
+        simulated paths only.
     """
     run = functools.partial(model, *args, **kwargs)
 
@@ -55,7 +60,10 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     advance, scale_of = _transitions(fn)
     scale = _constant_noise(physics.site, scale_of, ts, paths).reshape(len(ts) - 1, -1)
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
-        raise ValueError("`Physics(waves=True)` needs a field with the same noise everywhere: Fourier space mixes it.")
+        raise ValueError(
+            "`Physics(waves=True)` needs a field with the same noise in all components, because the Fourier transform "
+            "mixes components. Got a scalar state, or noise that differs. Use `waves=False`, or one noise for all."
+        )
     usual = np.asarray(paths).mean(0)[:-1]
 
     def given(values: Sites) -> PhysicsProcess:
@@ -79,7 +87,7 @@ def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
         raise UnsupportedModel((Offence(name, f"is a {type(fn).__name__}, no process in time", way_out),))
     if played[name]["fn"].batch_shape or fn.init_dist.batch_shape:
         reason = f"has batch shape {played[name]['fn'].batch_shape or fn.init_dist.batch_shape}"
-        way_out = "Make several trajectories one state (`init_dist.to_event()`), or infer them one by one"
+        way_out = "Combine several trajectories in one state (`init_dist.to_event()`), or infer each by itself"
         raise UnsupportedModel((Offence(name, reason, way_out),))
     return fn
 
@@ -97,7 +105,7 @@ def _process(
 
 
 def _transitions(fn: Any) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
-    """Take the step of a path's distribution, and its noise as a function of step, time and state."""
+    """Return the step of a path's distribution, and its noise as a function of step number, time and state."""
     if isinstance(fn, PhysicsPath):
         return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]
     return _euler_step(fn, tuple(fn.init_dist.event_shape))
@@ -133,7 +141,7 @@ def _flat(step: Step, state: tuple[int, ...], waves: bool) -> Step:
 def _constant_noise(
     name: str, scale_of: Callable[[Any, Any, Any], Array], ts: Float[Array, " times"], paths: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Evaluate the noise of every step at several states: it must be the same at all of them."""
+    """Evaluate the noise of every step at several states, and check that it is the same at all of them."""
     steps = jnp.arange(len(ts) - 1)
     scales = jax.jit(jax.vmap(lambda path: jax.vmap(scale_of)(steps, ts[:-1], path[:-1])))(paths)
     scales = np.asarray(scales)
@@ -152,17 +160,17 @@ def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"])
         first = int(np.argmin(finite))
         raise ValueError(
             f"`Physics` step {first}, from t = {float(process.ts[first]):g}, returns numbers that are not finite on "
-            f"paths simulated from the model (first of {np.sum(~finite)} such steps). Make the solver's step smaller "
+            f"paths simulated from the model (first of {np.sum(~finite)} such steps). Use smaller solver steps "
             "(substeps inside `step`), or bound the state."
         )
 
 
 class NoisyEnd(NamedTuple):
-    """A site that observes the last state directly, with Gaussian noise.
+    """A site that observes the last state itself plus Gaussian noise.
 
     Args:
-        site: its name.
-        scale: standard deviation of the noise, component by component.
+        site: name of the site.
+        scale: standard deviation of the noise of each component.
     """
 
     site: str
@@ -170,9 +178,19 @@ class NoisyEnd(NamedTuple):
 
 
 def noisy_end(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -> NoisyEnd | None:
-    """Find the observed site that is Normal around the last state of a process; None where there is no such.
+    """Find the observed site that is Normal around the last state of a process.
 
-    Judged on a few joint draws: the site's location is the last state to the letter, its scale always the same.
+    Args:
+        site: name of the process.
+        model: the NumPyro model.
+        *args: the model's arguments.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        The site. None means there is no such site.
+
+    Exactness: tested on 8 joint draws: the location of the site equals the last state exactly, and its scale is the
+        same in all draws.
     """
     run = functools.partial(model, *args, **kwargs)
 
@@ -195,7 +213,7 @@ def noisy_end(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 class Unknowns(NamedTuple):
-    """How a latent vector is made of the path of the physics and of unknown parameters, in the model's order.
+    """Positions of the path and of the unknown parameters in a latent vector, in the model's order.
 
     Args:
         before: number of parameters before the path.
@@ -209,16 +227,16 @@ class Unknowns(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters."""
+        """Number of unknown parameters."""
         return self.before + self.after
 
     def parts(self, z: Float[Array, " dim"]) -> tuple[Float[Array, " parameters"], Float[Array, " path"]]:
-        """Cut a latent vector into parameters and path."""
+        """Split a latent vector into parameters and path."""
         parameters, path, rest = jnp.split(z, (self.before, self.before + self.path))
         return jnp.concatenate([parameters, rest]), path
 
     def join(self, parameters: Float[Array, " parameters"], path: Float[Array, " path"]) -> Float[Array, " dim"]:
-        """Invert `parts`."""
+        """Join parameters and path into a latent vector: the inverse of `parts`."""
         return jnp.concatenate([parameters[: self.before], path, parameters[self.before :]])
 
 
@@ -230,9 +248,18 @@ def unknowns(problem: Problem, site: str) -> Unknowns:
 
 
 def sees_path(problem: Problem, site: str, num_times: int) -> bool:
-    """Say whether the observation tells anything of earlier states that the last one and the parameters do not.
+    """Decide whether the observation depends on states before the last one.
 
-    Judged on a few joint draws: the likelihood is the same to the letter when earlier states are another path's.
+    Args:
+        problem: the problem. It must have a simulator.
+        site: name of the process.
+        num_times: number of states of the path.
+
+    Returns:
+        False if the observation depends on the last state and the parameters only.
+
+    Exactness: tested on 8 joint draws. The result is False if the likelihoods stay exactly equal when the earlier
+        states are replaced by those of another path. Without a density, any observation counts as dependent.
     """
     assert problem.simulate is not None
     if not problem.has_density:

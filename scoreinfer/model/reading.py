@@ -1,7 +1,7 @@
-"""Observed values from a model's own arguments, or wherever else it takes them from, checked against the problem.
+"""Reading the observed values of a model from its arguments, closures or globals, and checking them.
 
-The model is traced anew at every reading, so that what it closes over is seen as it is now. (JAX itself takes an array
-that is edited in place, and that went through its operations before, for what it was: assign a new one instead.)
+The model is traced again at every reading. So the current values of its closures and globals are used. Exception: JAX
+may keep the old values of a NumPy array that is changed in place. Assign a new array instead.
 """
 
 import functools
@@ -23,14 +23,14 @@ from scoreinfer.model.survey import NUM_PROBES, Survey, in_words, probe_keys
 
 
 class _Seen(NamedTuple):
-    """Observed values as a model has them, and the shape of each site's distribution."""
+    """The observed values of a model, and the shape of each site's distribution."""
 
     values: Sites
     shapes: dict[str, tuple[int, ...]]
 
 
 def look(run: Callable[[], Any], key: Key) -> _Seen:
-    """Run a model as NumPyro does, data and all, and take the observed values."""
+    """Run a model with its data, as NumPyro does, and return the observed values."""
     played = trace(seed(Open(run, frozenset()), key)).get_trace()
     data = {name: site for name, site in played.items() if is_data(site)}
     return _Seen(
@@ -49,7 +49,7 @@ def _compiled(program: Program) -> Callable[..., Any]:
 
 
 def _mapped(program: Program) -> Callable[..., Any]:
-    """Compile log densities for all draws; traced arguments do not matter to them."""
+    """Compile log densities for all draws. They must not depend on traced arguments."""
     traced, row = program.shapes
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((NUM_PROBES, *leaf.shape), leaf.dtype), row)
     nothing = [0.0] * len(traced)
@@ -58,18 +58,19 @@ def _mapped(program: Program) -> Callable[..., Any]:
 
 
 class Design:
-    """What belongs to the problem and is fixed: the model and its arguments, but for the data.
+    """The fixed part of a problem: the model and its arguments without the data (covariates, masks, constants).
 
-    What the model has been given, as arguments or from elsewhere, is of one design if every site has the same log
-    density, entry by entry, at a few joint draws of the problem. The same program with the same constants needs no
-    such check.
+    Two sets of arguments belong to the same design if every site has the same log density, entry by entry, at a few
+    joint draws of the problem. If both give the same program with the same constants, this check is skipped.
 
     Args:
         model: the model.
-        args: its arguments when the problem was made.
-        kwargs: its keyword arguments.
+        args: the arguments with which the problem was made.
+        kwargs: the keyword arguments with which the problem was made.
         script: the problem's script.
-        survey: its draws and their log densities.
+        survey: the problem's draws and their log densities.
+
+    Exactness: the check uses 8 joint draws, and a tolerance of 2e-4 (1e-8 in double precision).
     """
 
     def __init__(self, model: Any, args: tuple, kwargs: dict[str, Any], script: Script, survey: Survey) -> None:
@@ -81,7 +82,7 @@ class Design:
         self._own = self._terms(args, kwargs).fingerprint
 
     def look(self, args: tuple, kwargs: dict[str, Any]) -> _Seen:
-        """Take the observed values as they are now."""
+        """Return the current observed values."""
         seen: list[_Seen] = []
 
         def values(arguments: tuple[tuple, dict[str, Any]], key: Key) -> Sites:
@@ -95,14 +96,14 @@ class Design:
             return _Seen(jax.tree.map(jnp.asarray, values_now), seen[-1].shapes)
 
     def fits(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Say whether log densities are those of the design now (traced covariates are believed)."""
+        """Decide whether these arguments belong to the design. Traced covariates are not checked and count as equal."""
         program = self._terms(args, kwargs)
         if any(program.uses[: len(program.shapes[0])]) or is_traced(program.constants):
             return True
         return program.fingerprint == self._own or self._agrees(program, program.fingerprint)
 
     def _terms(self, args: tuple, kwargs: dict[str, Any]) -> Program:
-        """Trace the log densities at one draw, with traced arguments as inputs."""
+        """Trace the log densities at one draw, as a program with the traced arguments as inputs."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
         traced = [leaf for leaf in leaves if is_traced(leaf)]
 
@@ -115,33 +116,44 @@ class Design:
         return Program(terms, shapes_of(traced), jax.tree.map(lambda leaf: leaf[0], self._rows))
 
     def _compare(self, program: Program, _fingerprint: str) -> bool:
-        """Compare log densities with the problem's own, as closely as the coarser precision of the two allows."""
+        """Compare log densities with the problem's, with the tolerance of the lower precision of the two."""
         with jax.ensure_compile_time_eval():
             terms, own = self._mapped(program)(program.constants, self._rows), self.survey.terms
         return terms.keys() == own.keys() and all(_agree(terms[name], own[name]) for name in own)
 
 
 def wrong_shape(name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> str:
-    """Say that an observation does not fit its site."""
+    """Write the error message for an observation whose shape does not fit its site."""
     return (
         f"Observed site {name!r} must have shape {expected}, like its distribution in this model, got {got}. "
-        "Was the model built for other data, or is a `plate` (or an `expand`) missing around the site?"
+        "Build the problem for data of this shape, or put the site into a `plate` (or an `expand`)."
     )
 
 
 class Reader:
-    """`Problem.read`: observed values as the model has them now, checked against the problem."""
+    """The function `Problem.read`: it returns the model's current observed values and checks them.
+
+    Args:
+        design: the design of the problem.
+        filled: ``(site name, value) -> value`` with masked entries replaced by a constant.
+    """
 
     def __init__(self, design: Design, filled: Callable[[str, Array], Array]) -> None:
         self.design, self.filled = design, filled
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Sites:
-        """Read, from the arguments and from wherever else the model takes its data, what they are now."""
+        """Read the current data, from the arguments or from the model's closures and globals.
+
+        Raises:
+            ValueError: if data are missing, have a wrong shape or type, are NaN or outside the support, or if the
+                arguments do not belong to this problem's design.
+            TypeError: if the arguments do not fit the model's signature.
+        """
         args, kwargs, _ = bind(self.design.model, tuple(args), dict(kwargs), None)
         if any(map(np.ma.is_masked, jax.tree.leaves((args, kwargs)))):
             raise ValueError(
-                "Expected arrays, got a masked one: its masked entries are no data. Pass `y.filled(...)`, and put the "
-                "site under `numpyro.handlers.mask` with the mask as an argument of the model."
+                "Expected plain arrays, got a masked array: its masked entries are no data. Pass `y.filled(...)`, and "
+                "put the site under `numpyro.handlers.mask` with the mask as an argument of the model."
             )
         args, kwargs = jax.tree.map(own, (args, kwargs))
         survey, names = self.design.survey, self.design.script.names
@@ -152,15 +164,15 @@ class Reader:
             self._check_shape(name, jnp.shape(value), seen.shapes[name])
             if jnp.iscomplexobj(value):
                 raise ValueError(
-                    f"Observed site {name!r} must be real or whole numbers, got {value.dtype}. Observe real and "
-                    "imaginary parts as two sites."
+                    f"Observed site {name!r} must be real or whole numbers, got {value.dtype}. Observe the real and "
+                    "the imaginary part as two sites."
                 )
         if not self.design.fits(args, kwargs):
             raise ValueError(
-                "These arguments give another model than the one this problem was made from: covariates, shapes, "
-                "constants or masks differ, not just the data. Call `from_numpyro` (or `fit`) again with them. (A mask "
-                "that the model computes from the data is part of the design, too: pass the mask as an argument of its "
-                "own, here and there the same.)"
+                "Expected arguments that differ from those of this problem in the data only, but these arguments give "
+                "another model: covariates, shapes, constants or masks differ. Call `from_numpyro` (or `fit`) again "
+                "with these arguments. If the model computes a mask from the data, pass the mask as an argument of its "
+                "own, with the same value in both calls."
             )
         return {name: self._value(name, value) for name, value in values.items()}
 
@@ -169,14 +181,15 @@ class Reader:
         if missing:
             raise ValueError(
                 f"Expected data for every observed site, got none for {', '.join(missing)}: pass data for "
-                f"{', '.join(missing)} in the model's arguments. (If it is no data, name the observed sites in "
-                "`observed=` when the problem is made.)"
+                f"{', '.join(missing)} in the model's arguments. If it is not data, name the observed sites in "
+                "`observed=` when the problem is made."
             )
         latent = [name for name in values if name in self.design.survey.latents]
         if latent:
             raise ValueError(
-                f"Site {', '.join(latent)} is latent in this problem, but these arguments give data for it. "
-                "Call `from_numpyro` (or `fit`) again with them, or with `observed=`."
+                f"Expected data for observed sites only, but these arguments give data for {', '.join(latent)}, which "
+                "is latent in this problem. Call `from_numpyro` (or `fit`) again with these arguments, or with "
+                "`observed=`."
             )
 
     def _check_shape(self, name: str, got: tuple[int, ...], own: tuple[int, ...]) -> None:
@@ -197,13 +210,13 @@ class Reader:
     def _check_value(self, name: str, value: Array) -> None:
         if np.isnan(value).any():
             raise ValueError(
-                f"Observed site {name!r} has {int(np.isnan(value).sum())} NaN of {value.size}. Drop missing entries, "
-                "or put the site under `numpyro.handlers.mask`."
+                f"Observed site {name!r} has {int(np.isnan(value).sum())} NaN of {value.size} entries; expected none. "
+                "Drop missing entries, or put the site under `numpyro.handlers.mask`."
             )
         support = self.design.survey.supports.get(name)
         inside = np.asarray(True if support is None else support(value))
         if not inside.all():
             raise ValueError(
                 f"Observed site {name!r} must lie in the support `{in_words(support)}`, but {np.sum(~inside)} of its "
-                f"{inside.size} values do not. Expected data that this model can produce."
+                f"{inside.size} values do not. Correct the data, or use a distribution that can produce them."
             )

@@ -1,4 +1,4 @@
-"""Running a model with its observed sites opened and its latent sites given."""
+"""Replay: running a model with given latent values and with its observed sites made sampled."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,30 +20,40 @@ from scoreinfer._typing import Key
 from scoreinfer.errors import UnsupportedModel
 
 Trace = dict[str, dict[str, Any]]
+"""A NumPyro trace: site name to message."""
 
-Given = Mapping[str, Any]  # NumPy arrays too: constants must not become tracers
+Given = Mapping[str, Any]
+"""Values by site. NumPy arrays are allowed, because constants must not become tracers."""
 
 LOG_DET = "__log_det"
+"""Suffix of the factor that holds the log determinant of a latent site's bijector. An internal name."""
 
 
 @dataclass
 class Notes:
-    """What happened while a model ran, besides its sites."""
+    """Further facts about a run of a model.
+
+    Args:
+        improper: names of the sites with an improper prior.
+        draws_keys: whether the model draws random numbers through ``numpyro.prng_key``.
+    """
 
     improper: list[str] = field(default_factory=list)
     draws_keys: bool = False
 
 
 class Open(Messenger):
-    """Sample the observed sites instead, inside control flow too; give improper sites a value.
+    """A handler that samples the observed sites ("opens" them) and gives a value to sites with an improper prior.
 
-    ``numpyro.handlers.uncondition`` does not reach into ``scan``, and opens factors too.
+    It also works inside control flow. ``numpyro.handlers.uncondition`` does not work inside ``scan``, and it also
+    opens factors.
 
     Args:
         fn: the model.
-        names: sites to open (None: every observed site, but no factor).
-        shapes: shapes of observations that are broader than their distribution, to which it is expanded.
-        notes: where to leave notes.
+        names: sites to open. None means every observed site except factors.
+        shapes: batch shapes of sites whose observations are broader than their distribution. The distribution is
+            expanded to this shape.
+        notes: the object in which facts about the run are recorded. None means a new one.
     """
 
     def __init__(
@@ -59,13 +69,13 @@ class Open(Messenger):
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Open one message."""
+        """Process one message."""
         if msg["type"] == "control_flow":
             self._enter(msg)
         elif msg["type"] == "prng_key":
             self.notes.draws_keys |= not self._own_key
         elif msg["type"] == "param":
-            self._own_key = True  # a callable initial value asks for a key: not part of the simulator
+            self._own_key = True  # the key of a callable initial value is not part of the simulator
         elif msg["type"] == "sample" and not msg.get("_control_flow_done"):
             self._open(msg)
             if msg["value"] is None and _is_improper(msg["fn"]):
@@ -75,7 +85,7 @@ class Open(Messenger):
                 self._own_key = False
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """Close a ``param``."""
+        """Note that a ``param`` site is complete."""
         if msg["type"] == "param":
             self._own_key = False
 
@@ -83,7 +93,7 @@ class Open(Messenger):
         bodies = (1, 2) if msg["fn"].__name__ == "cond_wrapper" else (0,)
         inside = functools.partial(Open, names=self.names, shapes=self.shapes, notes=self.notes)
         msg["args"] = tuple(inside(arg) if i in bodies else arg for i, arg in enumerate(msg["args"]))
-        if self.names is None or self.names:  # only handlers inside the model have spoken yet: they condition it
+        if self.names is None or self.names:  # the stack holds only handlers inside the model: drop their conditioning
             stack = msg["kwargs"]["substitute_stack"]
             msg["kwargs"]["substitute_stack"] = [entry for entry in stack if entry[0] != "condition"]
 
@@ -96,12 +106,12 @@ class Open(Messenger):
 
 
 def is_data(site: dict[str, Any]) -> bool:
-    """Say whether a site is observed (factors are not)."""
+    """Decide whether a site is observed. Factors do not count as observed."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("is_auxiliary")
 
 
 def layers(fn: dist.Distribution) -> list[dist.Distribution]:
-    """List a distribution and what it wraps, from the outside in."""
+    """List a distribution and the distributions that it wraps, from the outside in."""
     layers = [fn]
     while isinstance(fn, dist.ExpandedDistribution | dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
@@ -123,10 +133,9 @@ def _any_value(fn: dist.Distribution, key: Key) -> Array:
 
 
 def _constrained(points: Given, site: dict[str, Any]) -> Array | None:
-    """Put a latent site's unconstrained point through its bijector, adding the log determinant as a factor.
+    """Map a latent site's unconstrained point through its bijector, and add the log determinant as a factor.
 
-    The factor is sent from within the site, as NumPyro's potential energy does, so that scale and mask handlers
-    act on it in the same way.
+    The factor is added inside the site, as in NumPyro's potential energy. So scale and mask handlers also act on it.
     """
     if site["type"] != "sample" or site["name"] not in points:
         return None
@@ -145,28 +154,28 @@ def _constrained(points: Given, site: dict[str, Any]) -> Array | None:
 
 
 def unwrapped(support: constraints.Constraint) -> constraints.Constraint:
-    """Take the support of one entry."""
+    """Return the support of one entry."""
     return support.base_constraint if isinstance(support, constraints.independent) else support
 
 
 def log_prob(site: dict[str, Any], value: Array | None = None) -> Array:
-    """Compute the log density of one site, entry by entry, as it counts in the joint (mask and scale included)."""
+    """Compute the log density of one site, entry by entry, as in the joint density (with mask and scale)."""
     log_prob = site["fn"].log_prob(site["value"] if value is None else value)
     return log_prob if site["scale"] is None else site["scale"] * log_prob
 
 
 def sum_terms(terms: Mapping[str, Array], names: Callable[[str], bool]) -> Float[Array, ""]:
-    """Sum the log densities of the sites whose names are asked for."""
+    """Sum the log densities of the sites for which ``names(name)`` is true."""
     return sum((jnp.sum(term) for name, term in terms.items() if names(name)), start=jnp.zeros(()))
 
 
 @dataclass(frozen=True, eq=False)
 class Script:
-    """A model with its arguments, ready to be replayed.
+    """A model with its arguments.
 
     Args:
-        run: the model, closed over its arguments.
-        names: its observed sites.
+        run: the model as a function without arguments.
+        names: names of the observed sites.
         shapes: see `Open`.
     """
 
@@ -175,7 +184,11 @@ class Script:
     shapes: Mapping[str, tuple[int, ...]]
 
     def play(self, key: Key, points: Given | None = None, sites: Given | None = None, notes: Any = None) -> Trace:
-        """Run the model with unconstrained latents ``points`` and given ``sites``; draw the rest."""
+        """Run the model with unconstrained latent values ``points`` and values ``sites``, and draw all other sites.
+
+        Exactness: sites without a value are exact draws, except sites with an improper prior, which get a value from
+            (-2, 2) in the unconstrained space.
+        """
         model = seed(Open(self.run, self.names, self.shapes, notes), key)
         model = substitute(model, data=jax.tree.map(jnp.asarray, dict(sites or {})))
         model = substitute(model, substitute_fn=functools.partial(_constrained, points or {}))
@@ -188,22 +201,25 @@ class Script:
 
 
 def fixed_key() -> Key:
-    """Make the one key of all measurements."""
-    with jax.ensure_compile_time_eval():  # a constant, also where a problem is made inside jit
+    """Make the random key of all measurements on models."""
+    with jax.ensure_compile_time_eval():  # a constant, even if a problem is made inside jit
         return jax.random.key(20240229)
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compile ahead of time: the result runs at once, also where a kernel makes a problem inside jit or vmap.
+    """Compile a function ahead of time, so that it runs immediately even inside jit or vmap.
 
-    (`jax.ensure_compile_time_eval` would do so too, but models must not be traced inside it: their operations
-    on constants would run one by one, and equinox's run-time checks would fail.)
+    A kernel may make a problem inside jit or vmap. `jax.ensure_compile_time_eval` is no alternative: models traced
+    inside it would run their operations on constants one by one, and equinox's run-time checks would fail.
+
+    Raises:
+        UnsupportedModel: if tracing needs concrete values.
     """
     return needs_no_values(functools.partial(ahead_of_time, function), *args)
 
 
 def ahead_of_time(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compile for arguments of these shapes, and run compiled, where the user has disabled `jit` too."""
+    """Compile a function for arguments of these shapes, even if the user has disabled `jit`."""
     with jax.disable_jit(False):
         program = jax.jit(function).lower(*args).compile()
 
@@ -215,12 +231,16 @@ def ahead_of_time(function: Callable[..., Any], *args: Any) -> Callable[..., Any
 
 
 def needs_no_values(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that traces the model; say what to do where it needs concrete values."""
+    """Call a function that traces the model.
+
+    Raises:
+        UnsupportedModel: if tracing needs concrete values.
+    """
     try:
         return function(*args)
     except NEEDS_VALUES as error:
         raise UnsupportedModel(
-            "this model cannot be read: its structure depends on values, or it takes a Python number from a traced "
-            "array. Write branches on sampled values with jnp.where or numpyro's cond, and take sizes from shapes, "
-            f"Python integers or NumPy arrays instead of JAX arrays.\n{error}"
+            "this model cannot be read: its structure depends on values, or it converts a traced array to a Python "
+            "number. Write branches on sampled values with jnp.where or numpyro's cond. Take sizes from shapes, Python "
+            f"integers or NumPy arrays, not from JAX arrays.\n{error}"
         ) from error

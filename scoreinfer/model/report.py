@@ -1,4 +1,4 @@
-"""What can be read from a model, what cannot, and why."""
+"""The report of `check`: which parts of a model can be read, which cannot, and why."""
 
 import sys
 from collections.abc import Callable
@@ -20,18 +20,20 @@ from scoreinfer.model.survey import NUM_PROBES, map_probes
 from scoreinfer.montecarlo.langevin import derivatives, differentiate
 from scoreinfer.problem import Problem, Site
 
-_WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need one; `fit` and weighted draws do without"
-_SOME_GRADIENT = "Langevin kernels may get stuck there; write the density so that it can be differentiated"
+_WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need a gradient; `fit` and weighted draws do not"
+"""Advice for a model without a usable gradient."""
+_SOME_GRADIENT = "Langevin kernels may get stuck at such points; write the density so that it can be differentiated"
+"""Advice for a model whose gradient is not finite at some draws."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: true if the model can be used.
+    """The result of `check`. It is true if the model can be used.
 
     Args:
-        ok: whether the model was read, and its data if it came with any.
-        problem: the problem, None if the model cannot be read.
-        messages: what works, what does not, and why, one line each, led by a tick or a cross.
+        ok: whether the model can be used and the data, if given, fit it.
+        problem: the problem. None means the model cannot be read.
+        messages: one line for each finding: ``✓`` works, ``!`` needs attention, ``✗`` does not work.
     """
 
     ok: bool
@@ -69,17 +71,21 @@ def check(
     file: Any = None,
     **kwargs: Any,
 ) -> Report:
-    """Print what can be read from a NumPyro model, what cannot, and why.
+    """Print which parts of a NumPyro model can be read, which cannot, and why.
+
+    It does not raise if a model cannot be read.
 
     Args:
         model: any callable with NumPyro primitives.
         *args: the model's arguments, with or without data.
         observed: see `from_numpyro`.
-        file: anything to print to (default: standard output).
+        file: the text file to print to. None means standard output.
         **kwargs: the model's keyword arguments.
 
     Returns:
-        The report; true if the model can be used. It never raises for a model that cannot be read.
+        The report. It is true if the model can be used.
+
+    Exactness: gradients, supports and finite values are tested on 8 joint draws only.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -104,7 +110,7 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
     except UnsupportedModel as error:
         reasons = [f"✗ {offence}" for offence in error.offences] or [f"✗ {error}"]
         return Report(False, None, (*reasons, "✗ verdict: this model cannot be used"))
-    except Exception as error:  # a report never raises: whatever the model raised is what it has to say
+    except Exception as error:  # a report never raises: it reports any error of the model
         reason = f"✗ the model failed: {type(error).__name__}: {error}"
         return Report(False, None, (reason, "✗ verdict: this model cannot be used"))
     messages = [f"{problem.dim} unconstrained dimensions"]
@@ -121,14 +127,14 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
 def _say_observed(problem: Problem, facts: Facts) -> list[str]:
     if facts.pseudo and not problem.observed:
         names = ", ".join(sorted(facts.pseudo))
-        why = "is observed at a function of the latent sites, which counts in the density and cannot be simulated"
-        return [f"! {names} {why}: write the distribution of the data themselves, with `obs=data`, to simulate them"]
+        why = "is observed at a function of the latent sites: this counts in the density, but cannot be simulated"
+        return [f"! {names} {why}. To simulate the data, write their own distribution with `obs=data`"]
     if not problem.observed:
         return ["! no observed site: the posterior is the prior. If a site is data, name it: observed=('name',)"]
     lines = []
     if facts.inferred:
         names = ", ".join(site.name for site in problem.observed)
-        lines.append(f"✓ no data given; observed by what the empty arguments feed: {names} (`observed=` to choose)")
+        lines.append(f"✓ no data given; observed, as arguments that are None feed it: {names} (or set `observed=`)")
     lines += [
         f"✓ {site.name}: entries are exchangeable along axis {site.exchangeable}"
         for site in problem.observed
@@ -143,21 +149,21 @@ def _say_density(problem: Problem, facts: Facts) -> list[str]:
     lines = [
         "✓ log density"
         if problem.has_density
-        else "✗ no log density (`numpyro.prng_key` in the model): no exact weights, no corrected draws, no evidence"
+        else "✗ no log density (`numpyro.prng_key` in the model): no exact weights, corrected draws or evidence"
     ]
     late = facts.survey.after_data & set(facts.survey.latents)
     if late:
-        lines.append(f"! prior of {', '.join(sorted(late))} depends on observed values: counted as likelihood")
+        lines.append(f"! prior of {', '.join(sorted(late))} depends on observed values: it counts as likelihood")
     if facts.fixed:
         lines.append(f"! fixed at their initial values (`param`): {', '.join(facts.fixed)}")
     if facts.survey.masks:
-        lines.append(f"✓ masked entries are left out: {', '.join(facts.survey.masks)}")
+        lines.append(f"✓ masked entries do not count: {', '.join(facts.survey.masks)}")
     return lines
 
 
 def _say_simulable(problem: Problem, facts: Facts) -> list[str]:
     if problem.not_simulable:
-        return [f"✗ no simulation ({problem.not_simulable}): no amortised training, no prior draws, no forward check"]
+        return [f"✗ no simulation ({problem.not_simulable}): no amortised training, prior draws or predictive check"]
     finite = np.ones(NUM_PROBES, bool)
     for value in facts.survey.sites.values():
         finite &= np.isfinite(value).reshape(NUM_PROBES, -1).all(1)
@@ -169,11 +175,15 @@ def _say_agreement(problem: Problem) -> list[str]:
     wrong = misdrawn_latents(problem) + misdrawn_data(problem)
     if not wrong:
         return []
-    return [f"! {say_misdrawn(wrong)} `fit` learns from the draws, and weights mend it; `sbc` and `calibrate` refuse"]
+    return [f"! {say_misdrawn(wrong)} `fit` learns from the draws; weights correct them; `sbc` and `calibrate` refuse"]
 
 
 def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
-    """Differentiate the log joint density at the measured draws; say also whether kernels can use what comes out."""
+    """Test the gradient of the log joint density at the measured draws.
+
+    Returns:
+        The lines of the report, and whether kernels can use the gradient.
+    """
     if not problem.has_density:
         return [], False
     survey, script = facts.survey, facts.script
@@ -206,7 +216,7 @@ def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
     if mode == "none":
         return [*lines, f"✗ {guilty}: no gradient. {_WITHOUT_GRADIENT}"], False
     if mode == "forward":
-        lines.append(f"! {guilty}: a gradient in forward mode alone (a `while_loop`?), dear in many dimensions")
+        lines.append(f"! {guilty}: a gradient in forward mode only (a `while_loop`?), slow in many dimensions")
     count = broken(problem.log_joint)
     if not count:
         return lines, True
@@ -221,12 +231,12 @@ def _listed(guilty: list[str], names: list[str]) -> str:
 
 
 def _say_use(problem: Problem, has_gradient: bool) -> list[str]:
-    one, many = "`MCMC(ScoreSDE(model), ...)` learns this posterior", "`fit` learns those of all data of this design"
+    one, many = "`MCMC(ScoreSDE(model), ...)` learns this posterior", "`fit` learns the posteriors of all data"
     if not has_gradient:
         return [] if problem.not_simulable else [f"✓ {many}"]
     if problem.not_simulable:
         return [f"✓ {one}"]
-    return [f"✓ {many} at once, from simulations; {one} alone, from its density"]
+    return [f"✓ {many} at once, from simulations; {one} only, from its density"]
 
 
 def _data_fault(problem: Problem, facts: Facts, args: tuple, kwargs: dict[str, Any]) -> str:
@@ -243,5 +253,5 @@ def _verdict(problem: Problem, usable: bool) -> str:
     if not usable:
         return "✗ verdict: this model cannot be used: no simulation and no gradient"
     if problem.not_simulable:
-        return "✓ verdict: usable by its density alone"
-    return "✓ verdict: usable" if problem.has_density else "✓ verdict: usable by simulation alone, without weights"
+        return "✓ verdict: usable by its density only"
+    return "✓ verdict: usable" if problem.has_density else "✓ verdict: usable by simulation only, without weights"

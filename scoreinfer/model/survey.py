@@ -1,4 +1,4 @@
-"""Measuring what a model does with its sites, and refusing what cannot be read."""
+"""Survey: measuring the properties of a model's sites, and refusing models that cannot be read."""
 
 import functools
 import re
@@ -19,16 +19,28 @@ from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.errors import Offence, UnsupportedModel
 from scoreinfer.model.replay import LOG_DET, Notes, Script, Trace, compiled, fixed_key, layers, log_prob, unwrapped
 
-NUM_PROBES = 8  # draws on which a model is measured; binary sites need a few to show that they matter
+NUM_PROBES = 8
+"""Joint draws on which a model is measured. Binary sites need several, to take both values. Chosen by judgement."""
 
 
 class Row(NamedTuple):
-    """What is static about one site; the shape of a deterministic one may be a tree of shapes."""
+    """The static properties of one site.
+
+    Args:
+        type: NumPyro's type of the site.
+        shape: shape of the value. For a deterministic site it may be a tree of shapes.
+        dtype: NumPy dtype name of the value.
+        support: tree structure of the support, without its bounds, which may be traced.
+        words: name of the support.
+        is_factor: whether the site is a ``numpyro.factor``.
+        plate_axis: axis of the value along which its only plate runs. None means there is no such axis.
+        num_classes: number of categories. None means the site is not categorical.
+    """
 
     type: str
     shape: Any
     dtype: str = ""
-    support: Any = None  # tree structure: the bounds may be traced
+    support: Any = None
     words: str = ""
     is_factor: bool = False
     plate_axis: int | None = None
@@ -65,20 +77,22 @@ def _rows(played: Trace) -> dict[str, Row]:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What a model does, measured on a few joint draws.
+    """Properties of a model, measured on a few joint draws. All arrays have the draw axis first.
 
     Args:
-        table: what is static about the sites of the model.
+        table: the static properties of every site.
         latents: names of the latent sites in order.
-        layout: how they fill ``z``.
-        points: unconstrained latents of the draws.
-        sites: every site's value in the draws.
-        terms: log density of every site in the draws, entry by entry.
-        supports: the support of each site whose support never moves.
-        masks: the entries that count, for each observed site with a fixed mask.
-        exchangeable: axis of the plate, for the observed sites that are alike along it.
-        after_data: sites (latent, deterministic) that depend on the value of an observed site.
+        layout: layout of the latent sites in ``z``.
+        points: unconstrained values of the latent sites.
+        sites: values of all sample sites except factors.
+        terms: log density of every site, entry by entry.
+        supports: support of each site whose support is the same in all draws.
+        masks: for each observed site with a fixed mask, True for the entries that count (no draw axis).
+        exchangeable: for each observed site with exchangeable entries along its plate, the axis of the plate.
+        after_data: latent and deterministic sites that depend on the value of an observed site.
         notes: see `Notes`.
+
+    Exactness: the properties hold for the measured draws, which use a fixed key.
     """
 
     table: dict[str, Row]
@@ -95,33 +109,37 @@ class Survey:
 
 
 def probe_keys(num: int = NUM_PROBES, repeats: int = 1) -> Array:
-    """Make one fixed key for each measured draw."""
+    """Make the fixed key of each measured draw, ``repeats`` times over."""
     with jax.ensure_compile_time_eval():
         return jnp.tile(jax.random.split(fixed_key(), num), repeats)
 
 
 def map_probes(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Map a function over the leading axis of its inputs, compiled, at once."""
+    """Compile a function, map it over the leading axis of its inputs, and return NumPy arrays."""
     mapped = compiled(lambda inputs: jax.lax.map(lambda row: function(*row), inputs), inputs)
     return jax.device_get(mapped(inputs))
 
 
 def draw_probes(function: Callable[[Key], Any], keys: Array) -> Any:
-    """Call a function that draws with each key, operation by operation.
+    """Call a function that draws with each key, and stack the results.
 
-    Compiled, the random numbers of many sites take far longer to read than to draw. Where a kernel makes a problem
-    inside jit, nothing can be evaluated so, and the function is compiled for one key.
+    The function is not compiled, because compiling random numbers of many sites takes much longer than drawing them.
+    Exception: if a kernel makes a problem inside jit, the function is compiled for one key.
     """
     with jax.ensure_compile_time_eval():
         rows = [keys[i] for i in range(len(keys))]
     run = compiled(function, rows[0]) if is_traced(jnp.zeros(())) else function
-    with numpyro.validation_enabled(False):  # as in compiled code: draws that are not finite are reported, not refused
+    with numpyro.validation_enabled(False):  # as in compiled code: draws that are not finite are reported, no error
         drawn = [jax.device_get(run(row)) for row in rows]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
 
 
 def take_survey(script: Script) -> Survey:
-    """Measure a model: joint draws first, then its density at them, with their own and with other data."""
+    """Measure a model: make joint draws, then compute densities at the draws with their own data and with other data.
+
+    Raises:
+        UnsupportedModel: if a site cannot be read, or differs between two runs.
+    """
     notes = Notes()
     table, drawn = _draw(script, notes)
     latents = tuple(name for name in table if name in drawn["points"])
@@ -151,7 +169,7 @@ def take_survey(script: Script) -> Survey:
 
 
 def _draw(script: Script, notes: Notes) -> tuple[dict[str, Row], dict[str, Any]]:
-    """Draw jointly a few times; return the table of the sites, and what was drawn of each."""
+    """Make joint draws. Return the table of the sites, and the drawn values, supports and masks."""
     tables: list[dict[str, Row]] = []
 
     def draw(key: Key) -> dict[str, Any]:
@@ -179,7 +197,11 @@ def _draw(script: Script, notes: Notes) -> tuple[dict[str, Row], dict[str, Any]]
 def _score(
     script: Script, table: dict[str, Row], drawn: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], frozenset[str]]:
-    """Compute the density of every site at the draws, with their own data; name what other data change."""
+    """Compute log densities at the draws, and find the sites that depend on the data.
+
+    Returns:
+        The log density of every site with the draws' own data, and the names of the sites that other data change.
+    """
     tables: list[dict[str, Row]] = []
     y = {name: drawn["sites"][name] for name in table if name in script.names}
     other = {name: np.roll(value, 1, axis=0) for name, value in y.items()}
@@ -205,7 +227,7 @@ def _score(
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
-    """Say whether arrays agree to rounding."""
+    """Decide whether arrays are equal up to rounding."""
     return np.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -214,7 +236,7 @@ def _constant(rows: np.ndarray) -> bool:
 
 
 def _mask(site: dict[str, Any]) -> Array | None:
-    """Find the entries of a site's value that count, None where all do."""
+    """Find the entries of a site's value that count. None means that all entries count."""
     value, masks = site["value"], []
     for layer in layers(site["fn"]):
         if isinstance(layer, dist.MaskedDistribution) and layer._mask is not True:
@@ -224,7 +246,7 @@ def _mask(site: dict[str, Any]) -> Array | None:
 
 
 def _plate_axis(site: dict[str, Any]) -> int | None:
-    """Find the axis of a site's value that its only plate runs along."""
+    """Find the axis of a site's value along which its only plate runs. None means there is no such axis."""
     frames, batch_ndim = site["cond_indep_stack"], len(site["fn"].batch_shape)
     if len(frames) != 1 or site.get("_control_flow_done") or frames[0].size < 2:
         return None
@@ -232,7 +254,10 @@ def _plate_axis(site: dict[str, Any]) -> int | None:
 
 
 def _rolled(site: dict[str, Any]) -> tuple[Array, Array]:
-    """Compute the log density of moved entries, and move the log density: equal if no entry is special."""
+    """Compute the log density of the rolled value, and the rolled log density.
+
+    They are equal if the entries are exchangeable.
+    """
     axis = _plate_axis(site)
     moved = log_prob(site, jnp.roll(site["value"], 1, axis))
     stayed = log_prob(site)
@@ -241,14 +266,14 @@ def _rolled(site: dict[str, Any]) -> tuple[Array, Array]:
 
 def _refuse(played: Trace, names: frozenset[str]) -> None:
     offences = [offence for site in played.values() for offence in _offences(site, played, names)]
-    missing = [Offence(name, "is no sample site of this model", "Check `observed=`") for name in names - set(played)]
+    missing = [Offence(name, "is no sample site of this model", "Correct `observed=`") for name in names - set(played)]
     if offences or missing:
         raise UnsupportedModel(tuple(offences + missing))
     is_latent = [s["type"] == "sample" and not s["is_observed"] and s["name"] not in names for s in played.values()]
     if not any(is_latent):
         raise UnsupportedModel(
             "this model cannot be read: it has no latent site, so there is nothing to infer"
-            + (f". Taken as observed: {', '.join(sorted(names))}; say which are with `observed=`." if names else ".")
+            + (f". Observed sites: {', '.join(sorted(names))}; choose others with `observed=`." if names else ".")
         )
 
 
@@ -291,7 +316,11 @@ def _refuse_moving(one: dict[str, Row], two: dict[str, Row]) -> None:
 
 
 def refuse_seeded(survey: Survey) -> None:
-    """Refuse latent sites that every key draws alike."""
+    """Refuse latent sites that have the same value for every key.
+
+    Raises:
+        UnsupportedModel: if there is such a site and no improper prior.
+    """
     frozen = [name for name in survey.latents if _constant(survey.points[name])]
     if frozen and not survey.notes.improper:
         way_out = "Pass the model itself, without `numpyro.handlers.seed` and without fixed keys"
@@ -299,6 +328,6 @@ def refuse_seeded(survey: Survey) -> None:
 
 
 def in_words(support: constraints.Constraint) -> str:
-    """Name a support, such as ``positive`` or ``corr_cholesky``."""
+    """Return the name of a support, such as ``positive`` or ``corr_cholesky``."""
     name = type(unwrapped(support)).__name__.strip("_")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

@@ -1,4 +1,4 @@
-"""Simulators: programs outside JAX, run on prior draws, their outcomes kept on disk."""
+"""Simulators: programs outside JAX that run on prior draws. Their results are stored on disk."""
 
 from scoreinfer.simulators.record import record
 from scoreinfer.simulators.run import simulate

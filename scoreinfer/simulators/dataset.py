@@ -1,4 +1,4 @@
-"""Stored simulations: the rows of a store as learning wants them, by themselves or as data with a known likelihood."""
+"""Training data from a store of simulations. The data are the outputs, or draws from a likelihood given the outputs."""
 
 import dataclasses
 import os
@@ -23,30 +23,40 @@ from scoreinfer.simulators.outputs import real_numbers
 from scoreinfer.simulators.store import Rows, Store, select
 
 BATCH = 4096
+"""Largest number of rows in one compiled call. It limits the memory. Chosen by judgement."""
 NUM_EXAMPLES = 64
-"""Rows on which a likelihood is looked at."""
+"""Rows of the store that serve as examples when a likelihood is read. Chosen by judgement."""
 
 
 def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Problem:
-    """Make the problem of a prior and a foreign simulator with outputs of these shapes.
+    """Make the problem of a prior and a foreign simulator, whose outputs are the data.
 
-    The data are given by name: ``posterior.sample(key, num, y=data)``.
+    Its ``read`` takes the data by name: ``posterior.sample(key, num, y=data)``. It raises a ValueError for data with
+    other names or shapes, or that are no finite real numbers.
+
+    Args:
+        problem: the problem of the prior.
+        shapes: shape of each output, by name.
     """
 
     def read(args: tuple, kwargs: dict[str, Any]) -> Sites:
         if args or kwargs.keys() != shapes.keys():
             raise ValueError(
                 f"Expected data for {', '.join(shapes)} by name, as the simulator returns them; got "
-                f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}."
+                f"{', '.join(kwargs) or 'none'}{f' and {len(args)} without a name' if args else ''}. Write "
+                f"`{', '.join(f'{name}=...' for name in shapes)}`."
             )
         values = {name: real_numbers(f"Data {name!r}", kwargs[name]).values for name in shapes}
         for name, value in values.items():
             if value.shape != shapes[name]:
-                raise ValueError(f"Data {name!r} must have shape {shapes[name]}, got {value.shape}.")
+                raise ValueError(
+                    f"Data {name!r} must have shape {shapes[name]}, got {value.shape}. Pass data of the shape that the "
+                    "simulator returns."
+                )
             if not np.isfinite(value).all():
                 raise ValueError(
                     f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
-                    "not (masked entries are none). Fit the posterior of the entries that there are."
+                    "not (a masked entry is not). Fit a posterior with a simulator that returns the known entries only."
                 )
         with jax.ensure_compile_time_eval():
             return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
@@ -57,19 +67,25 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
 
 
 def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, outputs: Sites) -> Problem:
-    """Make the problem of a prior, a foreign simulator, and a likelihood of the data given what it returns.
+    """Make the problem of a prior, a foreign simulator, and a likelihood of the data given the simulator's outputs.
 
     Args:
-        problem: the prior.
+        problem: the problem of the prior.
         likelihood: ``likelihood(parameters, outputs, ...data)``, a NumPyro model.
-        z: parameters at which the simulator was run.
-        outputs: what it returned there.
+        z: unconstrained parameters of some runs of the simulator.
+        outputs: the outputs of these runs, by name.
+
+    Raises:
+        UnsupportedModel: if the likelihood has no sample site, cannot be read, or cannot be simulated.
     """
     few = slice(None, NUM_EXAMPLES)
     z, outputs = z[few], {name: value[few] for name, value in outputs.items()}
     observation = read_likelihood(likelihood, jax.jit(jax.vmap(problem.latent_sites))(z), outputs)
     if observation.simulate_observation is None:
-        raise UnsupportedModel(f"Learning draws data from the likelihood: {observation.not_simulable}")
+        raise UnsupportedModel(
+            "Expected a likelihood that can be simulated, because learning draws data from it, but: "
+            f"{observation.not_simulable}. Write the data as sample sites."
+        )
     return _foreign(
         problem, observed=observation.observed, encode=observation.encode, read=observation.read,
         observation=observation, recipe=partial(with_likelihood, problem, likelihood, z, outputs),
@@ -77,10 +93,13 @@ def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, 
 
 
 def _foreign(problem: Problem, **observed: Any) -> Problem:
-    """Make a problem whose data come from a simulator that cannot be run here."""
+    """Make a problem whose data come from a simulator outside JAX."""
 
     def log_likelihood(z: Array, y: Sites) -> Array:
-        raise ValueError("A foreign simulator has no density (`Problem.has_density` is False).")
+        raise ValueError(
+            "Expected a problem with a density, but a foreign simulator has none (`Problem.has_density` is False). If "
+            "the density of the data given its outputs is known, pass `likelihood=` when fitting."
+        )
 
     return dataclasses.replace(
         problem, log_likelihood=log_likelihood, constrain=problem.latent_sites, simulate=None,
@@ -94,16 +113,26 @@ def _row(problem: Problem, z: Float[Array, " dim"], outputs: Sites) -> Float[Arr
 
 
 def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "num dim"], Float[Array, " num"]]:
-    """Compute the log density of the data ``y`` given what each row of a store says, in order: z, log density.
+    """Compute log p(y | parameters, outputs) for each row of a store.
 
-    Minus infinity where the simulator failed.
+    Args:
+        problem: a problem with a known likelihood (see `with_likelihood`).
+        store: the simulations.
+        y: the data.
+
+    Returns:
+        The unconstrained parameters of all rows, in the order of their numbers, and the log densities. The log density
+        is minus infinity for a row without valid outputs.
+
+    Raises:
+        UnreadableFile: if the store is damaged.
     """
     parts = []
     for part in store.parts():
         told = np.full(len(part.number), -np.inf)
         if part.valid.any():
             pair = _on_device(select(part, part.valid))
-            size = 1 << (len(pair[0]) - 1).bit_length()  # few shapes are ever compiled
+            size = 1 << (len(pair[0]) - 1).bit_length()  # powers of two: few shapes are compiled
             told[part.valid] = _in_batches_of(pair, size, partial(_log_likelihoods, problem, y))
         parts.append((part.number, part.z, told))
     if not parts:
@@ -131,30 +160,30 @@ def _simulate_data(key: Key, problem: Problem, rows: Array, z: Float[Array, "num
 
 
 def _data(key: Key, problem: Problem, z: Array, outputs: Sites) -> Sites:
-    """Take the outputs for the data, or draw data from their likelihood."""
+    """Return the outputs as data, or draw data from the likelihood given the outputs."""
     if problem.observation is None:
         return outputs
     return _in_batches_of((z, outputs), len(z), partial(_simulate_data, key, problem))
 
 
 def _in_batches_of(pair: tuple[Array, Sites], size: int, function: Callable[..., Any]) -> Any:
-    """Call a function on (numbers of rows, z, outputs), so many rows at a time."""
+    """Call a function on (row indices, z, outputs) in batches of at most ``size`` rows."""
     return in_batches(
         lambda rows: function(rows, *jax.tree.map(lambda leaf: leaf[rows], pair)), len(pair[0]), min(size, BATCH)
     )
 
 
 class StoredSimulations(NamedTuple):
-    """Rows of a store as fitting wants them.
+    """Training data from a store.
 
     Args:
         problem: the problem of the prior and the foreign simulator.
-        z: parameters of the valid rows, or of as many as the store's ``memory`` holds.
-        y: their data.
-        all_z: parameters of all rows.
-        valid: whether each of all rows is valid.
-        renew: from a random key to rows other than the first tenth of ``z``, for one more epoch of training; None
-            where there are no others than these.
+        z: unconstrained parameters of the valid rows, limited by the store's ``memory``.
+        y: the data of these rows.
+        all_z: unconstrained parameters of all rows, valid or not.
+        valid: True for each valid row of ``all_z``.
+        renew: draws ``(z, y)`` for one more epoch of training, given a random key. The held-out rows are not among
+            them. None means every epoch has the same rows.
     """
 
     problem: Problem
@@ -166,36 +195,44 @@ class StoredSimulations(NamedTuple):
 
     @property
     def num_held_out(self) -> int:
-        """Number of rows, the first of ``z``, that no step of training ever sees."""
+        """Number of held-out rows: the first tenth of ``z``, which is never used for training."""
         return max(len(self.z) // 10, 1)
 
 
 def stored_simulations(
     key: Key, prior: Problem, store: Store | str | os.PathLike[str], likelihood: Callable[..., Any] | None = None
 ) -> StoredSimulations:
-    """Read the rows of a store for the prior that its parameters were drawn from.
+    """Read training data from a store.
 
     Args:
-        key: random key of data drawn from a likelihood.
-        prior: the problem of the prior, or one that this function made of it.
+        key: random key of the data that are drawn from a likelihood.
+        prior: the problem of the prior from which the store's parameters were drawn, or a problem that this function
+            has returned.
         store: the store, or its folder.
-        likelihood: NumPyro model of the data given parameters and outputs; None: the outputs are the data.
+        likelihood: NumPyro model of the data given parameters and outputs. None means the outputs are the data, or
+            the likelihood of ``prior`` is used if it has one.
 
     Raises:
-        ValueError: where no row is valid, or the prior has other sites than the store's.
-        UnreadableFile: where the store is damaged.
+        ValueError: if no row is valid, or the prior differs from the store's prior in its sites or bounds.
+        UnsupportedModel: if the likelihood cannot be read or simulated.
+        UnreadableFile: if the store is damaged.
+
+    Exactness: data drawn from a likelihood are exact draws given the stored outputs. Failed rows are left out.
     """
     store = store if isinstance(store, Store) else Store(store)
     own = describe_sites(prior.latents)
     if own != store.manifest["latents"]:
         raise ValueError(
             f"The store's parameters are {', '.join(store.manifest['latents'])}, this prior's are {', '.join(own)}. "
-            "Pass the prior that the simulations were made with."
+            "Pass the prior with which the simulations were made."
         )
     _check_bounds(prior, store)
     index = store.index()
     if not index.valid.any():
-        raise ValueError(f"No simulation in `{store.path}` is valid: {store}. Nothing can be learned.")
+        raise ValueError(
+            f"Expected at least one valid simulation in `{store.path}`, got none: {store}. Correct the simulator, and "
+            "simulate again into a new store."
+        )
     numbers = index.number[index.valid]
     z, outputs = _on_device(store.take(numbers[: store.capacity(index)]))
     problem = prior
@@ -225,7 +262,7 @@ def _on_device(rows: Rows) -> tuple[Array, Sites]:
 
 
 def _check_bounds(prior: Problem, store: Store) -> None:
-    """Refuse a prior whose parameters differ from the store's at the same places of the unconstrained space."""
+    """Refuse a prior with other bounds: its parameters differ from the store's at the same unconstrained values."""
     try:
         places = np.asarray(store.manifest["first"][0], float).reshape(-1, prior.dim)
         told = {site.name: np.asarray(store.manifest["parameters"][site.name], float) for site in prior.latents}
@@ -236,6 +273,6 @@ def _check_bounds(prior: Problem, store: Store) -> None:
     differs = same_parameters(prior, jnp.asarray(places, float), told)
     if differs:
         raise ValueError(
-            f"The store's first parameters are {differs}: its bounds are others. Pass the prior that the simulations "
-            "were made with."
+            f"The store's first parameters are {differs}: its bounds are others. Pass the prior with which the "
+            "simulations were made."
         )

@@ -1,4 +1,4 @@
-"""Outputs: what foreign programs return, as real numbers by name; what is none is refused, never altered."""
+"""Outputs of foreign programs as real numbers by name. Any other output is refused, never converted."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ WAYS_OUT = {
     "M": "Return a number, such as the seconds since a fixed time",
     "m": "Return a number, such as seconds",
 }
-"""What to do instead, by the kind of a NumPy type."""
+"""Advice for outputs that are no real numbers, by the kind of their NumPy type."""
 
 
 class Numbers(NamedTuple):
-    """Real numbers, and which of them are missing.
+    """Real numbers, some of which may be missing.
 
     Args:
-        values: the numbers; NaN where they are missing.
-        masked: the entries that were masked; None where none was.
+        values: the numbers, with NaN for missing entries.
+        masked: True for masked entries. None means no entry was masked.
     """
 
     values: Float[np.ndarray, "..."]
@@ -27,14 +27,14 @@ class Numbers(NamedTuple):
 
 
 def real_numbers(what: str, value: Any) -> Numbers:
-    """Take real numbers, whole numbers and truth values for numbers, and nothing else.
+    """Convert real numbers, whole numbers and truth values to floats. Refuse everything else.
 
     Args:
-        what: what the value is, for the error.
+        what: what the value is, for the error message.
         value: an array, a masked array, or lists of them.
 
     Raises:
-        ValueError: for complex numbers, dates, text, other objects, and lists of different lengths.
+        ValueError: if the value holds complex numbers, dates, text or other objects, or lists of different lengths.
 
     >>> real_numbers("Output 'y'", np.ma.array([1, 2], mask=[False, True])).values
     array([ 1., nan])
@@ -42,11 +42,14 @@ def real_numbers(what: str, value: Any) -> Numbers:
     is_masked = _is_masked(value)
     try:
         array = np.asarray(_each(np.ma.getdata, value) if is_masked else value)
-    except ValueError as error:  # NumPy's own words name nothing
-        raise ValueError(f"{what} must be an array of real numbers: {error}.") from error
+    except ValueError as error:  # NumPy's message does not say which value is meant
+        raise ValueError(
+            f"{what} must be an array of real numbers, but NumPy cannot make one: {error}. Give all rows the same "
+            "length."
+        ) from error
     if not np.can_cast(array.dtype, np.float64, "same_kind"):
         got = type(array.flat[0]).__name__ if array.dtype == object and array.size else array.dtype
-        way_out = WAYS_OUT.get(array.dtype.kind, "Turn it into an array of floats, or leave it out")
+        way_out = WAYS_OUT.get(array.dtype.kind, "Convert it to an array of floats, or leave it out")
         raise ValueError(f"{what} must be real or whole numbers, got {got}. {way_out}.")
     values = array.astype(np.float64)
     if not is_masked:
@@ -56,17 +59,17 @@ def real_numbers(what: str, value: Any) -> Numbers:
 
 
 def named_outputs(returned: Any) -> dict[str, Numbers]:
-    """Take what a simulator returned: an array (then called ``y``) or arrays by name.
+    """Convert the result of a simulator to numbers by name. A single array gets the name ``y``.
 
     Raises:
-        ValueError: where an output is no real number; the message names it.
+        ValueError: if an output is not made of real numbers. The message names the output.
     """
     named = returned if isinstance(returned, Mapping) else {"y": returned}
     return {str(name): real_numbers(f"Output {str(name)!r}", value) for name, value in named.items()}
 
 
 def say_masked(masks: Mapping[str, Bool[np.ndarray, "..."] | None]) -> str:
-    """Say which outputs have masked entries; the empty string where none has.
+    """Describe which outputs have masked entries. The text is empty if there are none.
 
     >>> say_masked({"y": np.array([True, False]), "x": None})
     "masked: 'y' (1 of 2 entries)"

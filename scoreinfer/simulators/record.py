@@ -1,4 +1,4 @@
-"""Simulations made elsewhere: parameters and outputs that exist already, as a store to learn from."""
+"""Recording existing simulations: parameters and outputs that were made elsewhere become a store."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -21,11 +21,13 @@ from scoreinfer.simulators.run import first_rows, most_rows, told_of_draws, told
 from scoreinfer.simulators.store import Row, Store, only_writer, open_store, status_of, write_shard
 
 ELSEWHERE = "recorded elsewhere"
+"""The simulator's name in the manifest of a recorded store."""
 BATCH = 4096
+"""Rows that are mapped to the unconstrained space in one compiled call. It limits the memory. Chosen by judgement."""
 NUM_PRIOR = 10_000
-"""Draws of the prior that the parameters are held against."""
+"""Number of prior draws with which the recorded parameters are compared. Chosen by judgement."""
 MIN_P = 1e-6
-"""Probability under the prior below which parameters are not taken for its draws, for all coordinates together."""
+"""Smallest accepted p-value (Bonferroni) of the test that parameters are prior draws. Chosen by judgement."""
 
 
 def record(
@@ -35,29 +37,32 @@ def record(
     *,
     store: str | os.PathLike[str],
 ) -> Store:
-    """Keep simulations that were made elsewhere, on a cluster or long ago, as a store.
+    """Make a store from existing simulations, for example from a cluster.
 
-    Called again with the same arrays it changes nothing; after an interruption it goes on.
+    A second call with the same arrays changes nothing. After an interruption, it completes the store.
 
     Args:
-        prior: the NumPyro model without arguments, or `Problem` (``from_numpyro(model, *args)``), whose latent sites
-            the parameters were drawn from. Or `Draws`, at which the simulator was run (see `Conditioned.weigh`).
-        parameters: constrained parameters by site, rows first.
-        outputs: what the simulator returned, rows first: an array (then called ``y``) or a dictionary of arrays by
-            name. Rows with numbers that are not finite, or with masked entries, count as failed.
-        store: folder of the rows; made where there is none.
+        prior: the prior from which the parameters were drawn: a NumPyro model without arguments, or a `Problem`
+            (``from_numpyro(model, *args)``). Or the `Draws` at which the simulator was run (see `Conditioned.weigh`).
+        parameters: constrained parameters by site. The first axis is the row.
+        outputs: outputs of the simulator: an array (which gets the name ``y``), or arrays by name. The first axis is
+            the row. A row fails if it has masked entries or numbers that are not finite.
+        store: folder of the store. It is created if it does not exist.
 
     Returns:
-        The `Store`; ``NPSE(prior, simulations=store).fit(key)`` learns from it.
+        The `Store`. ``NPSE(prior, simulations=store).fit(key)`` learns from it.
 
     Raises:
-        UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for outputs or parameters that are no real numbers, sites or rows that do not match, parameters
-            outside the prior's support or not spread as the prior's draws are, or a store of other simulations.
+        UnsupportedModel: if the prior has no simulator.
+        ValueError: if outputs or parameters are no real numbers; if sites, shapes or numbers of rows do not match; if
+            parameters lie outside the prior's support or are not distributed as the prior's draws; or if the folder
+            holds other simulations.
+        RuntimeError: if another process writes to the store.
+        UnreadableFile: if the store is damaged.
 
-    Exactness: what is learned from the store is right as far as the parameters are independent draws of the prior
-        (a space-filling design will do). They are refused where a Kolmogorov-Smirnov test against the prior gives some
-        coordinate a probability below 1e-6.
+    Exactness: posteriors learned from the store are right if the parameters are independent draws of the prior (a
+        space-filling design of the prior works, too). Parameters are refused if a two-sample Kolmogorov-Smirnov test
+        against prior draws gives a p-value below 1e-6 (smallest of all coordinates, times their number).
 
     >>> import tempfile, numpy as np, numpyro, numpyro.distributions as dist, scoreinfer as si
     >>> def prior():
@@ -72,7 +77,10 @@ def record(
         sites, z, told = named_leaves(prior.sites), np.asarray(prior.unconstrained[:num]), told_of_draws(prior, num)
         values = _check_rows({name: leaf.shape[1:] for name, leaf in sites.items()}, parameters, num)
         if any(not np.allclose(values[name], sites[name][:num], rtol=1e-3, atol=1e-6) for name in values):
-            raise ValueError("The parameters must be those of the draws, in their order; got others.")
+            raise ValueError(
+                "The parameters must be those of the draws, in the same order, got other values. Pass the first rows of "
+                "`draws.sites`, one for each row of the outputs."
+            )
     else:
         problem = problem_of(prior, (), {})
         told = told_of_prior(problem)
@@ -92,13 +100,16 @@ def record(
 
 
 def _columns(outputs: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Take outputs by name, rows first, and which of their entries were masked, where any was."""
+    """Return the outputs by name (first axis the row), and the masks of the outputs that have masked entries."""
     named = named_outputs(outputs)
     columns = {name: output.values for name, output in named.items()}
     lengths = {len(value) if value.ndim else 0 for value in columns.values()}
     if len(lengths) != 1 or 0 in lengths:
         got = {name: value.shape for name, value in columns.items()}
-        raise ValueError(f"Expected outputs of as many rows each, and one at least; got shapes {got}.")
+        raise ValueError(
+            f"Expected outputs with the same number of rows, at least one; got shapes {got}. The first axis of each "
+            "output must be the row."
+        )
     return columns, {name: output.masked for name, output in named.items() if output.masked is not None}
 
 
@@ -114,12 +125,15 @@ def _check_rows(shapes: dict[str, tuple[int, ...]], parameters: Mapping[str, Any
     got = {name: value.shape for name, value in values.items()}
     expected = {name: (num, *shape) for name, shape in shapes.items()}
     if got != expected:
-        raise ValueError(f"Expected parameters of shapes {expected}, one row for each of the outputs; got {got}.")
+        raise ValueError(
+            f"Expected parameters of shapes {expected}, got {got}. Pass every latent site of the prior, with one row "
+            "for each row of the outputs."
+        )
     return values
 
 
 def _unconstrain(problem: Problem, values: dict[str, np.ndarray]) -> Float[Array, "num dim"]:
-    """Map the parameters to the unconstrained space, and back to see that they are possible."""
+    """Map the parameters to the unconstrained space, and back, to check that they lie inside the prior's support."""
     sites = {name: jnp.asarray(value, float) for name, value in values.items()}
     there = jax.jit(jax.vmap(problem.unconstrain))
     z = in_batches(
@@ -129,10 +143,15 @@ def _unconstrain(problem: Problem, values: dict[str, np.ndarray]) -> Float[Array
         same = np.isclose(back, sites[name], rtol=1e-3, atol=1e-6).reshape(len(z), -1).all(-1)
         if not same.all():
             row = int(np.argmin(same))
-            raise ValueError(f"Row {row} has {name} = {values[name][row]}, where the prior has no density.")
+            raise ValueError(
+                f"Row {row} has {name} = {values[name][row]}, where the prior has no density. Expected values inside "
+                "its support: leave this row out, or pass the prior from which it was drawn."
+            )
     if not np.isfinite(z).all():
         row = int(np.argmin(np.isfinite(z).all(-1)))
-        raise ValueError(f"Row {row} lies on the very edge of the prior's support: leave it out.")
+        raise ValueError(
+            f"Row {row} lies on the edge of the prior's support, expected values inside. Leave this row out."
+        )
     return z
 
 
@@ -143,7 +162,8 @@ def _check_spread(problem: Problem, z: Float[np.ndarray, "num dim"]) -> None:
     if min(p_values) * problem.dim < MIN_P:
         worst = int(np.argmin(p_values))
         raise ValueError(
-            f"The parameters are not spread as this prior's draws are (coordinate {worst} of the {problem.dim} "
-            f"unconstrained ones: mean {z[:, worst].mean():.3g} and sd {z[:, worst].std():.3g}, the prior's "
-            f"{drawn[:, worst].mean():.3g} and {drawn[:, worst].std():.3g}). Pass the prior they were drawn from."
+            "Expected parameters that are distributed as draws of this prior, but they are not: unconstrained "
+            f"coordinate {worst} of {problem.dim} has mean {z[:, worst].mean():.3g} and standard deviation "
+            f"{z[:, worst].std():.3g}; the prior has {drawn[:, worst].mean():.3g} and {drawn[:, worst].std():.3g}. "
+            "Pass the prior from which they were drawn."
         )

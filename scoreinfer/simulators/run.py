@@ -1,4 +1,4 @@
-"""Foreign simulators: any callable, run row by row through any executor, every outcome recorded in a store."""
+"""Running foreign simulators: any callable, called row by row by any executor. A store records every result."""
 
 import concurrent.futures
 import math
@@ -42,19 +42,27 @@ from scoreinfer.simulators.store import (
 )
 
 Simulator = Callable[[dict[str, Any], int], Any]
-"""From constrained parameters by site (NumPy) and a seed to an array, or a dictionary of arrays."""
+"""``(constrained parameters by site (NumPy), seed) -> array or dictionary of arrays``."""
 _SomeRows = Callable[[Array], tuple[Array, Sites, Array]]
-"""From numbers of rows to their unconstrained parameters, their parameters by site, and their seeds."""
+"""``row numbers -> (unconstrained parameters, constrained parameters by site, seeds)``."""
 FLUSH_SECONDS, FLUSH_ROWS, FLUSH_BYTES = 5.0, 1000, 32 * 2**20
-"""Finished rows are written at least this often, and as soon as there are so many of them, or so large ones."""
+"""Finished rows are written after this many seconds, rows or bytes, whichever comes first. Chosen by judgement."""
 PATIENCE = 10.0
-"""Time-outs that are waited for a worker where all are busy with rows that were given up."""
+"""If all workers are busy with timed-out rows, wait this many time-outs for a free worker. Chosen by judgement."""
 BATCH = 4096
+"""Rows that are drawn from the prior in one compiled call. It limits the memory. Chosen by judgement."""
 NOT_FINITE = "numbers that are not finite"
+"""Reason for an invalid row, in the warning of `simulate`."""
 
 
 class Outcome(NamedTuple):
-    """What one call of a simulator gave."""
+    """The result of one call of a simulator.
+
+    Args:
+        outputs: the outputs by name. None means the call failed.
+        error: the error, or the masked entries, in words; otherwise empty.
+        seconds: wall time of the call.
+    """
 
     outputs: dict[str, np.ndarray] | None
     error: str
@@ -76,58 +84,65 @@ def simulate(
     simulator_version: Version = None,
     progress_bar: bool = True,
 ) -> Store:
-    """Draw parameters from a prior, run a foreign simulator on each, and keep every outcome on disk.
+    """Draw parameters from a prior, run a foreign simulator on each, and store every result on disk.
 
-    Row i (its parameters and its seed) depends on ``key`` and i alone, whatever the executor. Called again with the
-    same arguments it runs the rows that are missing, after a crash or for a larger ``num``; no row is run twice
-    unless the process died before it was written (every five seconds), and none is recorded twice.
+    The parameters and the seed of row i depend on ``key`` and i only, for every executor. A second call with the same
+    arguments, or a larger ``num``, runs the missing rows. No row is stored twice. A row runs twice only if the process
+    died before the row was written; rows are written every five seconds.
 
     Args:
         key: random key.
-        prior: a NumPyro model without arguments, or a `Problem` (``from_numpyro(model, *args)``), whose latent sites
-            are the parameters; its observed sites are ignored. Or `Draws`, to run the simulator on the first ``num`` of
-            them (see `Conditioned.weigh`).
-        simulator: ``simulator(parameters, seed)``: constrained parameters by site as NumPy values, and a whole number
-            to seed what is random in it. Returns an array (then called ``y``) or a dictionary of arrays by name.
-            A row fails where one of them holds anything but real or whole numbers or truth values. Masked entries are
-            missing values: NaN.
+        prior: the prior of the parameters: a NumPyro model without arguments, or a `Problem`
+            (``from_numpyro(model, *args)``). The latent sites are the parameters; observed sites are ignored. Or
+            `Draws`: the simulator then runs on the first ``num`` draws (see `Conditioned.weigh`).
+        simulator: ``simulator(parameters, seed)`` with constrained parameters by site (NumPy values), and a whole
+            number as seed for its random numbers. It returns an array (which gets the name ``y``) or a dictionary of
+            arrays by name. The row fails if an output is not made of real numbers, whole numbers or truth values.
+            Masked entries are missing values and become NaN.
         num: number of rows.
-        store: folder of the rows; made where there is none.
+        store: folder of the store. It is created if it does not exist.
         executor: any `concurrent.futures.Executor`: threads, spawned processes, dask's ``Client.get_executor()``,
-            ``mpi4py.futures``. None: one after the other, here. It is not shut down.
-        on_error: ``record`` what the simulator raises, or ``raise`` it.
-        timeout: seconds after which a row is given up as ``timeout``; needs an executor. What runs in it cannot be
-            killed from here, and keeps its worker busy until it ends.
-        retries: how often a row that failed or timed out is tried again.
-        num_workers: rows in flight. None: what the executor says, else the number of processors.
-        simulator_version: what tells this simulator from an edited one, whose rows do not belong with its own. None:
-            its code, constants, defaults, closure and global values, and those of your own functions and classes that
-            it calls (libraries count by name, and their objects by the arrays they hold). Paths: files whose bytes
-            count as well, such as a program that it runs. A text: your own version, which stands in place of all that.
+            ``mpi4py.futures``. It is not shut down. None means the rows run in this process, one after the other.
+        on_error: ``"record"`` stores the errors of the simulator, ``"raise"`` raises them.
+        timeout: seconds after which a row gets the status ``timeout``. It needs an executor. The call itself is not
+            killed: it keeps its worker busy until it ends. None means no limit.
+        retries: how often a row that failed or timed out is run again.
+        num_workers: number of rows that run at the same time. None means the executor's number of workers, or the
+            number of processors if the executor does not report it.
+        simulator_version: identifies the simulator, so that rows of an edited simulator are not mixed with its rows.
+            None means a fingerprint of its code, constants, defaults, closure and global values, and of your own
+            functions and classes that it calls (libraries count by name, and their objects by the arrays they hold).
+            Paths add files whose bytes count, too, such as a program that it runs. A text is your own version and
+            replaces the fingerprint.
         progress_bar: show a progress bar on a terminal.
 
     Returns:
-        The `Store`; ``NPSE(prior, simulations=store).fit(key)`` learns from it.
+        The `Store`. ``NPSE(prior, simulations=store).fit(key)`` learns from it.
 
     Raises:
-        UnsupportedModel: where the prior cannot be drawn from.
-        ValueError: for wrong arguments, or a store of other simulations or of another simulator: one of another name,
-            or edited since; the message says where.
-        RuntimeError: where another process writes to the store, or every worker hangs.
+        UnsupportedModel: if the prior has no simulator.
+        ValueError: if an argument is wrong, or the folder holds other simulations or rows of another simulator (of
+            another name, or edited since). The message says what differs.
+        RuntimeError: if another process writes to the store, or every worker hangs.
+        UnreadableFile: if the store is damaged.
+        Exception: with ``on_error="raise"``, everything that the simulator raises.
 
     Warns:
-        UserWarning: where nothing has come of any row: all have failed, or are not finite.
+        UserWarning: if all rows failed or are not finite.
 
-    Exactness: exact draws from the joint distribution of prior and simulator, failures included.
+    Exactness: exact draws from the joint distribution of prior and simulator, including failures.
     """
     if on_error not in ("record", "raise"):
         raise ValueError(f"`on_error` must be 'record' or 'raise', got {on_error!r}.")
     if timeout is not None and executor is None:
-        raise ValueError("A `timeout` needs an `executor`: what runs here cannot be left behind.")
+        raise ValueError(
+            "A `timeout` needs an `executor`, because a call in this process cannot be abandoned. Pass an `executor`, "
+            "or leave `timeout` out."
+        )
     if executor is not None and _forks(executor):
         raise ValueError(
-            "Forked processes deadlock with JAX: give the ProcessPoolExecutor "
-            "mp_context=multiprocessing.get_context('spawn')."
+            "Expected threads or spawned processes, got forked processes, which deadlock with JAX. Create the "
+            "ProcessPoolExecutor with mp_context=multiprocessing.get_context('spawn')."
         )
     if isinstance(prior, Draws):
         rows, told = partial(_rows_of_draws, key, prior), told_of_draws(prior, num)
@@ -162,14 +177,15 @@ def simulate(
                     leave_out(path, counting)
     if faults and all(faults) and not done.valid.any():
         warnings.warn(
-            f"None of the {len(faults)} simulations of this run can be learned from. The first: {faults[0]}",
+            f"None of the {len(faults)} simulations of this run succeeded with finite numbers. Correct the simulator. "
+            f"The first: {faults[0]}",
             stacklevel=2,
         )
     return opened
 
 
 class _Plan(NamedTuple):
-    """How rows are run."""
+    """How rows are run. See `simulate`."""
 
     simulator: Simulator
     on_error: str
@@ -179,7 +195,15 @@ class _Plan(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """One row to run."""
+    """One row to run.
+
+    Args:
+        number: number of the row.
+        z: unconstrained parameters.
+        parameters: constrained parameters by site.
+        seed: seed for the simulator.
+        attempts: number of earlier attempts.
+    """
 
     number: int
     z: np.ndarray
@@ -189,30 +213,47 @@ class _Task(NamedTuple):
 
 
 def told_of_prior(problem: Problem) -> dict[str, Any]:
-    """Describe the prior in a store's manifest."""
+    """Describe the prior in a store's manifest.
+
+    Raises:
+        UnsupportedModel: if the prior has no simulator.
+    """
     if problem.simulate is None:
-        raise UnsupportedModel(f"Parameters are drawn from the prior, and this one cannot be: {problem.not_simulable}")
+        raise UnsupportedModel(
+            f"Expected a prior that can be simulated, but this one cannot: {problem.not_simulable}. Pass a model whose "
+            "latent sites can be drawn."
+        )
     return {"dim": problem.dim, "latents": describe_sites(problem.latents)}
 
 
 def told_of_draws(draws: Draws, num: int) -> dict[str, Any]:
-    """Describe draws in a store's manifest."""
+    """Describe draws in a store's manifest.
+
+    Raises:
+        ValueError: if there are fewer draws than rows.
+    """
     if num > draws.num:
-        raise ValueError(f"`num` must be at most the number of draws, {draws.num}, got {num}.")
+        raise ValueError(
+            f"`num` must be at most the number of draws, {draws.num}, got {num}. Reduce `num`, or sample more draws."
+        )
     latents = [f"{name} {value.shape[1:]} drawn" for name, value in named_leaves(draws.sites).items()]
     z = np.asarray(draws.unconstrained)
     return {"dim": z.shape[1], "latents": latents, "draws": digest({"values": z})}
 
 
 def first_rows(rows: _SomeRows, num: int) -> dict[str, Any]:
-    """Tell the first rows, at most four: parameters of other bounds have others at the same places."""
+    """Describe the first rows, at most four, in a store's manifest.
+
+    The same unconstrained values give other parameters under a prior with other bounds. So the manifest identifies the
+    prior.
+    """
     z, sites, seeds = rows(jnp.arange(min(num, 4)))
     first = [np.asarray(z, np.float64).round(4).tolist(), np.asarray(seeds).tolist()]
     return {"first": first, "parameters": _rounded(sites)}
 
 
 def _name(simulator: Simulator) -> str:
-    """Name a simulator for the manifest."""
+    """Return the name of a simulator for the manifest."""
     while isinstance(simulator, partial):
         simulator = simulator.func
     return getattr(simulator, "__qualname__", type(simulator).__qualname__)
@@ -250,7 +291,14 @@ def _tasks(rows: _SomeRows, numbers: np.ndarray) -> list[_Task]:
 
 
 def attempt(simulator: Simulator, parameters: dict[str, Any], seed: int, catch: bool) -> Outcome:
-    """Call a simulator once and time it; runs in the workers."""
+    """Call a simulator once and measure its time. This runs in the workers.
+
+    Args:
+        simulator: the simulator.
+        parameters: constrained parameters by site.
+        seed: seed for the simulator.
+        catch: whether errors of the simulator are returned, not raised.
+    """
     start = time.perf_counter()
     try:
         outputs = named_outputs(simulator(parameters, seed))
@@ -271,7 +319,7 @@ def _run(
     shapes: dict[str, tuple[int, ...]],
     done: Callable[[Row], Any],
 ) -> None:
-    """Run the rows, and write what is finished every few seconds and whatever ends the run."""
+    """Run the rows. Write finished rows every few seconds, and also at the end or after an error."""
     waiting, finished, flushed = tasks[::-1], [], time.monotonic()
     running: dict[concurrent.futures.Future, tuple[_Task, float]] = {}
     lost: set[concurrent.futures.Future] = set()
@@ -306,7 +354,7 @@ def _run(
             late = [f for f, (_, since) in running.items() if plan.timeout is not None and now - since > plan.timeout]
             for future in late:
                 task, since = running.pop(future)
-                if future.cancel():  # it never began: its worker was not free
+                if future.cancel():  # it has not started, because no worker was free
                     waiting.append(task)
                     continue
                 lost.add(future)
@@ -323,7 +371,7 @@ def _run(
 
 
 def _row(task: _Task, outcome: Outcome, status: str | None, shapes: dict[str, tuple[int, ...]]) -> Row:
-    """Judge an outcome: outputs of another shape than the first ones are a failure, too."""
+    """Make the row of an outcome. Outputs whose shapes differ from the first row's count as a failure."""
     outputs, error = outcome.outputs, outcome.error
     if outputs is not None and shapes and {name: value.shape for name, value in outputs.items()} != shapes:
         got = {name: value.shape for name, value in outputs.items()}
@@ -336,7 +384,7 @@ def _row(task: _Task, outcome: Outcome, status: str | None, shapes: dict[str, tu
 
 
 def most_rows(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Count the rows that are written at once, where there are so many."""
+    """Compute the largest number of rows in one shard, for outputs of these shapes."""
     size = 8 * sum(map(math.prod, shapes.values()))
     return min(FLUSH_ROWS, max(FLUSH_BYTES // max(size, 1), 1))
 
@@ -363,8 +411,8 @@ def _wait_for_worker(lost: set[concurrent.futures.Future], plan: _Plan) -> None:
     ready, _ = concurrent.futures.wait(lost, timeout=patience, return_when=concurrent.futures.FIRST_COMPLETED)
     if not ready:
         raise RuntimeError(
-            f"All {plan.num_workers} workers hang in rows that were given up after {plan.timeout} s. The finished rows "
-            "are kept: call again with a new executor, and let the simulator end itself in time."
+            f"All {plan.num_workers} workers hang in rows that exceeded the time-out of {plan.timeout} s. Finished rows "
+            "are stored. Call again with a new executor, and make the simulator end itself in time."
         )
 
 

@@ -1,8 +1,8 @@
-"""Validity: the probability that a foreign simulator succeeds, learned from the rows in which it did and did not.
+"""Validity: the learned probability v(z) that a foreign simulator succeeds at the parameters z.
 
-Rows that failed say nothing about their data, so the posterior is learned from the others: from
-p(z) v(z) p(y | z), v the probability of success. Where failing has nothing to do with the data that would have come
-out, dividing the weights by v(z) gives p(z) p(y | z) back.
+Valid rows have the joint density p(z) v(z) p(y | z), up to a constant. A posterior learned from them is corrected by
+dividing the importance weights by v(z), which gives p(z) p(y | z). The correction is right if, given z, failure does
+not depend on the data y.
 """
 
 import equinox as eqx
@@ -15,13 +15,19 @@ from scoreinfer.nets import ResidualMLP
 from scoreinfer.training.loop import Budget, train
 
 WIDTH, DEPTH = 64, 2
+"""Units per layer and number of blocks of the classifier. Chosen by judgement."""
 
 
 class Validity(eqx.Module):
     """The learned probability of success v(z).
 
-    Exactness: biased: as good as the training of a classifier. Where v is zero nothing can be learned, and the
-        posterior has no mass there.
+    Args:
+        centre: mean of the parameters.
+        scale: standard deviation of the parameters.
+        network: the classifier. Its input is standardised.
+
+    Exactness: biased by the error of the trained classifier. If v(z) is zero, nothing can be learned at z, and the
+        learned posterior has no mass there.
     """
 
     centre: Float[Array, " dim"]
@@ -29,7 +35,7 @@ class Validity(eqx.Module):
     network: ResidualMLP
 
     def logit(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
-        """Compute log v / (1 - v)."""
+        """Compute log(v(z) / (1 - v(z)))."""
         centre, scale = jax.lax.stop_gradient((self.centre, self.scale))
         return self.network(((z - centre) / scale).astype(jnp.float32))[0]
 
@@ -44,7 +50,7 @@ def validity_network(key: Key, dim: int) -> ResidualMLP:
 
 
 def validity_loss(module: Validity, batch: tuple, key: Key) -> Float[Array, ""]:
-    """Compute the mean logistic loss of success."""
+    """Compute the mean logistic loss: the mean of log(1 + exp(l)) - valid * l, where l is the logit."""
     del key
     z, valid = batch
     logit = jax.vmap(module.logit)(z)
@@ -54,7 +60,19 @@ def validity_loss(module: Validity, batch: tuple, key: Key) -> Float[Array, ""]:
 def learn_validity(
     key: Key, z: Float[Array, "num dim"], valid: Float[Array, " num"], *, progress_bar: bool = True
 ) -> Validity:
-    """Train the classifier on parameters and on whether (1 or 0) the simulator succeeded there."""
+    """Train the classifier.
+
+    The first tenth of the rows is held out. Adam's learning rate starts at 2e-3; at most 3000 steps. Chosen by
+    judgement.
+
+    Args:
+        key: random key.
+        z: unconstrained parameters of all rows.
+        valid: 1 if the simulator succeeded in the row, else 0.
+        progress_bar: show a progress bar on a terminal.
+
+    Exactness: see `Validity`.
+    """
     for_net, for_training = jax.random.split(key)
     module = Validity(z.mean(axis=0), z.std(axis=0) + 1e-12, validity_network(for_net, z.shape[1]))
     held_out = max(len(z) // 10, 1)
@@ -70,5 +88,5 @@ def learn_validity(
 
 @eqx.filter_jit
 def failure_weights(validity: Validity, values: Float[Array, "num dim"]) -> Float[Array, " num"]:
-    """Compute - log v of every draw: the weight that undoes the failures."""
+    """Compute -log v(z) of every draw, the log weight that corrects for failures. Exactness: see `Validity`."""
     return -jax.vmap(validity.log_prob)(values)

@@ -92,7 +92,7 @@ def test_posterior_answers_for_the_data_as_they_are(fitted, change):
         weight = np.exp(np.asarray(draws.log_weight - jax.nn.logsumexp(draws.log_weight), np.float64))
         assert abs(weight @ np.asarray(draws.sites["a"]) - model.mean()) < 0.05
         np.testing.assert_allclose(draws.observed["y"], model.data, rtol=1e-6)
-        focused = posterior.focus(random.key(2), num_steps=0).sample(random.key(1), 2000)
+        focused = posterior.condition().focus(random.key(2), num_steps=0).sample(random.key(1), 2000)
         np.testing.assert_allclose(focused.observed["y"], model.data, rtol=1e-6)
         if number == 0:
             change(model)

@@ -189,7 +189,7 @@ def test_init_params(kernel):
     assert_same(state.z, start)
     problem = location_scale_problem()
     z, y = jnp.array([9.0, 1.0]), problem.read((Y1,), {})
-    log_q = fake_posterior().log_q(None, fake_posterior().context(y), z)
+    log_q = fake_posterior().log_q(None, fake_posterior().context(Target(problem, y)), z)
     np.testing.assert_allclose(state.log_weight[0], problem.log_joint(z, y) - log_q, rtol=1e-4)
     one = run(kernel, Y1, num_chains=1, init_params={"mu": 9.0, "sigma": 1.0}, extra_fields=("z.mu",))
     assert one.get_extra_fields()["z.mu"].shape == (100,)

@@ -910,8 +910,8 @@ def test_report(capsys):
 def test_report_of_what_is_missing():
     text = str(check(factored, 1.0, file=io.StringIO()))
     assert "✗ no simulation (penalty is a `numpyro.factor`): no amortised training" in text
-    assert "usable by its density alone" in text
-    assert "observed by what the empty arguments feed: y" in str(check(hierarchical, GROUP, file=io.StringIO()))
+    assert "usable by its density only" in text
+    assert "arguments that are None feed it: y" in str(check(hierarchical, GROUP, file=io.StringIO()))
     bad = check(hierarchical, GROUP, np.full(6, np.nan), file=io.StringIO())
     assert not bad
     assert "✗ data: Observed site 'y' has 6 NaN" in str(bad)
@@ -1017,7 +1017,7 @@ LEARNS = "ScoreSDE(model), ...)` learns"
 @pytest.mark.parametrize(
     ("model", "told", "kernels", "ok"),
     [
-        (rooted, "! y: a gradient in forward mode alone", True, True),
+        (rooted, "! y: a gradient in forward mode only", True, True),
         (unexposed, "✗ y: the gradient is not finite at 8 of 8", False, True),
         (callback, "✗ the model: no gradient", False, True),
         (called_density, "cannot be used: no simulation and no gradient", False, False),

@@ -65,16 +65,14 @@ class RandomScore(eqx.Module):
     network: ResidualMLP
 
     def __call__(self, t, x):
-        return -1.2 * x + 0.3 * self.network(jnp.append(x, t).astype(jnp.float32))
+        # Half as steep as the exact score, or less; much less, or fewer steps, and the weights have no variance.
+        return -jnp.array([1.2, 6.0]) * x + 0.3 * self.network(jnp.append(x, t).astype(jnp.float32))
 
 
-# Textbook kernels of fewer steps have less than half of the variance that they should have: weights without a variance.
-@pytest.mark.parametrize(
-    ("kernel", "num_steps"), [(ReverseEuler, 16), pytest.param(ThroughPhysics, 4, marks=pytest.mark.slow)]
-)
-def test_untrained_networks_give_unbiased_weights(kernel, num_steps):
+@pytest.mark.parametrize("kernel", [ReverseEuler, pytest.param(ThroughPhysics, marks=pytest.mark.slow)])
+def test_untrained_networks_give_unbiased_weights(kernel):
     """Any score gives exact weights: the evidence and the smoother are right, whatever the network."""
-    modes = ornstein_uhlenbeck(num_steps)
+    modes = ornstein_uhlenbeck(12)
     network = ResidualMLP(jax.random.key(5), 3, 2, width=16, depth=1)
     weight = jax.random.normal(jax.random.key(6), network.last.weight.shape) / 4.0
     score = RandomScore(eqx.tree_at(lambda net: net.last.weight, network, weight))

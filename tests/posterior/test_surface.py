@@ -153,5 +153,5 @@ def test_predictions_need_a_simulator(conditioned):
     target = conditioned.target
     problem = dataclasses.replace(target.problem, simulate_observation=None, not_simulable="'f' is a factor.")
     bare = dataclasses.replace(conditioned, target=Target(problem, target.y))
-    with pytest.raises(si.errors.UnsupportedModel, match="`predict` simulates data .*: 'f' is a factor"):
+    with pytest.raises(si.errors.UnsupportedModel, match=r"`predict` simulates data .*: 'f' is a factor"):
         bare.predict(jax.random.key(3), 10)

@@ -96,8 +96,8 @@ def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
     [
         (lambda p, o: ({"rate": p["rate"]}, o), r"Expected parameters of shapes .*'shares': \(200, 2\)"),
         (lambda p, o: ({**p, "rate": p["rate"][:-1]}, o), r"got .*'rate': \(199,\)"),
-        (lambda p, o: (p, {**o, "level": o["level"][:-1]}), "as many rows each"),
-        (lambda p, o: (p, 3.0), r"one at least; got shapes {'y': \(\)}"),
+        (lambda p, o: (p, {**o, "level": o["level"][:-1]}), "the same number of rows"),
+        (lambda p, o: (p, 3.0), r"at least one; got shapes {'y': \(\)}"),
         (
             lambda p, o: (p, {**o, "level": 1j * o["level"]}),
             "Output 'level' must be real or whole numbers, got complex128",
@@ -111,12 +111,12 @@ def test_other_arrays_in_the_same_folder_are_refused(problem, arrays, tmp_path):
             "Parameter 'rate' must be real or whole numbers, got complex128",
         ),
         (lambda p, o: ({**p, "rate": np.ma.array(p["rate"], mask=p["rate"] > 3)}, o), "has rate = nan, where"),
-        (lambda p, o: (p, {}), "one at least; got shapes {}"),
+        (lambda p, o: (p, {}), "at least one; got shapes {}"),
         (lambda p, o: ({**p, "rate": np.r_[p["rate"][:5], -1.0, p["rate"][6:]]}, o), "Row 5 has rate = -1.0"),
         (lambda p, o: ({**p, "shares": p["shares"] + 1.0}, o), "has shares = .*, where the prior has no density"),
-        (lambda p, o: ({**p, "shares": np.full((NUM, 2), 5.0)}, o), "Row 0 lies on the very edge"),
+        (lambda p, o: ({**p, "shares": np.full((NUM, 2), 5.0)}, o), "Row 0 lies on the edge"),
         (lambda p, o: ({**p, "rate": np.full(NUM, np.nan)}, o), "Row 0 has rate = nan"),
-        (lambda p, o: ({**p, "rate": 2.0 * p["rate"]}, o), "not spread as this prior's draws are"),
+        (lambda p, o: ({**p, "rate": 2.0 * p["rate"]}, o), "distributed as draws of this prior"),
     ],
 )
 def test_what_does_not_belong_is_refused(problem, arrays, tmp_path, change, message):
