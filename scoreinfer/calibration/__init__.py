@@ -1,4 +1,4 @@
-"""Calibration: whether posteriors mean what they say, tested on data sets whose truth is known."""
+"""Calibration: tests whether posteriors are right, on simulated data sets whose true parameters are known."""
 
 from scoreinfer.calibration.predictive import Discrepancy, predictive_check
 from scoreinfer.calibration.ranks import SBC, sbc

@@ -1,4 +1,4 @@
-"""Predictive checks: whether a posterior's own simulations look like the data it was given."""
+"""Predictive checks: whether data simulated from a posterior look like the observed data."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -18,17 +18,19 @@ from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
 
 STATISTICS: dict[str, Callable[[Array], Array]] = {"mean": jnp.mean, "sd": jnp.std, "min": jnp.min, "max": jnp.max}
+"""Statistics of a site that are compared. A site of size one has the mean only. Chosen by judgement."""
 BATCH = 256
+"""Data sets that are simulated in one compiled call. It limits the memory. Chosen by judgement."""
 
 
 class Discrepancy(NamedTuple):
-    """One statistic of the data beside the same of simulated data.
+    """One statistic of the observed data, compared with its values on simulated data.
 
     Args:
         name: site and statistic.
-        observed: its value on the data.
-        low: 2.5 % quantile of its simulated values.
-        high: 97.5 % quantile.
+        observed: value on the observed data.
+        low: 2.5 % quantile of the simulated values.
+        high: 97.5 % quantile of the simulated values.
         p_value: two-sided posterior predictive p-value.
     """
 
@@ -40,31 +42,42 @@ class Discrepancy(NamedTuple):
 
 
 def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepancy]:
-    """Compare statistics of the data with those of data simulated from posterior draws.
+    """Compare statistics T of the observed data y with those of data y' simulated from posterior draws.
 
-    Mean, standard deviation, smallest and largest value of every observed site. p = 2 min(P(T(y') <= T(y)),
-    P(T(y') >= T(y))), at most 1.
+        p = min(1, 2 min(P(T(y') <= T(y)), P(T(y') >= T(y))))
+
+    T is the mean, standard deviation, smallest and largest value of every observed site.
 
     Args:
         key: random key.
-        draws: posterior draws; weighted ones are resampled.
-        num: simulated data sets.
+        draws: posterior draws. Weighted draws are resampled.
+        num: number of simulated data sets.
+
+    Returns:
+        One `Discrepancy` for each statistic, sorted by name.
 
     Raises:
-        UnsupportedModel: where data cannot be simulated from given parameters.
-        ValueError: where the draws are for anything else than the observed sites (an end state).
+        UnsupportedModel: if data cannot be simulated from given parameters.
+        ValueError: if the draws were conditioned on something that is no observed site, such as an end state.
 
-    Exactness: conservative: the data have been used twice, so p-values of a right model crowd around one half.
+    Exactness: conservative. The data are used twice, for the posterior and for the check. So the tail probabilities of
+        a right model lie closer to one half than uniform ones.
 
     References: Gelman, Meng and Stern 1996, Statistica Sinica 6.
     """
     problem = draws.problem
     if problem is None or problem.simulate_observation is None:
-        why = "these draws do not know their problem" if problem is None else problem.not_simulable
-        raise UnsupportedModel(f"Predictive checks simulate data from parameters: {why}")
+        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.not_simulable
+        raise UnsupportedModel(
+            "Predictive checks simulate data from parameters. Expected draws from the posterior of a model that can do "
+            f"so, got others: {why}"
+        )
     strange = sorted(draws.observed.keys() - {site.name for site in problem.observed})
     if strange:
-        raise ValueError(f"Expected draws for what the model observes, got draws for {', '.join(strange)}.")
+        raise ValueError(
+            f"Expected draws conditioned on observed sites only, got draws conditioned on {', '.join(strange)}. "
+            "Condition on the model's observed sites."
+        )
     for_rows, for_data = jax.random.split(key)
     log_weight = np.zeros(draws.num) if draws.log_weight is None else pareto_smooth(draws.log_weight)[0]
     values = draws.unconstrained[resample_indices(for_rows, log_weight, num)]

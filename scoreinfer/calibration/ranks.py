@@ -1,9 +1,9 @@
-"""Simulation-based calibration: the ranks of known truths among posterior draws of the data they made.
+"""Simulation-based calibration: ranks of true parameters among posterior draws for simulated data.
 
-If (z*, y) come from the model and draws from p(z | y), then z* is one more such draw: its rank is uniform for every
-quantity that may depend on z and y. Beside the components of every site two joint quantities are ranked: the log
-joint density, which sees a posterior that ignores its data, and the distance to a reference point that moves with the
-data (TARP).
+If (z*, y) is drawn from the model, z* and exact draws from p(z | y) have the same distribution given y. So the rank of
+f(z*, y) among the f(z, y) of the draws is uniform, for every function f. The functions are the components of every
+latent site and two joint quantities: the log joint density log p(z, y), which detects a posterior that ignores its
+data, and the distance of z to a reference point that depends on the data (TARP).
 """
 
 import time
@@ -34,21 +34,22 @@ from scoreinfer.simulators.store import Store
 from scoreinfer.training.simulations import Simulations, Standardiser, encode, encoded, simulate_joint, standardiser
 
 AT_ONCE = 8192
-"""Proposals drawn at once, over all data sets of a batch."""
+"""Proposals in one compiled call, over all data sets of a batch. It limits the memory. Chosen by judgement."""
 MIN_REFERENCES = 50
-"""Rows of a store that are kept apart for reference points."""
+"""Least number of rows of a store that are reserved for reference points. Chosen by judgement."""
 ALARM = 0.01
-"""Share of calibrated posteriors that the verdict refuses."""
+"""Significance level: the largest share of calibrated posteriors that the verdict rejects. Chosen by judgement."""
 
 
 class SBC(NamedTuple):
-    """Ranks of known truths, and what they say.
+    """Ranks of true parameters, and tests of their uniformity.
 
     Args:
         ranks: rank of every component of every latent site, ``(num_simulations, *site shape)``.
-        joint: ranks of ``tarp`` and, where there is a density, of ``log_joint``: ``(num_simulations,)``.
-        num_draws: draws that each truth was ranked among; ranks run from 0 to this number.
-        effective_share: effective share of each data set's weighted proposals; None where nothing was weighed.
+        joint: ranks of ``tarp`` and, if there is a density, of ``log_joint``: ``(num_simulations,)``.
+        num_draws: number of posterior draws for each data set. Ranks run from 0 to this number.
+        effective_share: effective sample size of the weighted proposals, divided by their number, for each data set.
+            None means the draws have no weights.
         seconds: wall time.
     """
 
@@ -60,37 +61,41 @@ class SBC(NamedTuple):
 
     @property
     def num_simulations(self) -> int:
-        """Number of data sets."""
+        """Number of simulated data sets."""
         return len(self.joint["tarp"])
 
     def columns(self) -> Iterator[tuple[str, np.ndarray, str]]:
-        """Yield label, ranks and kind (empty for components of sites) of every quantity."""
+        """Yield label, ranks and kind of every quantity. The kind is empty for components of sites."""
         yield from ((name, values, name) for name, values in self.joint.items())
         for name, values in self.ranks.items():
             for index in np.ndindex(values.shape[1:]):
                 yield f"{name}{list(index) if index else ''}", values[(slice(None), *index)], ""
 
     def rows(self) -> list[RankTest]:
-        """Test every quantity."""
+        """Test the ranks of every quantity.
+
+        Raises:
+            ValueError: if there are too few ranks for a test.
+        """
         return [rank_test(name, values, self.num_draws, kind) for name, values, kind in self.columns()]
 
     @property
     def p_value(self) -> float:
-        """Smallest p-value of all quantities, times their number (Bonferroni)."""
+        """Smallest p-value of all quantities, times their number (Bonferroni), at most 1."""
         rows = self.rows()
         return min(1.0, len(rows) * min(row.p_value for row in rows))
 
     @property
     def calibrated(self) -> bool:
-        """Whether nothing speaks against calibration: wrongly False for at most 1 % of calibrated posteriors."""
+        """Whether the tests do not reject calibration. Wrongly False for at most 1 % of calibrated posteriors."""
         return self.p_value > ALARM
 
     def to_arviz(self) -> Any:
-        """Return the ranks as the group ``prior_sbc``, which `arviz_plots.plot_ecdf_pit` draws."""
+        """Convert the ranks to the ArviZ group ``prior_sbc``, which `arviz_plots.plot_ecdf_pit` plots."""
         return to_prior_sbc(self.ranks)
 
     def __str__(self) -> str:
-        head = "calibrated as far as told" if self.calibrated else "not calibrated"
+        head = "calibration not rejected" if self.calibrated else "not calibrated"
         lines = [f"{head}: p = {self.p_value:.3g} over all quantities, {self.num_simulations} simulations"]
         width = max(len(row.name) for row in self.rows())
         for row in self.rows():
@@ -100,13 +105,13 @@ class SBC(NamedTuple):
 
 
 class References(NamedTuple):
-    """Simulations apart from the tested ones: where TARP takes its reference points from.
+    """Simulations from which TARP takes its reference points. They are independent of the tested simulations.
 
     Args:
-        standardiser: scale of the observations.
-        x: their standardised features.
-        z: their truths.
-        spread: standard deviation of each component of the truths.
+        standardiser: standardises observations.
+        x: standardised, flattened observations.
+        z: true parameters of these simulations.
+        spread: standard deviation of each component of ``z``.
     """
 
     standardiser: Standardiser
@@ -132,36 +137,43 @@ def sbc(
     thinning: int = 10,
     progress_bar: bool = True,
 ) -> SBC:
-    """Rank known truths among posterior draws of the data that they made.
+    """Rank true parameters among posterior draws for simulated data.
 
-    An amortised posterior answers for batches of data sets in one compiled call. A NumPyro kernel is run on each data
-    set; its program is compiled once.
+    For an amortised posterior, one compiled call handles a batch of data sets. A NumPyro kernel runs on one data set
+    after the other; its program is compiled once.
 
     Args:
-        key: random key; simulation i depends on ``key`` and i alone.
+        key: random key. Simulation i depends on ``key`` and i only.
         posterior: a fitted posterior, or a NumPyro kernel of a model.
-        num_simulations: number of data sets.
-        model_args: of a kernel: the model's own arguments; data may be left out, and are not looked at.
-        model_kwargs: of a kernel: the model's own keyword arguments.
-        problem: where truths and data come from; None: the posterior's own problem, or the kernel's model.
-        store: foreign simulations other than those the posterior was trained on: truths and data are their valid rows.
-        num_draws: draws that each truth is ranked among.
-        num_proposals: weighted proposals of a fitted posterior, of which ``num_draws`` are picked by weight.
-        corrected: weigh; False tests the learned draws themselves, and so does a model without a density.
+        num_simulations: number of simulated data sets.
+        model_args: arguments of a kernel's model. Data may be missing, and are ignored.
+        model_kwargs: keyword arguments of a kernel's model. None means no arguments.
+        problem: the problem that simulates parameters and data. None means the problem of the posterior, or the
+            kernel's model.
+        store: stored simulations on which the posterior was not trained. Its valid rows replace the simulations. None
+            means the problem simulates.
+        num_draws: number of posterior draws for each data set.
+        num_proposals: number of weighted proposals of a fitted posterior, from which ``num_draws`` are resampled.
+        corrected: whether proposals are weighted. False tests the learned draws themselves. A problem without a density
+            has no weights.
         num_warmup: warm-up steps of a kernel.
-        thinning: steps of a kernel between two draws: ranks are uniform for independent draws only.
+        thinning: steps of a kernel between two kept draws. Ranks are uniform for independent draws only.
         progress_bar: show a progress bar on a terminal.
 
     Returns:
-        The ranks; print them for a table.
+        The ranks. Their text is a table of the tests.
 
     Raises:
-        TypeError: where a model's arguments are given beside a fitted posterior, which knows its problem.
-        UnsupportedModel: where the model cannot be simulated, or draws what its density does not describe. (A model
-            with the same sites that draws what the posterior's density describes may be given in its place.)
+        TypeError: if a model's arguments are given for a fitted posterior, which contains its problem.
+        UnsupportedModel: if the model cannot be simulated, or its density does not describe its draws. In the second
+            case, pass a ``problem`` with the same sites whose draws follow the posterior's density.
+        ValueError: if a kernel has no ``model``, or is used with a store; or if the store has too few valid rows, or
+            parameters of another prior.
+        UnreadableFile: if the store is damaged.
 
-    Exactness: exact for exact independent draws, as for the learned ones without weights. Picking by weight is
-        consistent as ``num_proposals`` grows, like the answers it tests; thinned chains are as thinning grows.
+    Exactness: ranks are exactly uniform if the draws are exact and independent. Learned draws without weights are
+        independent, so their test is exact. Resampling by weight adds an error that vanishes as ``num_proposals``
+        grows. Correlation within a chain adds an error that vanishes as ``thinning`` grows.
 
     References: Talts et al. 2020, arXiv 1804.06788; Modrak et al. 2023, arXiv 2211.02383 (quantities that depend on
     the data); Lemos et al. 2023, arXiv 2302.03026 (TARP); Hermans et al. 2022, arXiv 2110.06581 (expected coverage).
@@ -169,8 +181,9 @@ def sbc(
     start = time.perf_counter()
     if not is_kernel(posterior) and (model_args or model_kwargs):
         raise TypeError(
-            "Expected `model_args` and `model_kwargs` beside a kernel alone: a fitted posterior knows its problem. "
-            "Leave them out, or give another model as `problem=from_numpyro(model, *args, **kwargs)`."
+            "Expected `model_args` and `model_kwargs` for a kernel only, got them for a fitted posterior, which "
+            "contains its problem. Leave them out, or pass another model as `problem=from_numpyro(model, *args, "
+            "**kwargs)`."
         )
     for_references, for_rows = jax.random.split(key)
     pairs: tuple[Array, Sites] | None = None
@@ -179,10 +192,16 @@ def sbc(
     else:
         problem = _problem_of(posterior, model_args, model_kwargs or {}) if problem is None else problem
         if problem.simulate is None:
-            raise UnsupportedModel(f"Calibration simulates data, and this model has none: {problem.not_simulable}")
+            raise UnsupportedModel(
+                "Calibration simulates data, so it expects a model that can be simulated. Pass such a model as "
+                f"`problem=`, or simulations as `store=`. This model cannot be simulated: {problem.not_simulable}"
+            )
         weighs = is_kernel(posterior) or (corrected and problem.has_density)
         if weighs and (wrong := misdrawn_latents(problem) + misdrawn_data(problem)):
-            raise UnsupportedModel(f"Calibration ranks what the model draws, and {say_misdrawn(wrong)}")
+            raise UnsupportedModel(
+                f"Calibration expects a model whose density describes its draws, but {say_misdrawn(wrong)} Pass that "
+                "model as `problem=`."
+            )
         references = _references(simulate_joint(for_references, problem, max(num_simulations, 100)))
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):
@@ -203,13 +222,13 @@ def sbc(
 
 
 def _problem_of(posterior: Any, args: tuple, kwargs: dict[str, Any]) -> Problem:
-    """Take the problem of a posterior, or read a kernel's model."""
+    """Return the problem of a posterior, or read a kernel's model."""
     if not is_kernel(posterior):
         return posterior.problem
     if posterior.model is None:
         raise ValueError(
-            f"Calibration simulates data, and this {type(posterior).__name__} has no `model`. Make the kernel from a "
-            "model, or pass `problem=`."
+            "Calibration simulates data, so it expects a kernel of a model, but this "
+            f"{type(posterior).__name__} has no `model`. Make the kernel from a model, or pass `problem=`."
         )
     return problem_of(posterior.model, args, kwargs)
 
@@ -221,14 +240,17 @@ def _references(simulations: Simulations) -> References:
 
 
 def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Problem, tuple[Array, Sites], References]:
-    """Take tested truths with their data, and references, from different rows of a store."""
+    """Take the tested simulations and the references from different rows of a store."""
     if is_kernel(posterior):
-        raise ValueError("Expected a fitted posterior beside a store of simulations, got a kernel.")
+        raise ValueError(
+            "Expected a fitted posterior together with `store`, got a kernel. Leave `store` out, or pass a fitted "
+            "posterior."
+        )
     stored = stored_simulations(key, posterior.problem, store)
     if len(stored.z) < num + MIN_REFERENCES:
         raise ValueError(
             f"Expected {num + MIN_REFERENCES} valid rows, {MIN_REFERENCES} more than `num_simulations`, got "
-            f"{len(stored.z)}. Simulate more, or test fewer."
+            f"{len(stored.z)}. Simulate more rows, or reduce `num_simulations`."
         )
     rest = jax.tree.map(lambda leaf: leaf[num:], (stored.z, stored.y))
     return stored.problem, (stored.z, stored.y), _references(encoded(stored.problem, *rest))
@@ -244,7 +266,10 @@ def _rank_rows(
     pairs: tuple[Array, Sites] | None,
     rows: Array,
 ) -> tuple[tuple[Sites, Sites], Float[Array, " num"]]:
-    """Simulate or take these data sets, draw for each, and rank its truth."""
+    """Simulate these data sets (or take them from ``pairs``), draw from the posteriors, and rank the true parameters.
+
+    ``sizes`` holds the number of proposals, the number of draws, and whether proposals are weighted.
+    """
     num_proposals, num_draws, weighed = sizes
 
     def one(row):
@@ -266,7 +291,7 @@ def _rank_rows(
 def _ranks(
     key: Key, problem: Problem, references: References, z: Array, y: Sites, values: Float[Array, "draws dim"]
 ) -> tuple[Sites, Sites]:
-    """Rank the truth among draws: every site; then the log joint density and the distance to a reference point."""
+    """Rank the true ``z`` among the draws ``values``, for every site, and for the joint quantities."""
     x = flatten(references.standardiser(encode(problem, y)))
     reference = references.z[jnp.argmin(jnp.linalg.norm(references.x - x, axis=1))]
 
@@ -283,7 +308,7 @@ def _ranks(
 
 
 def _rank(key: Key, truth: Array, drawn: Array) -> Int[Array, "*shape"]:
-    """Count the draws below the truth; ties, which rounding makes, are broken at random."""
+    """Count the draws below the truth. Ties, caused by rounding, are broken at random."""
     below, ties = (drawn < truth).sum(axis=0), (drawn == truth).sum(axis=0)
     return below + jax.random.randint(key, jnp.shape(truth), 0, ties + 1)
 
@@ -297,7 +322,7 @@ def _rank_chains(
     num_draws: int,
     done: Callable[[int], Any],
 ) -> tuple[Sites, Sites]:
-    """Run a kernel on every data set and rank its truth."""
+    """Run a kernel on every simulated data set, and rank the true parameters."""
 
     @jax.jit
     def simulate_one(key):

@@ -1,4 +1,4 @@
-"""The calibration report: a verdict in plain language, a table, and one page that needs no network."""
+"""The calibration report: a verdict in words, a table, and one HTML page that needs no network."""
 
 import html
 import os
@@ -17,20 +17,21 @@ from scoreinfer.evidence.certificate import MAX_OUTLYING, Certificate
 from scoreinfer.files import write_file
 
 SUSPICIOUS = 0.01
-"""Predictive p-value below which a statistic of the data is named."""
+"""Predictive p-value below which the verdict names a statistic of the data. Chosen by judgement."""
 TINY = 1e-16
-"""Smaller p-values are not told apart."""
+"""Smallest p-value that is printed, near the rounding error of double precision. Chosen by judgement."""
 
 
 class CalibrationReport(NamedTuple):
-    """What was found out about a posterior.
+    """The results of `calibrate`.
 
     Args:
-        trusted: the verdict.
+        trusted: the verdict. True if the ranks do not reject calibration, the data are no outlier, and draws with a
+            density are certified. Predictive checks do not count.
         verdict: the verdict in words.
-        sbc: ranks of known truths.
-        certificate: of the draws that were given; None without any.
-        predictive: statistics of the data beside simulated ones; empty without data.
+        sbc: ranks of true parameters.
+        certificate: certificate of the given draws. None means no draws were given.
+        predictive: predictive checks of the data. Empty without draws, or if data cannot be simulated.
     """
 
     trusted: bool
@@ -49,7 +50,7 @@ class CalibrationReport(NamedTuple):
         return "\n".join(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one HTML page with its figures inside, that loads nothing from anywhere."""
+        """Write the report as one HTML page that contains its figures and loads no other file."""
         write_file(Path(path), _page(self).encode())
 
 
@@ -61,21 +62,26 @@ def calibrate(
     draws: Draws | None = None,
     **options: Any,
 ) -> CalibrationReport:
-    """Check a posterior on data sets of known truth and, where ``draws`` are given, on the data they are for.
+    """Check a posterior on simulated data with known parameters and, if ``draws`` are given, on their data.
 
     Args:
         key: random key.
         posterior: a fitted posterior, or a NumPyro kernel.
-        num_simulations: data sets; 200 show gross faults, 1000 faults of a tenth of a standard deviation.
-        draws: what ``posterior.sample`` gave for the data of interest: adds predictive checks, and whether the data
-            are like the model's.
-        **options: those of `sbc`.
+        num_simulations: number of simulated data sets. 200 detect gross errors; 1000 detect errors of a tenth of a
+            standard deviation.
+        draws: draws of ``posterior.sample`` for the data of interest. They add predictive checks, and a test whether
+            the data are unlike the model's simulations. None means no such checks.
+        **options: further arguments of `sbc`.
 
     Returns:
-        The report; print it, or ``save("report.html")``.
+        The report. Print it, or write it as a page: ``save("report.html")``.
 
-    Exactness: see `sbc`. A calibrated posterior passes with probability 0.99 at least. Calibration is about the model's
-        own data; nothing here proves that the model is right.
+    Raises:
+        TypeError, UnsupportedModel, ValueError, UnreadableFile: as for `sbc`. A ValueError also means that there are
+            too few simulations for a test.
+
+    Exactness: see `sbc`. Calibration is tested at level 0.01: a calibrated posterior is wrongly rejected with at most
+        this probability. Calibration refers to data of the model; it does not show that the model is right.
     """
     for_ranks, for_data = jax.random.split(key)
     ranks = sbc(for_ranks, posterior, num_simulations, **options)
@@ -99,7 +105,7 @@ def _of_ranks(ranks: SBC) -> str:
     num, p_value = ranks.num_simulations, _told(ranks.p_value)
     if ranks.calibrated:
         return (
-            f"On {num} simulated data sets the posterior contained the truth as often as it claims "
+            f"On {num} simulated data sets the posterior contained the true parameters as often as it claims "
             f"(p {p_value} over all quantities)."
         )
     findings = [f"{row.name} ({row.finding})" for row in ranks.rows() if row.finding]
@@ -107,7 +113,7 @@ def _of_ranks(ranks: SBC) -> str:
     told = ", ".join(findings) or f"{worst.name}, without a clear direction"
     return (
         f"The posterior is not calibrated (p {p_value} on {num} simulated data sets): {told}. Its intervals do "
-        "not mean what they say."
+        "not contain the true parameters as often as they claim."
     )
 
 
@@ -117,14 +123,16 @@ def _of_data(certificate: Certificate, rows: tuple[Discrepancy, ...]) -> list[st
     rank = certificate.distance_rank
     if rank <= MAX_OUTLYING:
         told.append(
-            f"Your data are unlike the model's: only {rank:.1%} of its simulations lie as far out. The "
+            f"Your data are unlike the model's simulations: only {rank:.1%} of these lie as far from the others. The "
             "model may be misspecified."
         )
     elif np.isfinite(rank):
-        told.append(f"Your data lie among the model's: {rank:.0%} of its simulations lie further out.")
+        told.append(
+            f"Your data are like the model's simulations: {rank:.0%} of these lie at least as far from the others."
+        )
     bad = [row.name for row in rows if row.p_value < SUSPICIOUS]
     if bad:
-        told.append(f"Simulations from the posterior do not reproduce the data in: {', '.join(bad)}.")
+        told.append(f"Simulations from the posterior do not reproduce these statistics of the data: {', '.join(bad)}.")
     elif rows:
         told.append("Simulations from the posterior reproduce mean, spread and extremes of your data.")
     return told
@@ -133,7 +141,7 @@ def _of_data(certificate: Certificate, rows: tuple[Discrepancy, ...]) -> list[st
 # --- the page
 
 LEFT, WIDE = 45, 240
-"""Where a figure's axes begin, and their width, in pixels."""
+"""Left end and width of a figure's horizontal axis, in pixels. Chosen by judgement."""
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -143,6 +151,7 @@ td:first-child,th:first-child,td:last-child{text-align:left}
 .no{border-color:#c33;background:#fdf0f0}figure{display:inline-block;margin:.5rem}figcaption{text-align:center}
 .note{color:#666;font-size:.9rem}
 """
+"""Style sheet of the page. Chosen by judgement."""
 
 
 def _page(report: CalibrationReport) -> str:
@@ -160,14 +169,14 @@ def _page(report: CalibrationReport) -> str:
 <meta name="viewport" content="width=device-width"><title>Calibration report</title><style>{STYLE}</style></head><body>
 <h1>Calibration report</h1>
 <section class="verdict {mark}"><h2>{"Trusted" if report.trusted else "Not trusted"}</h2>{verdict}</section>
-<h2>Ranks of known truths</h2>
+<h2>Ranks of true parameters</h2>
 <table><tr><th>quantity</th><th>p</th><th>in 50 %</th><th>in 80 %</th><th>in 95 %</th><th></th></tr>{rows}</table>
-<p class="note">{ranks.num_simulations} simulated data sets, each truth ranked among {ranks.num_draws} draws, in
-{ranks.seconds:.0f} s. p: chi-squared test of uniform ranks; the verdict multiplies the smallest by the number of
-quantities and refuses below 0.01. <i>log_joint</i>: regions of highest density. <i>tarp</i>: balls around a reference
-point that moves with the data.</p>
+<p class="note">{ranks.num_simulations} simulated data sets; true parameters ranked among {ranks.num_draws} draws each;
+{ranks.seconds:.0f} s. p: chi-squared test of uniform ranks. The verdict multiplies the smallest p by the number of
+quantities, and rejects the posterior if the result is at most 0.01. <i>log_joint</i>: regions of highest density.
+<i>tarp</i>: balls around a reference point that depends on the data.</p>
 <h2>Empirical distribution of ranks, minus uniform</h2>{figures}
-<p class="note">Calibrated ranks stay within the band with probability 0.99.</p>
+<p class="note">Ranks of a calibrated posterior stay inside the band with probability 0.99.</p>
 {_predictive_table(report.predictive)}</body></html>
 """
 
@@ -181,11 +190,14 @@ def _predictive_table(rows: tuple[Discrepancy, ...]) -> str:
         for row in rows
     )
     head = "<tr><th>statistic</th><th>data</th><th>simulated, 95 %</th><th>p</th></tr>"
-    return f"<h2>Your data beside simulations from the posterior</h2><table>{head}{cells}</table>"
+    return f"<h2>Your data and simulations from the posterior</h2><table>{head}{cells}</table>"
 
 
 def _figure(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int) -> str:
-    """Draw the empirical distribution function of ranks minus that of uniform ones, with a 99 % band."""
+    """Draw the empirical distribution function of the ranks minus that of uniform ranks, with a 99 % band.
+
+    Half the width of the band is sqrt(log(2 / 0.01) / (2 n)) for n ranks (Dvoretzky-Kiefer-Wolfowitz inequality).
+    """
     at = np.arange(num_draws + 2) / (num_draws + 1)
     counts = np.concatenate([[0], np.cumsum(np.bincount(ranks, minlength=num_draws + 1))])
     gap, band = counts / len(ranks) - at, np.sqrt(np.log(2 / 0.01) / (2 * len(ranks)))

@@ -1,4 +1,4 @@
-"""Two samples: how well a classifier tells posterior draws from reference draws."""
+"""Classifier two-sample test: how well a classifier distinguishes posterior draws from reference draws."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scoreinfer._typing import Key
 
 Sample = ArrayLike | Mapping[str, ArrayLike]
-"""Draws as rows, or as sites with the draw axis first."""
+"""Draws as an array ``(num, dim)``, or by site with the draw axis first."""
 
 
 def c2st(
@@ -20,25 +20,28 @@ def c2st(
     *,
     num_folds: int = 5,
 ) -> float:
-    """Compute the classifier two-sample test of draws against reference draws: 0.5 where they look alike, at most 1.
+    """Compute the classifier two-sample test of draws against reference draws.
 
-    Both samples are standardised by mean and sd of the reference; the classifier has two hidden layers of ten ReLU
-    units per dimension; the score is its mean accuracy over shuffled folds. So sbibm defines it.
+    The result is a mean accuracy over shuffled folds: about 0.5 if the samples have the same distribution, 1 if the
+    classifier separates them. The definition is that of sbibm: both samples are standardised by the mean and standard
+    deviation of the reference, and the classifier has two hidden layers of ten ReLU units per dimension.
 
     Args:
-        key: random key of classifier and folds.
-        reference: draws that are right: ``(num, dim)``, or sites with the draw axis first.
-        draws: draws to be judged, equally weighted (`Draws.resample`), of the same dimensions; best as many.
+        key: random key of the classifier and the folds.
+        reference: correct draws: ``(num, dim)``, or by site with the draw axis first.
+        draws: draws to be tested, of the same dimension, with equal weights (see `Draws.resample`). Use as many draws
+            as the reference has.
         num_folds: number of folds of the cross-validation.
 
     Returns:
         The accuracy.
 
     Raises:
-        ImportError: without scikit-learn.
-        ValueError: where the samples are of different dimensions, not finite, or of fewer draws than folds.
+        ImportError: if scikit-learn is not installed.
+        ValueError: if the samples have different dimensions, are not finite, or have fewer draws than folds.
 
-    Exactness: with n draws on each side equal samples score 0.5 with a standard deviation of about 0.4 / sqrt(n).
+    Exactness: an estimate. With n draws in each sample, equal distributions give 0.5 with a standard deviation of about
+        0.4 / sqrt(n).
 
     References: Lopez-Paz and Oquab 2017, arXiv 1610.06545; Lueckmann et al. 2021, arXiv 2101.04653.
     """
@@ -51,10 +54,10 @@ def c2st(
     if right.shape[1] != judged.shape[1] or min(len(right), len(judged)) < num_folds:
         raise ValueError(
             f"Expected two samples of the same dimension and at least {num_folds} draws each, got shapes {right.shape} "
-            f"and {judged.shape}."
+            f"and {judged.shape}. Pass the same components of both, or reduce `num_folds`."
         )
     if not (np.isfinite(right).all() and np.isfinite(judged).all()):
-        raise ValueError("Expected finite draws, got NaN or infinity. Where weights are zero, resample first.")
+        raise ValueError("Expected finite draws, got NaN or infinity. If some weights are zero, resample first.")
     mean, sd = right.mean(axis=0), right.std(axis=0, ddof=1)
     data = (np.concatenate([right, judged]) - mean) / np.where(sd > 0, sd, 1.0)
     target = np.repeat([0, 1], [len(right), len(judged)])
@@ -65,7 +68,7 @@ def c2st(
 
 
 def _columns(draws: Sample) -> Float[np.ndarray, "num dim"]:
-    """Put the numbers of each draw side by side."""
+    """Flatten draws to an array ``(num, dim)``. Sites are sorted by name."""
     parts = [draws[name] for name in sorted(draws)] if isinstance(draws, Mapping) else [draws]
     arrays = [np.asarray(part, np.float64) for part in parts]
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)

@@ -1,4 +1,4 @@
-"""Uniformity: how far ranks are from uniform, as a p-value and in words."""
+"""Tests of the uniformity of ranks: a p-value, and the direction of the deviation in words."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,22 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 MAX_BINS = 20
+"""Largest number of bins of the chi-squared test. Chosen by judgement."""
 MIN_EXPECTED = 5
-"""Least expected count of a bin of the chi-squared test."""
+"""Least expected count in a bin of the chi-squared test: the usual rule of thumb."""
 NOTABLE = 3.0
-"""Standard errors beyond which the mean or the spread of ranks is put into words."""
+"""Deviation of the ranks' mean or spread, in standard errors, above which it is put into words. Judgement."""
 
 
 class RankTest(NamedTuple):
-    """What the ranks of one quantity say.
+    """The test of the ranks of one quantity.
 
     Args:
         name: the quantity: a component of a site, ``log_joint`` or ``tarp``.
-        p_value: of the chi-squared test that ranks are uniform.
-        finding: the direction of the misfit in words, empty where nothing stands out.
-        coverage: share of truths inside the central 50 %, 80 % and 95 % intervals (of ``log_joint``: inside the
-            regions of highest density; of ``tarp``: inside balls around a reference point).
+        p_value: p-value of the chi-squared test that the ranks are uniform.
+        finding: direction of the deviation in words. Empty if there is no clear direction.
+        coverage: share of true parameters inside the central 50 %, 80 % and 95 % intervals. For ``log_joint``: inside
+            regions of highest density. For ``tarp``: inside balls around a reference point.
     """
 
     name: str
@@ -31,12 +32,23 @@ class RankTest(NamedTuple):
 
 
 LEVELS = (0.5, 0.8, 0.95)
+"""Nominal levels of the reported coverage. Chosen by judgement."""
 
 
 def rank_test(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int, kind: str = "") -> RankTest:
     """Test the ranks of one quantity among ``num_draws`` draws.
 
-    ``kind`` is ``log_joint`` or ``tarp`` for the ranks of these, where only one direction is outwards.
+    Args:
+        name: label of the quantity.
+        ranks: the ranks, from 0 to ``num_draws``.
+        num_draws: number of draws for each rank.
+        kind: ``log_joint``, ``tarp``, or empty for a component of a site. For a component, low and high ranks are both
+            far from the centre. For the other two, only one direction is.
+
+    Raises:
+        ValueError: if there are too few ranks for two bins.
+
+    Exactness: the p-value is asymptotic in the number of ranks.
 
     >>> rank_test("a", np.arange(1000) % 100, 99).p_value
     1.0
@@ -53,17 +65,20 @@ def rank_test(name: str, ranks: Integer[np.ndarray, " num"], num_draws: int, kin
 def chi_squared_p(ranks: Integer[np.ndarray, " num"], num_draws: int) -> float:
     """Compute the p-value of the chi-squared test that ranks 0 to ``num_draws`` are equally frequent.
 
-    Ranks are gathered in at most 20 bins of equal size.
+    Ranks are counted in at most 20 bins of equal size.
 
     Raises:
-        ValueError: where there are too few ranks for two bins.
+        ValueError: if there are too few ranks for two bins, or ``num_draws + 1`` has no suitable divisor.
+
+    Exactness: asymptotic in the number of ranks.
     """
     most = min(MAX_BINS, len(ranks) // MIN_EXPECTED)
     bins = max((size for size in range(1, most + 1) if (num_draws + 1) % size == 0), default=1)
     if bins < 2:
         raise ValueError(
-            f"Expected at least {2 * MIN_EXPECTED} simulations, and a number of draws that is one less than a multiple "
-            f"of a small number (63, 99); got {len(ranks)} simulations and {num_draws} draws."
+            f"Expected at least {2 * MIN_EXPECTED} simulations, and a number of draws such as 63 or 99, for which "
+            f"draws + 1 has small divisors; got {len(ranks)} simulations and {num_draws} draws. Change "
+            "`num_simulations` or `num_draws`."
         )
     counts = np.bincount(ranks * bins // (num_draws + 1), minlength=bins)
     expected = len(ranks) / bins
@@ -87,4 +102,4 @@ def _joint_finding(outwards: Float[np.ndarray, " num"]) -> str:
     shift = (outwards.mean() - 0.5) / np.sqrt(1 / 12 / len(outwards))
     if abs(shift) <= NOTABLE:
         return ""
-    return "truths lie too far out" if shift > 0 else "truths lie too far in"
+    return "true parameters lie too far out" if shift > 0 else "true parameters lie too far in"

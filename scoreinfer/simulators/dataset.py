@@ -56,7 +56,7 @@ def with_outputs(problem: Problem, shapes: dict[str, tuple[int, ...]]) -> Proble
             if not np.isfinite(value).all():
                 raise ValueError(
                     f"Data {name!r} must be finite, but {np.sum(~np.isfinite(value))} of its {value.size} numbers are "
-                    "not (a masked entry is not). Fit a posterior with a simulator that returns the known entries only."
+                    "not (masked entries count as NaN). Fit a posterior whose simulator returns the known entries only."
                 )
         with jax.ensure_compile_time_eval():
             return {name: jnp.asarray(value, jnp.result_type(float)) for name, value in values.items()}
@@ -83,8 +83,8 @@ def with_likelihood(problem: Problem, likelihood: Callable[..., Any], z: Array, 
     observation = read_likelihood(likelihood, jax.jit(jax.vmap(problem.latent_sites))(z), outputs)
     if observation.simulate_observation is None:
         raise UnsupportedModel(
-            "Expected a likelihood that can be simulated, because learning draws data from it, but: "
-            f"{observation.not_simulable}. Write the data as sample sites."
+            "Learning draws data from the likelihood, so it expects one that can be simulated. Write the data as "
+            f"sample sites. This likelihood cannot be simulated: {observation.not_simulable}"
         )
     return _foreign(
         problem, observed=observation.observed, encode=observation.encode, read=observation.read,

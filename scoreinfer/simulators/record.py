@@ -78,8 +78,8 @@ def record(
         values = _check_rows({name: leaf.shape[1:] for name, leaf in sites.items()}, parameters, num)
         if any(not np.allclose(values[name], sites[name][:num], rtol=1e-3, atol=1e-6) for name in values):
             raise ValueError(
-                "The parameters must be those of the draws, in the same order, got other values. Pass the first rows of "
-                "`draws.sites`, one for each row of the outputs."
+                "The parameters must be those of the draws, in the same order, got other values. Pass the first rows "
+                "of `draws.sites`, one for each row of the outputs."
             )
     else:
         problem = problem_of(prior, (), {})

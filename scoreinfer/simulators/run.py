@@ -220,8 +220,8 @@ def told_of_prior(problem: Problem) -> dict[str, Any]:
     """
     if problem.simulate is None:
         raise UnsupportedModel(
-            f"Expected a prior that can be simulated, but this one cannot: {problem.not_simulable}. Pass a model whose "
-            "latent sites can be drawn."
+            "Parameters are drawn from the prior. Expected a model whose latent sites can be drawn, got one that "
+            f"cannot be simulated: {problem.not_simulable}"
         )
     return {"dim": problem.dim, "latents": describe_sites(problem.latents)}
 
@@ -411,8 +411,8 @@ def _wait_for_worker(lost: set[concurrent.futures.Future], plan: _Plan) -> None:
     ready, _ = concurrent.futures.wait(lost, timeout=patience, return_when=concurrent.futures.FIRST_COMPLETED)
     if not ready:
         raise RuntimeError(
-            f"All {plan.num_workers} workers hang in rows that exceeded the time-out of {plan.timeout} s. Finished rows "
-            "are stored. Call again with a new executor, and make the simulator end itself in time."
+            f"All {plan.num_workers} workers hang in rows that exceeded the time-out of {plan.timeout} s. The finished "
+            "rows are stored. Call again with a new executor, and make the simulator end itself in time."
         )
 
 

@@ -1,8 +1,8 @@
-"""Store: simulations of a foreign program on disk, one record for each row whatever became of it.
+"""Store: simulations of a foreign program on disk, with one record for each row, including failed rows.
 
-A folder holds ``manifest.json``, which says what is simulated, and shards ``<digest>.npz`` with any finished rows. A
-shard's name is the SHA-256 of its content, so damage shows; it is written whole or not at all, so that whoever dies
-loses only what had not been written, and those rows are run again.
+The folder holds ``manifest.json``, which describes the simulations, and shards ``<digest>.npz`` with finished rows. The
+name of a shard is the start of the SHA-256 of its content, so damage is detected. A shard is written completely or not
+at all. If the process dies, only unwritten rows are lost; they run again.
 """
 
 import contextlib
@@ -23,27 +23,32 @@ from scoreinfer.files import read_record, remove_leftovers, write_file, write_re
 from scoreinfer.identity import continued, differences, is_fingerprint, without
 
 FORMAT, SCHEMA = "scoreinfer simulations", 1
+"""Name and version of the file format, stored in the manifest."""
 MANIFEST, LOCK = "manifest.json", "lock"
+"""File names of the manifest and of the lock."""
 FINGERPRINT = "fingerprint"
+"""Entry of the manifest that identifies the simulator."""
 OK, INVALID, FAILED, TIMEOUT = "ok", "invalid", "failed", "timeout"
+"""Status of a row: finite outputs, outputs that are not finite, an error, no result within the time limit."""
 STATUSES = (OK, INVALID, FAILED, TIMEOUT)
+"""All status values."""
 MAX_ERROR = 200
-"""Longest error text that is kept, in characters."""
+"""Longest stored error text, in characters. Chosen by judgement."""
 MEMORY, MIN_CAPACITY = 2**30, 64
-"""Bytes of outputs that are learned from at once, and rows at least."""
+"""Bytes of outputs that are in memory for learning, and the least number of rows. Chosen by judgement."""
 
 
 class Row(NamedTuple):
-    """What became of one simulation.
+    """The record of one simulation.
 
     Args:
-        number: its number in the stream that belongs to the key.
+        number: number of the row in the sequence that the key determines.
         z: unconstrained parameters.
-        status: ``ok``, ``invalid`` (numbers that are not finite), ``failed`` (it raised) or ``timeout``.
-        error: what it raised, in words; or which of its outputs were masked.
-        seed: the seed it was given.
-        seconds: wall time; NaN where nobody measured it.
-        outputs: its outputs by name; None where it has none.
+        status: ``ok``, ``invalid`` (numbers that are not finite), ``failed`` (an error) or ``timeout``.
+        error: the error in words, or which outputs have masked entries; otherwise empty.
+        seed: the seed that the simulator received.
+        seconds: wall time. NaN means it was not measured.
+        outputs: outputs by name. None means there are none.
     """
 
     number: int
@@ -56,9 +61,9 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a store, in the order of their numbers; the fields are those of `Row`.
+    """Several rows of a store. The fields are those of `Row`, with the row as first axis.
 
-    ``outputs`` of rows that have none are NaN.
+    Rows without outputs have NaN in ``outputs``.
     """
 
     number: Integer[np.ndarray, " num"]
@@ -71,7 +76,7 @@ class Rows(NamedTuple):
 
     @property
     def valid(self) -> Bool[np.ndarray, " num"]:
-        """Flag the rows that can be learned from."""
+        """True for the rows with status ``ok``. Learning uses only these."""
         return self.status == OK
 
 
@@ -80,11 +85,11 @@ class Store:
 
     Args:
         path: the folder.
-        memory: bytes of outputs that `fit` takes into memory at once (about; in working it makes copies). Of a larger
-            store other rows are read for every epoch.
+        memory: bytes of outputs that `fit` holds in memory at once. The peak is higher, because `fit` makes copies.
+            If the store is larger, each epoch reads other rows.
 
     Raises:
-        UnreadableFile: where the folder holds no simulations, or they are newer, damaged or changed.
+        UnreadableFile: if the folder holds no simulations, or its manifest is damaged or has another version.
     """
 
     def __init__(self, path: str | os.PathLike[str], memory: int = MEMORY) -> None:
@@ -100,19 +105,25 @@ class Store:
             raise UnreadableFile(self.path / MANIFEST, f"it does not describe simulations (dim and num are {numbers})")
 
     def read(self) -> Rows:
-        """Read all rows.
+        """Read all rows, in the order of their numbers.
 
         Raises:
-            UnreadableFile: where a shard is damaged, changed, or does not belong with the others.
+            UnreadableFile: if a shard is damaged, was changed, or does not fit the other shards.
         """
         found: dict[int, Row] = {}
         for path in self._shards():
             for row in _read_shard(path, self.manifest["dim"]):
-                found.setdefault(row.number, row)  # rows are functions of key and number: two of one number are equal
+                found.setdefault(row.number, row)  # key and number determine a row: rows of the same number are equal
         return _gather([found[number] for number in sorted(found)], self.manifest["dim"], self.path)
 
     def index(self) -> Rows:
-        """Read all rows without their outputs, whose shapes alone are told: no row of any of them."""
+        """Read all rows without their outputs, in the order of their numbers.
+
+        ``outputs`` holds empty arrays of shape ``(0, *shape)``, which give the shapes.
+
+        Raises:
+            UnreadableFile: as for `read`.
+        """
         parts = [_gather([], self.manifest["dim"], self.path)]
         outputs: dict[str, np.ndarray] = {}
         for part in self.parts():
@@ -123,16 +134,31 @@ class Store:
         return _join(parts, self.path)._replace(outputs=outputs)
 
     def capacity(self, index: Rows) -> int:
-        """Count the rows whose outputs fill the memory that is allowed."""
+        """Compute the number of rows whose outputs fit into ``memory``, given the `index`; at least 64."""
         size = 8 * sum(math.prod(value.shape[1:]) for value in index.outputs.values())
         return max(self.memory // max(size, 1), MIN_CAPACITY)
 
     def take(self, numbers: Integer[np.ndarray, " num"]) -> Rows:
-        """Read the rows of these numbers, in their order, shard by shard."""
+        """Read the rows with these numbers, in the order of their numbers.
+
+        Raises:
+            UnreadableFile: as for `read`.
+        """
         return _join(list(self._chosen(self._shards(), numbers)), self.path)
 
     def pool(self, seed: Integer[np.ndarray, " words"], numbers: Integer[np.ndarray, " num"], size: int) -> Rows:
-        """Read ``size`` of the rows of these numbers: those of shards picked at random."""
+        """Read at most ``size`` rows, from shards in random order.
+
+        Args:
+            seed: seed of the order.
+            numbers: numbers of the rows from which to choose.
+            size: number of rows.
+
+        Raises:
+            UnreadableFile: as for `read`.
+
+        Exactness: the rows are not a simple random sample, because rows of one shard are chosen together.
+        """
         shards, count = self._shards(), 0
         parts: list[Rows] = []
         order = np.random.default_rng(seed).permutation(len(shards))
@@ -146,15 +172,15 @@ class Store:
     def to_zarr(self, path: str | os.PathLike[str]) -> None:
         """Copy the rows to a new zarr group, in the order of their numbers, for xarray, dask and other readers.
 
-        An array for each field of `Rows`, one ``output.<name>`` for each output, and the manifest as attributes; shard
-        by shard, so that memory is bounded as for learning.
+        The group has one array for each field of `Rows`, one array ``output.<name>`` for each output, and the manifest
+        as attributes. Shards are copied one by one, which limits the memory.
 
         Args:
             path: folder of the group.
 
         Raises:
-            ImportError: without zarr.
-            FileExistsError: where ``path`` holds something.
+            ImportError: if zarr is not installed.
+            FileExistsError: if the folder is not empty.
             UnreadableFile: as for `read`.
         """
         try:
@@ -162,7 +188,7 @@ class Store:
         except ImportError as error:
             raise ImportError("`to_zarr` needs zarr: pip install 'scoreinfer[store]'.") from error
         if Path(path).exists() and any(Path(path).iterdir()):
-            raise FileExistsError(f"`{path}` holds something already: expected a new or an empty folder.")
+            raise FileExistsError(f"`{path}` is not empty. Expected a new or an empty folder: choose another `path`.")
         rows = self.index()
         group = zarr.create_group(str(path), zarr_format=2, attributes=self.manifest)
         for name in ("number", "z", "status", "error", "seed", "seconds"):
@@ -182,7 +208,14 @@ class Store:
         return sorted(self.path.glob("*.npz"))
 
     def parts(self, shards: list[Path] | None = None) -> Iterator[Rows]:
-        """Yield the rows shard by shard, in any order; a row that stands in two of them comes once."""
+        """Yield the rows shard by shard. A row that is in two shards is yielded once.
+
+        Args:
+            shards: paths of the shards, in order. None means all shards.
+
+        Raises:
+            UnreadableFile: as for `read`.
+        """
         seen: set[int] = set()
         for path in self._shards() if shards is None else shards:
             rows = [row for row in _read_shard(path, self.manifest["dim"]) if row.number not in seen]
@@ -204,17 +237,21 @@ class Store:
 
 
 def open_store(path: Path, record: dict[str, Any]) -> Store:
-    """Begin a store, or open the one that is there for more rows of the same stream.
+    """Create a store, or open an existing store for more rows of the same sequence.
+
+    Args:
+        path: the folder.
+        record: the manifest, without format and schema.
 
     Raises:
-        ValueError: where the store that is there is of another key or prior, or of another simulator.
-        UnreadableFile: where the manifest that is there is damaged.
+        ValueError: if the existing store has another key, prior or simulator.
+        UnreadableFile: if the existing manifest is damaged.
     """
     record = {"format": FORMAT, "schema": SCHEMA} | record
     path.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path, MANIFEST, "*.npz")
     if (path / MANIFEST).exists():
-        unnamed = {"simulator": record.get("simulator")}  # as in older manifests
+        unnamed = {"simulator": record.get("simulator")}  # older manifests do not name the simulator
         stored: dict[str, Any] = unnamed | Store(path).manifest
         changed = [
             f"`{name}` is {record.get(name)}, was {stored.get(name)}"
@@ -223,8 +260,8 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
         ]
         if changed:
             raise ValueError(
-                f"`{path}` holds other simulations: {'; '.join(changed)}. Go on with the arguments they were started "
-                "with, or choose another `store`."
+                f"`{path}` holds other simulations: {'; '.join(changed)}. Use the arguments with which they were "
+                "started, or choose another `store`."
             )
         record = _same_simulator(path, record, stored)
         record["num"] = max(record["num"], stored["num"])
@@ -233,7 +270,15 @@ def open_store(path: Path, record: dict[str, Any]) -> Store:
 
 
 def _same_simulator(path: Path, record: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Check that the simulator is the one that the store was begun with, as far as both manifests tell."""
+    """Check that the simulator is the one of the store, if both manifests have a fingerprint.
+
+    Returns:
+        The record, with the fingerprint to store.
+
+    Raises:
+        ValueError: if the simulator differs.
+        UnreadableFile: if the stored fingerprint is damaged.
+    """
     if FINGERPRINT not in record:
         return record
     told, was = record[FINGERPRINT], stored.get(FINGERPRINT)
@@ -242,46 +287,50 @@ def _same_simulator(path: Path, record: dict[str, Any], stored: dict[str, Any]) 
     changed = differences(told, was)
     if changed:
         raise ValueError(
-            f"`{path}` holds rows of another `{record['simulator']}`: {'; '.join(changed)}. Choose another `store`; "
-            "go on with the simulator as it was; or, where it computes the same, say so by a `simulator_version=` of "
-            "your own."
+            f"`{path}` holds rows of another `{record['simulator']}`: {'; '.join(changed)}. Choose another `store`, or "
+            "use the old simulator. If both compute the same, set `simulator_version=` to a text of your own."
         )
     return record | {FINGERPRINT: continued(told, was)}
 
 
 def leave_out(path: Path, labels: Iterable[str]) -> None:
-    """Leave parts of a simulator that running it changes out of what is compared when the store is continued."""
+    """Remove parts from the stored fingerprint, because a run of the simulator changes them.
+
+    Args:
+        path: the folder.
+        labels: the parts.
+    """
     record = read_record(path / MANIFEST)
     write_record(path / MANIFEST, record | {FINGERPRINT: without(record[FINGERPRINT], labels)})
 
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the operating system frees when the process dies.
+    """Hold the lock of the folder. The operating system releases it when the process dies. Windows has no lock.
 
     Raises:
-        RuntimeError: where another process is writing there.
+        RuntimeError: if another process writes to the folder.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: rows that two writers both made are read once
+    except ImportError:  # Windows: if two writers made the same row, it is read once
         yield
         return
     with (path / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError(f"Another process is simulating into `{path}`. Wait for it, or end it.") from error
+            raise RuntimeError(f"Another process writes to `{path}`. Wait until it ends, or end it.") from error
         yield
 
 
 def status_of(outputs: Mapping[str, np.ndarray]) -> str:
-    """Judge outputs: ``ok`` where every number is finite, else ``invalid``."""
+    """Return ``ok`` if every number is finite, else ``invalid``."""
     return OK if all(np.isfinite(value).all() for value in outputs.values()) else INVALID
 
 
 def write_shard(path: Path, rows: list[Row]) -> None:
-    """Write finished rows, whole or not at all."""
+    """Write finished rows as one shard, completely or not at all."""
     names = next((list(row.outputs) for row in rows if row.outputs is not None), [])
     like = next((row.outputs for row in rows if row.outputs is not None), {})
     columns: dict[str, np.ndarray] = {
@@ -306,7 +355,7 @@ def write_shard(path: Path, rows: list[Row]) -> None:
 def _read_shard(path: Path, dim: int) -> Iterator[Row]:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:32] != path.stem:
-        raise UnreadableFile(path, "it does not match its checksum: it was damaged or changed")
+        raise UnreadableFile(path, "it does not match its checksum, so it was damaged or changed")
     try:
         columns = _columns(path, data)
         num = len(columns["number"])
@@ -319,15 +368,15 @@ def _read_shard(path: Path, dim: int) -> Iterator[Row]:
                 raise UnreadableFile(path, f"column {name!r} must have shape {shape} and kind {kind!r}")
         outputs = {name: column for name, column in columns.items() if name.startswith("output.")}
         if any(column.shape[:1] != (num,) or column.dtype != np.float64 for column in outputs.values()):
-            raise UnreadableFile(path, "an output has other rows than the rest, or is no column of numbers")
+            raise UnreadableFile(path, f"an output does not have {num} rows of double-precision numbers")
         if not outputs and set(columns["status"].tolist()) & {OK, INVALID}:
-            raise UnreadableFile(path, "it has rows that succeeded, and no outputs")
+            raise UnreadableFile(path, "it has rows that succeeded, but no outputs")
         if set(columns) - set(expected) - set(outputs) or not set(columns["status"].tolist()) <= set(STATUSES):
-            raise UnreadableFile(path, "it has columns or a status that are not ours")
+            raise UnreadableFile(path, "it has an unknown column or status")
     except UnreadableFile:
         raise
-    except Exception as error:  # whatever a hostile file makes a parser raise
-        raise UnreadableFile(path, f"it is no shard of ours ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a hostile file may make the parser raise anything
+        raise UnreadableFile(path, f"it is no shard of a store ({type(error).__name__}: {error})") from error
     for i in range(num):
         has = columns["status"][i] in (OK, INVALID)
         yield Row(
@@ -338,18 +387,18 @@ def _read_shard(path: Path, dim: int) -> Iterator[Row]:
 
 
 def _columns(path: Path, data: bytes) -> dict[str, np.ndarray]:
-    """Read the arrays of an npz file, none larger than the file itself says and holds."""
+    """Read the arrays of an npz file. Refuse an array whose size differs from its header, or exceeds the file's."""
     columns = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
-                raise UnreadableFile(path, f"{member.filename!r} is larger than the file")
+                raise UnreadableFile(path, f"{member.filename!r} is compressed or larger than the file")
             file = io.BytesIO(archive.read(member))
             version = np.lib.format.read_magic(file)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[version](file)
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-                raise UnreadableFile(path, f"{member.filename!r} has another size than its shape {shape} says")
+                raise UnreadableFile(path, f"the size of {member.filename!r} does not fit its shape {shape}")
             file.seek(0)
             columns[member.filename.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
     return columns
@@ -360,7 +409,7 @@ def _gather(rows: list[Row], dim: int, path: Path) -> Rows:
     for row in rows:
         own: Mapping[str, np.ndarray] = row.outputs or {}
         if shapes and own and {name: value.shape for name, value in own.items()} != shapes:
-            raise UnreadableFile(path, f"row {row.number} has outputs of other shapes than the rows before it")
+            raise UnreadableFile(path, f"the outputs of row {row.number} have other shapes than those of earlier rows")
         shapes = shapes or {name: value.shape for name, value in own.items()}
     outputs = {
         name: np.array([np.full(shape, np.nan) if row.outputs is None else row.outputs[name] for row in rows])
@@ -374,7 +423,7 @@ def _gather(rows: list[Row], dim: int, path: Path) -> Rows:
 
 
 def select(rows: Rows, which: Any) -> Rows:
-    """Take some of the rows: a slice, their places, or a flag for each."""
+    """Select rows by a slice, by their indices, or by one flag for each."""
     columns = {name: getattr(rows, name)[which] for name in Rows._fields if name != "outputs"}
     return Rows(**columns, outputs={name: value[which] for name, value in rows.outputs.items()})
 
@@ -386,7 +435,7 @@ def _check_alike(outputs: dict[str, np.ndarray], others: dict[str, np.ndarray], 
 
 
 def _join(parts: list[Rows], path: Path) -> Rows:
-    """Put rows together, in the order of their numbers."""
+    """Join rows, in the order of their numbers."""
     for part in parts:
         _check_alike(part.outputs, parts[0].outputs, path)
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Rows._fields[:-1]}

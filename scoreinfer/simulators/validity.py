@@ -62,8 +62,7 @@ def learn_validity(
 ) -> Validity:
     """Train the classifier.
 
-    The first tenth of the rows is held out. Adam's learning rate starts at 2e-3; at most 3000 steps. Chosen by
-    judgement.
+    The first tenth of the rows is held out. Training takes at most 3000 steps of at most 256 rows. Chosen by judgement.
 
     Args:
         key: random key.

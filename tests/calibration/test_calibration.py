@@ -107,7 +107,7 @@ def test_posterior_that_ignores_its_data_is_found_by_the_joint_quantities(proble
     result = si.calibration.sbc(jax.random.key(2), Sabotaged(problem, ignores_data=True), 200, corrected=False, **QUIET)
     rows = {row.name: row for row in result.rows()}
     assert rows["a[0]"].p_value > 0.005 and rows["a[1]"].p_value > 0.005
-    assert rows["log_joint"].p_value < 1e-6 and rows["log_joint"].finding == "truths lie too far in"
+    assert rows["log_joint"].p_value < 1e-6 and rows["log_joint"].finding == "true parameters lie too far in"
     assert rows["tarp"].p_value < 1e-3
     assert not result.calibrated
 
@@ -310,7 +310,7 @@ def report(learned):
 
 def test_report_is_one_page_that_loads_nothing(report, tmp_path):
     assert report.trusted, report
-    assert "contained the truth as often as it claims" in report.verdict[0]
+    assert "contained the true parameters as often as it claims" in report.verdict[0]
     report.save(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     page = Page()
@@ -366,5 +366,5 @@ def test_model_without_simulator_is_refused(learned):
 @pytest.mark.parametrize("check", [si.calibration.sbc, si.calibrate])
 def test_posterior_knows_its_problem(learned, check, given):
     """Arguments of a model say nothing beside it."""
-    with pytest.raises(TypeError, match="a fitted posterior knows its problem"):
+    with pytest.raises(TypeError, match="a fitted posterior, which contains its problem"):
         check(jax.random.key(0), learned, 10, **given, **QUIET)

@@ -65,7 +65,7 @@ class RandomScore(eqx.Module):
     network: ResidualMLP
 
     def __call__(self, t, x):
-        # Half as steep as the exact score, or less; much less, or fewer steps, and the weights have no variance.
+        # About as steep as the exact score, which changes. Far off it, or in few steps, weights have no variance.
         return -jnp.array([1.2, 6.0]) * x + 0.3 * self.network(jnp.append(x, t).astype(jnp.float32))
 
 
