@@ -101,7 +101,7 @@ class SMDP:
     References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250.
     """
 
-    model: Callable
+    model: Any  # a Callable; a `Problem` is told why it will not do
     site: str
     reverse: Step | None = None
     waves: bool = False

@@ -140,7 +140,8 @@ def test_hostile_files_are_refused(posterior, folder, tmp_path, every):
 
     def load(path):
         built, parts = read_paths(path, reversal, None)
-        return PathPosterior(*built, parts.bank, parts.outliers, parts.history, parts.num_particles)
+        problems = posterior.problem, posterior.end_problem
+        return PathPosterior(*problems, *built, parts.bank, parts.outliers, parts.history, parts.num_particles)
 
     few = (spoil for number, spoil in enumerate(spoilt) if number % every == 0)
     assert refuse_all(few, folder, tmp_path, load, posterior, same) >= 200 // every
