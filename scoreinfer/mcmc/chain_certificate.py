@@ -19,9 +19,10 @@ from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify a
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.contract import observe
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
-from scoreinfer.montecarlo.first_draws import num_ancestors
-from scoreinfer.montecarlo.reference import Overdispersed, reference_of
-from scoreinfer.montecarlo.tempering import Particles, begin
+from scoreinfer.montecarlo.moves import Walk
+from scoreinfer.montecarlo.population import num_ancestors
+from scoreinfer.montecarlo.reference import Overdispersed, reference_draws, reference_of
+from scoreinfer.montecarlo.tempering import Tempered
 from scoreinfer.montecarlo.weights import log_evidence
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.samplers.base import Weighted
@@ -164,11 +165,12 @@ def _explored(
     informative = fit.evidence.num_informative
     first = fit.evidence.places
     for_start, for_second, for_third = random.split(for_explorer, 3)
-    began = begin(for_start, reference_of(fit.proposer.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    start = reference_of(fit.proposer.problem, kernel.start_scale)
+    began = reference_draws(for_start, start, CROSS_CHECK.num_particles)
     seen = jnp.concatenate([first, began])
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
 
-    def explore_from(key: Key, times: float) -> Particles:
+    def explore_from(key: Key, times: float) -> Tempered[Walk]:
         reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
         return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
 

@@ -70,6 +70,12 @@ class Overdispersed(AbstractReference):
 
 
 @eqx.filter_jit
+def reference_draws(key: Key, density: AbstractReference, num: int) -> Float[Array, "num dim"]:
+    """Draw ``num`` times from a density."""
+    return jax.vmap(density.sample)(jax.random.split(key, num))
+
+
+@eqx.filter_jit
 def reference_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
     """Draw these rows of the endless stream of a density's draws that belongs to ``key``."""
     return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)

@@ -28,6 +28,11 @@ def log_effective_share(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
     return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) - jnp.log(log_weight.size)
 
 
+def log_mean_weight(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
+    """Compute the log of the mean weight within compiled code."""
+    return jax.nn.logsumexp(log_weight) - jnp.log(log_weight.size)
+
+
 def log_evidence(log_weight: LogWeights) -> tuple[float, float]:
     """Compute log mean weight, the log evidence, and its standard error by the delta method.
 
