@@ -19,7 +19,6 @@ from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify a
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.contract import observe
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
-from scoreinfer.montecarlo.moves import Walk
 from scoreinfer.montecarlo.population import num_ancestors
 from scoreinfer.montecarlo.reference import Overdispersed, reference_draws, reference_of
 from scoreinfer.montecarlo.tempering import Tempered
@@ -170,7 +169,7 @@ def _explored(
     seen = jnp.concatenate([first, began])
     target = jax.tree_util.Partial(fit.proposer.problem.log_joint, y=y)
 
-    def explore_from(key: Key, times: float) -> Tempered[Walk]:
+    def explore_from(key: Key, times: float) -> Tempered:
         reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
         return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
 

@@ -20,7 +20,7 @@ Sequential Monte Carlo, chapters 5 and 10.
 """
 
 import abc
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -65,7 +65,7 @@ class AbstractFeynmanKac(eqx.Module, Generic[State]):
         """Compute log G_k(x_(k-1), x_k); k = 1, ..., n."""
 
 
-class Run(NamedTuple, Generic[State]):
+class Run(NamedTuple):
     """What a run leaves.
 
     Args:
@@ -74,8 +74,8 @@ class Run(NamedTuple, Generic[State]):
         ancestors: row k - 1 holds, for every particle of time k, the number of its ancestor among those of time k - 1.
     """
 
-    last: Population[State]
-    states: State
+    last: Population
+    states: Any
     ancestors: Int[Array, "steps num"]
 
 
@@ -87,7 +87,7 @@ def run(
     *,
     scheme: Scheme = multinomial,
     least_share: float = LEAST_SHARE,
-) -> Run[State]:
+) -> Run:
     """Run ``num`` particles of a Feynman-Kac model, all free or one of them held to a reference.
 
     Args:
@@ -118,7 +118,7 @@ def run(
     def held(states: State, k: Int[Array, ""] | int) -> State:
         return states if reference is None else jax.tree.map(lambda a, b: a.at[0].set(b[k]), states, reference)
 
-    def step(now: Population[State], inputs: tuple[Array, Key]) -> tuple[Population[State], tuple[State, Array]]:
+    def step(now: Population, inputs: tuple[Array, Key]) -> tuple[Population, tuple[State, Array]]:
         k, key = inputs
         for_rows, for_states = jax.random.split(key)
         now, rows = resample(for_rows, now, drawing, least_share)
@@ -134,10 +134,10 @@ def run(
     return Run(last, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, states), ancestors)
 
 
-def trace_back(run: Run[State]) -> State:
+def trace_back(run: Run) -> Any:
     """Follow every last particle back to its first state; return whole paths, particles first, then times."""
 
-    def earlier(rows: Array, inputs: tuple[State, Array]) -> tuple[Array, State]:
+    def earlier(rows: Array, inputs: tuple[PyTree, Array]) -> tuple[Array, PyTree]:
         states, ancestors = inputs
         return ancestors[rows], jax.tree.map(lambda leaf: leaf[rows], states)
 

@@ -65,7 +65,7 @@ def dim_of(reference: AbstractReference) -> int:
 
 def resample_first(
     key: Key, reference: AbstractReference, first: FirstDraws, power: Float[Array, ""], num: int
-) -> Population[Float[Array, "num dim"]]:
+) -> Population:
     """Resample ``num`` of the first draws by a power of their weights.
 
     Exactness: draw i is taken in proportion to its weight on average (systematic resampling), and the log evidence is

@@ -7,7 +7,7 @@ The tempered density of power b between a reference r and a target p is
 
 import abc
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,7 +37,6 @@ DIFFERENCE_SCALE = 2.38
 STEP_GAIN = 0.5
 """Change of the log step size for each unit by which acceptance misses its aim. Chosen by judgement."""
 
-Kept = TypeVar("Kept", bound=PyTree)
 Values = Float[Array, "num dim"]
 
 
@@ -49,7 +48,7 @@ def densities(
     return log_reference, _clean(target(z) - log_reference)
 
 
-class AbstractMoves(eqx.Module, Generic[Kept]):
+class AbstractMoves(eqx.Module):
     """Moves of a population between a reference and a target.
 
     They are cut in two. What `look` has computed at the particles serves to weigh them, and, once they are resampled,
@@ -60,7 +59,7 @@ class AbstractMoves(eqx.Module, Generic[Kept]):
     target: eqx.AbstractVar[LogDensity]
 
     @abc.abstractmethod
-    def begin(self, values: Values) -> Kept:
+    def begin(self, values: Values) -> Any:
         """Make what the moves keep from one temperature to the next, such as a step size."""
 
     @abc.abstractmethod
@@ -68,7 +67,7 @@ class AbstractMoves(eqx.Module, Generic[Kept]):
         """Compute log p - log r at the particles (never NaN), and what else `move` needs there, particles first."""
 
     @abc.abstractmethod
-    def move(self, key: Key, power: Float[Array, ""], values: Values, seen: Any, kept: Kept) -> tuple[Values, Kept]:
+    def move(self, key: Key, power: Float[Array, ""], values: Values, seen: Any, kept: Any) -> tuple[Values, Any]:
         """Move the particles at a power, where ``seen`` was seen at them."""
 
 
@@ -84,7 +83,7 @@ class Walk(NamedTuple):
     log_step: Float[Array, ""]
 
 
-class LangevinMoves(AbstractMoves[Walk]):
+class LangevinMoves(AbstractMoves):
     """Metropolis-adjusted Langevin steps, preconditioned by the population's own shape.
 
     The particles are seen through a map that undoes funnels and draws heavy tails in
@@ -147,7 +146,7 @@ class LangevinMoves(AbstractMoves[Walk]):
         return lambda z: (of_reference(z), of_target(z))
 
 
-class DifferenceMoves(AbstractMoves[None]):
+class DifferenceMoves(AbstractMoves):
     """Metropolis steps along differences of two other particles; no gradient is asked for.
 
     Args:

@@ -11,7 +11,7 @@ References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3), sections 2.3 and 3.5
 """
 
 import math
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,8 @@ from scoreinfer.montecarlo.weights import effective_sample_size, log_effective_s
 ALWAYS = math.inf
 """The least effective share with which `resample` resamples every time."""
 
-Values = TypeVar("Values", bound=PyTree)
 
-
-class Population(NamedTuple, Generic[Values]):
+class Population(NamedTuple):
     """Weighted particles.
 
     Args:
@@ -38,7 +36,7 @@ class Population(NamedTuple, Generic[Values]):
         log_evidence_before: sum of the log mean weights at all resamplings.
     """
 
-    values: Values
+    values: Any
     log_weight: Float[Array, " num"]
     ancestors: Int[Array, " num"]
     log_evidence_before: Float[Array, ""]
@@ -48,20 +46,20 @@ class Population(NamedTuple, Generic[Values]):
         """Compute log Z (see the module)."""
         return self.log_evidence_before + log_mean_weight(self.log_weight)
 
-    def weighed(self, log_potential: Float[Array, " num"]) -> "Population[Values]":
+    def weighed(self, log_potential: Float[Array, " num"]) -> "Population":
         """Multiply the weights by potentials; one that is NaN makes a weight of zero."""
         log_weight = self.log_weight + log_potential
         return self._replace(log_weight=jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight))
 
 
-def first_population(values: Values, num: int) -> Population[Values]:
+def first_population(values: PyTree, num: int) -> Population:
     """Make a population of ``num`` first particles, equally weighted."""
     return Population(values, jnp.zeros(num), jnp.arange(num), jnp.zeros(()))
 
 
 def resample(
-    key: Key, population: Population[Values], scheme: Scheme, least_share: float
-) -> tuple[Population[Values], Int[Array, " num"]]:
+    key: Key, population: Population, scheme: Scheme, least_share: float
+) -> tuple[Population, Int[Array, " num"]]:
     """Resample a population where its effective share is below ``least_share``; else leave it as it is.
 
     Args:

@@ -121,10 +121,10 @@ def next_power(
     log_ratio = jnp.asarray(log_ratio)
     one = jnp.ones((), log_ratio.dtype)
 
-    def enough(new: Float[Array, ""]) -> Array:
+    def enough(new):
         return log_effective_share((new - power) * log_ratio) >= jnp.log(kept_share)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_, bounds):
         low, high = bounds
         middle = 0.5 * (low + high)
         good = enough(middle)

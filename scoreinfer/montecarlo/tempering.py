@@ -14,7 +14,7 @@ References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3), section 3.3.2; Jasra
 Statistics 38(1) (temperatures by effective sample size).
 """
 
-from typing import Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.montecarlo.moves import AbstractMoves, Kept
+from scoreinfer.montecarlo.moves import AbstractMoves
 from scoreinfer.montecarlo.population import ALWAYS, Population, first_population, resample
 from scoreinfer.montecarlo.resampling import next_power, systematic
 
@@ -31,7 +31,7 @@ KEPT_SHARE = 0.7
 temperatures, and noisier evidence."""
 
 
-class Tempered(NamedTuple, Generic[Kept]):
+class Tempered(NamedTuple):
     """A population on its way.
 
     Args:
@@ -40,9 +40,9 @@ class Tempered(NamedTuple, Generic[Kept]):
         kept: what the moves keep from one temperature to the next.
     """
 
-    population: Population[Float[Array, "num dim"]]
+    population: Population
     power: Float[Array, ""]
-    kept: Kept
+    kept: Any
 
     @property
     def values(self) -> Float[Array, "num dim"]:
@@ -59,12 +59,12 @@ class Tempered(NamedTuple, Generic[Kept]):
         """Log of the ratio of normalising constants so far."""
         return self.population.log_evidence
 
-    def at(self, values: Float[Array, "num dim"]) -> "Tempered[Kept]":
+    def at(self, values: Float[Array, "num dim"]) -> "Tempered":
         """Put the particles elsewhere."""
         return self._replace(population=self.population._replace(values=values))
 
 
-def begin(moves: AbstractMoves[Kept], values: Float[Array, "num dim"], power: float = 0.0) -> Tempered[Kept]:
+def begin(moves: AbstractMoves, values: Float[Array, "num dim"], power: float = 0.0) -> Tempered:
     """Make a population that has not moved yet, at draws of the density of that power."""
     population = first_population(values, len(values))
     return Tempered(population, jnp.asarray(power, values.dtype), moves.begin(values))
@@ -73,10 +73,10 @@ def begin(moves: AbstractMoves[Kept], values: Float[Array, "num dim"], power: fl
 @eqx.filter_jit
 def advance(
     key: Key,
-    moves: AbstractMoves[Kept],
-    particles: Tempered[Kept],
+    moves: AbstractMoves,
+    particles: Tempered,
     kept_share: float | Float[Array, ""] = KEPT_SHARE,
-) -> Tempered[Kept]:
+) -> Tempered:
     """Go to the next temperature, resample, and move; at the last temperature move only.
 
     Args:

@@ -17,7 +17,7 @@ from scoreinfer.bijections.base import Chain, Change, pull, spread
 from scoreinfer.bijections.normalise import fit_shape, has_tails
 from scoreinfer.montecarlo.first_draws import draw_first, first_power, resample_first
 from scoreinfer.montecarlo.langevin import LogDensity
-from scoreinfer.montecarlo.moves import LangevinMoves, Walk
+from scoreinfer.montecarlo.moves import LangevinMoves
 from scoreinfer.montecarlo.population import num_ancestors
 from scoreinfer.montecarlo.reference import AbstractReference, Prior, reference_draws, reference_of
 from scoreinfer.montecarlo.resampling import next_power, resample_indices
@@ -189,7 +189,7 @@ class Pools(eqx.Module):
     """
 
     moves: LangevinMoves
-    particles: Tempered[Walk]
+    particles: Tempered
     whitening: Change
     x: Sites
 
@@ -198,7 +198,7 @@ class Pools(eqx.Module):
         """Move the particles, and bring them to the whitened space."""
         return self.batch(advance(key, self.moves, self.particles))
 
-    def batch(self, particles: Tempered[Walk]) -> ScoreBatch:
+    def batch(self, particles: Tempered) -> ScoreBatch:
         """Bring particles to the whitened space."""
         u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
         gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.kept.gradient.astype(jnp.float32))
@@ -266,7 +266,7 @@ def choose(rounds: list[Round]) -> Round:
 
 def explore(
     key: Key, reference: AbstractReference, target: LogDensity, effort: Effort, *, progress_bar: bool = True
-) -> tuple[Tempered[Walk], int]:
+) -> tuple[Tempered, int]:
     """Walk particles from the reference to the target; return them and the number of temperatures.
 
     They begin as the most promising of 65,536 draws of the reference, so that rare corners of it are not overlooked.
@@ -316,14 +316,14 @@ def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
 
 
 @eqx.filter_jit
-def _whitening(particles: Tempered[Walk]) -> Chain:
+def _whitening(particles: Tempered) -> Chain:
     shape = fit_shape(particles.values, particles.kept.gradient)
     w = shape.inverse(particles.values)
     whitening = Chain((Affine(w.mean(0), spread(w, 1e-6)), *shape.changes))
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf, whitening)
 
 
-def replace(key: Key, particles: Tempered[Walk], drawn: Weighted, each: int = 1) -> Tempered[Walk]:
+def replace(key: Key, particles: Tempered, drawn: Weighted, each: int = 1) -> Tempered:
     """Put draws, resampled by weight (tempered where few would be left), in place of one in ``each`` particles."""
     log_weight = np.asarray(drawn.log_weight, np.float64)
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
