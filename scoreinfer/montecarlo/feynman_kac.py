@@ -15,7 +15,7 @@ an observation:
 A density that weighs whole paths, and cannot be written as a product, is multiplied in after the loop
 (`Population.weighed` of the last particles, with the paths of `trace_back`).
 
-References: Del Moral 2004, Feynman-Kac Formulae, section 2.3; Chopin and Papaspiliopoulos 2020, An Introduction to
+References: Del Moral 2004, Feynman-Kac Formulae, chapter 2; Chopin and Papaspiliopoulos 2020, An Introduction to
 Sequential Monte Carlo, chapters 5 and 10.
 """
 
@@ -33,7 +33,7 @@ from scoreinfer.montecarlo.resampling import Scheme, conditional_multinomial, mu
 
 LEAST_SHARE = 0.5
 """Effective share of the particles below which they are resampled. A half is the usual choice (Del Moral, Doucet and
-Jasra 2006, section 2.3)."""
+Jasra 2006)."""
 
 State = TypeVar("State", bound=PyTree)
 
@@ -105,10 +105,11 @@ def run(
     Exactness: without a reference Z is an unbiased estimate of the evidence, for any number of particles. Given a path
         of gamma_n / evidence as a reference, a path drawn from the last particles by weight has that law too (a Gibbs
         step). 1 / Z of that run is then an unbiased estimate of 1 / evidence. Chains that alternate between free runs,
-        accepted by their Z, and runs around a reference are exact only where both resample alike, so that both are
-        multinomial unless told otherwise.
+        accepted by their Z, and runs around a reference are exact only where both resample alike: Z has another law
+        under another scheme. Both are multinomial unless told otherwise.
 
-    References: Andrieu, Doucet and Holenstein 2010, JRSS B 72(3), theorem 2 (free runs) and theorem 5 (Gibbs steps).
+    References: Del Moral 2004, Feynman-Kac Formulae, section 7.4 (Z is unbiased); Andrieu, Doucet and Holenstein 2010,
+        JRSS B 72(3), sections 4.2 (chains of free runs) and 4.5 (Gibbs steps).
     """
     if reference is not None and scheme is not multinomial:
         raise ValueError("A run around a reference resamples by `multinomial`, got another `scheme`: leave it out.")

@@ -32,7 +32,7 @@ than in others. Chosen by judgement: a funnel is narrower by factors like this o
 DIFFERENCE_JITTER = 4.0
 """Moves by differences vary in length by up to this factor, for modes narrower than the whole. Chosen by judgement."""
 DIFFERENCE_SCALE = 2.38
-"""Moves by differences are this long, divided by sqrt(2 dim): best for Gaussians (ter Braak and Vrugt 2008, section 2).
+"""Moves by differences are this long, divided by sqrt(2 dim): best for Gaussians (ter Braak and Vrugt 2008).
 """
 STEP_GAIN = 0.5
 """Change of the log step size for each unit by which acceptance misses its aim. Chosen by judgement."""

@@ -6,7 +6,7 @@ and w-bar the mean of the weights since the last one, the evidence is estimated 
 
     Z = (prod_j w-bar_j) w-bar.
 
-References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3), sections 2.3 and 3.5; Liu and Chen 1998, JASA 93(443)
+References: Del Moral, Doucet and Jasra 2006, JRSS B 68(3); Liu and Chen 1998, JASA 93(443)
 (resampling only where it is needed).
 """
 

@@ -34,7 +34,7 @@ def systematic(key: Key, log_weight: Float[Array, " num"], num: int) -> Int[Arra
     Exactness: exact up to rounding: row i is drawn num W_i times on average, and this number rounded down or up each
         time. The rows depend on each other, so a run around a reference needs `conditional_multinomial`.
 
-    References: Kitagawa 1996, JCGS 5(1), appendix.
+    References: Kitagawa 1996, JCGS 5(1).
 
     >>> systematic(jax.random.key(0), jnp.log(jnp.array([1.0, 2.0, 1.0])), 4).tolist()
     [0, 1, 1, 2]
@@ -58,7 +58,7 @@ def conditional_multinomial(key: Key, log_weight: Float[Array, " num"], num: int
     Exactness: exact: the law of independent rows, given that the first of them is row 0. It is the resampling of a run
         around a reference, which stands in row 0. The counts themselves are not unbiased.
 
-    References: Andrieu, Doucet and Holenstein 2010, JRSS B 72(3), section 4.3 (conditional SMC).
+    References: Andrieu, Doucet and Holenstein 2010, JRSS B 72(3), section 4.5 (conditional SMC).
     """
     return multinomial(key, log_weight, num).at[0].set(0)
 
@@ -74,7 +74,7 @@ def resample_indices(key: Key, log_weight: LogWeights, num: int) -> Int[Array, "
 
     Exactness: exact: row i is drawn num W_i times on average. A weight that is NaN counts as zero.
 
-    References: Kitagawa 1996, JCGS 5(1), appendix.
+    References: Kitagawa 1996, JCGS 5(1).
     """
     for_offset, for_order = jax.random.split(key)
     weight = relative_weights(log_weight)
@@ -113,7 +113,7 @@ def next_power(
         kept_share: the least effective share.
         power: the power to start from.
 
-    References: Jasra et al. 2011, Scandinavian Journal of Statistics 38(1), section 2.3.
+    References: Jasra et al. 2011, Scandinavian Journal of Statistics 38(1).
 
     >>> float(next_power(jnp.log(jnp.array([1.0, 1.0, 2.0])), 2 / 3))
     1.0

@@ -11,7 +11,9 @@ LogWeights = Float[Array | np.ndarray, " draws"]
 def effective_sample_size(log_weight: LogWeights) -> float:
     """Compute Kish's effective sample size (sum w)^2 / sum w^2 of importance weights.
 
-    Exactness: an estimate from the weights themselves: it cannot see a mode no draw ever visited.
+    Exactness: an estimate from the weights themselves. It cannot see a mode that no draw has visited.
+
+    References: Kong, Liu and Wong 1994, JASA 89(425).
 
     >>> effective_sample_size(np.log([1.0, 1.0, 2.0]))
     2.6666666666666665
