@@ -19,11 +19,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
@@ -32,24 +31,21 @@ from scoreinfer.montecarlo.first_draws import (
     NUM_WITNESSES,
     THOROUGH,
     FirstDraws,
-    Tempered,
-    densities,
     dim_of,
     draw_first,
     first_power,
-    num_ancestors,
     resample_first,
 )
 from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
-from scoreinfer.montecarlo.langevin import LogDensity, metropolis
+from scoreinfer.montecarlo.langevin import LogDensity
+from scoreinfer.montecarlo.moves import DifferenceMoves
+from scoreinfer.montecarlo.population import num_ancestors
 from scoreinfer.montecarlo.reference import AbstractReference, Overdispersed
-from scoreinfer.montecarlo.resampling import next_power, resample
+from scoreinfer.montecarlo.tempering import KEPT_SHARE, Tempered, advance
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, batch_shape, mixed, weigh_rows
 
-KEPT_SHARE = 0.7
-"""Share of the effective sample size that each change of temperature keeps. Chosen by judgement."""
 MIN_DIRECT = 400.0
 """Effective sample size of the first draws from which no tempering is needed. Chosen by judgement."""
 MAX_DIM = 256
@@ -58,8 +54,6 @@ MIN_INFORMATIVE = 60.0
 """With fewer independent witnesses, tempering is repeated with three times as many moves. Chosen by judgement."""
 MAX_TEMPERATURES = 200
 """Number of temperatures after which tempering fails. Chosen by judgement."""
-JITTER = 4.0
-"""Moves vary in length by up to this factor, to reach narrow modes. Chosen by judgement."""
 NUM_HELD = 512
 """Approximate number of witnesses that are weighed under the proposal. Chosen by judgement."""
 LEAST_EXCESS, MIN_FITTED, SHARES = math.log(2.0), 8, (0.1, 0.5)
@@ -118,55 +112,16 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
 
 def _temper(key: Key, reference: AbstractReference, target: LogDensity, first: FirstDraws, num_moves: int) -> Witnesses:
     key, for_first = jax.random.split(key)
-    drawn = resample_first(for_first, reference, first, first_power(first, NUM_WITNESSES), NUM_WITNESSES)
+    moves, power = DifferenceMoves(reference, target, jnp.asarray(num_moves)), first_power(first, NUM_WITNESSES)
+    drawn = Tempered(resample_first(for_first, reference, first, power, NUM_WITNESSES), power, None)
+    kept_share = 1.0  # first the copies of the same draws are moved apart
     for _ in range(MAX_TEMPERATURES):
-        key, for_moves, for_rows = jax.random.split(key, 3)
-        values, log_ratio = _move(for_moves, reference, target, drawn.power, drawn.values, jnp.asarray(num_moves))
-        drawn = drawn._replace(values=values)
+        key, for_pass = jax.random.split(key)
+        drawn = advance(for_pass, moves, drawn, jnp.asarray(kept_share))
         if drawn.power == 1.0:
-            return Witnesses(values, num_ancestors(drawn.ancestors), first.num, float(drawn.log_evidence))
-        power = next_power(drawn.power, log_ratio, KEPT_SHARE)
-        log_weight = (power - drawn.power) * log_ratio
-        rows = resample(for_rows, log_weight)
-        increment = jax.nn.logsumexp(log_weight) - math.log(NUM_WITNESSES)
-        drawn = Tempered(values[rows], drawn.ancestors[rows], power, drawn.log_evidence + increment)
+            return Witnesses(drawn.values, num_ancestors(drawn.ancestors), first.num, float(drawn.log_evidence))
+        kept_share = KEPT_SHARE
     return Witnesses(drawn.values, 0.0, first.num, float(drawn.log_evidence))
-
-
-@eqx.filter_jit
-def _move(
-    key: Key,
-    reference: AbstractReference,
-    target: LogDensity,
-    power: Float[Array, ""],
-    values: Float[Array, "num dim"],
-    num_moves: Int[Array, ""],
-) -> tuple[Float[Array, "num dim"], Float[Array, " num"]]:
-    """Move every witness by Metropolis steps along differences of two initial witnesses.
-
-    Exactness: leaves reference^(1 - power) target^power invariant. The initial witnesses stay fixed, and given them a
-        difference is as likely as its negative.
-    """
-    num, dim = values.shape
-    longest = 2.38 / (2 * dim) ** 0.5
-
-    def step(key, state):
-        for_pair, for_length, for_accept = jax.random.split(key, 3)
-        a, b = jax.random.randint(for_pair, (2,), 0, num)
-        length = longest * jnp.exp(-jnp.log(JITTER) * jax.random.uniform(for_length, (), values.dtype))
-        z, log_reference, log_ratio = state
-        new = z + length * (values[a] - values[b])
-        at_new = densities(reference, target, new)
-        log_accept = at_new[0] - log_reference + power * (at_new[1] - log_ratio)
-        log_accept = jnp.where(jnp.isnan(log_accept), -jnp.inf, log_accept)
-        return metropolis(for_accept, (new, *at_new), state, log_accept)[0]
-
-    def move(i, states):
-        return jax.vmap(step)(jax.random.split(jax.random.fold_in(key, i), num), states)
-
-    states = (values, *jax.vmap(lambda z: densities(reference, target, z))(values))
-    moved, _, log_ratio = jax.lax.fori_loop(0, num_moves, move, states)
-    return moved, log_ratio
 
 
 def hold_against(

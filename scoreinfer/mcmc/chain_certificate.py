@@ -19,9 +19,9 @@ from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
-from scoreinfer.montecarlo.first_draws import num_ancestors
-from scoreinfer.montecarlo.reference import Overdispersed, reference_of
-from scoreinfer.montecarlo.tempering import Particles, begin
+from scoreinfer.montecarlo.population import num_ancestors
+from scoreinfer.montecarlo.reference import Overdispersed, reference_draws, reference_of
+from scoreinfer.montecarlo.tempering import Tempered
 from scoreinfer.montecarlo.weights import log_evidence
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.samplers.amortised import AbstractAmortised
@@ -197,10 +197,11 @@ def _explored(
     informative = fit.evidence.num_informative
     first = fit.evidence.places
     for_start, for_second, for_third = random.split(for_explorer, 3)
-    began = begin(for_start, reference_of(fit.problem, kernel.start_scale), CROSS_CHECK.num_particles).values
+    start = reference_of(fit.problem, kernel.start_scale)
+    began = reference_draws(for_start, start, CROSS_CHECK.num_particles)
     seen = jnp.concatenate([first, began])
 
-    def explore_from(key: Key, times: float) -> Particles:
+    def explore_from(key: Key, times: float) -> Tempered:
         reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
         return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
 

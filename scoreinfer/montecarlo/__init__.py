@@ -1,1 +1,1 @@
-"""Monte Carlo on densities alone: weights, resampling, Langevin moves, tempering. Nothing here knows a score."""
+"""Monte Carlo on densities alone: weights, resampling, particle loops, moves, tempering. Nothing here knows a score."""

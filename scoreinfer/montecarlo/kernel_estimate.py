@@ -1,10 +1,13 @@
-"""A kernel estimate of the density that given draws come from: what a proposal missed, as a density to draw from.
+"""A kernel estimate: a density fitted to draws, which can be drawn from and evaluated.
 
-Around every draw stands a multivariate t distribution with the covariance of the nearest others, its centre drawn in
-towards their mean, so that the estimate is no wider than the draws are. One wider distribution around all of them
-bounds the weights beyond.
+With n draws z_i, m_i and C_i the mean and covariance of the draws nearest to z_i, and h the width of the kernels,
 
-References: West 1993, JRSS B 55(2).
+    q(z) = (1 - s) (1 / n) sum_i t(z; m_i + sqrt(1 - h^2) (z_i - m_i), h^2 C_i) + s t(z; m, (1.5)^2 C).
+
+The centres are drawn in towards the means, so that the estimate is no wider than the draws are. The last term, with
+mean and covariance of all draws, is wider: it bounds importance weights where there are no draws.
+
+References: West 1993, JRSS B 55(2) (centres drawn in).
 """
 
 import jax
@@ -15,10 +18,11 @@ from jaxtyping import Array, Float
 from scoreinfer.montecarlo.reference import AbstractReference, Overdispersed
 
 DEGREES = 5.0
-"""Degrees of freedom of the kernels: tails heavy enough to bound the weights."""
+"""Degrees of freedom of the kernels. Chosen by judgement: tails heavy enough to bound the weights, with a variance."""
 MAX_KERNELS = 256
+"""Kernels at most, as each costs a matrix solve in every evaluation. Chosen by judgement."""
 WIDE_SHARE, WIDENING = 0.15, 1.5
-"""Share of the wide distribution, and how much wider than all draws it is."""
+"""Share s of the wide distribution, and how much wider than all draws it is. Chosen by judgement."""
 
 
 class KernelEstimate(AbstractReference):
@@ -78,7 +82,10 @@ def kernel_estimate(values: Float[Array | np.ndarray, "num dim"]) -> KernelEstim
 def _moments(
     groups: Float[np.ndarray, "groups num dim"], scale: Float[np.ndarray, " dim"]
 ) -> tuple[Float[np.ndarray, "groups dim"], Float[np.ndarray, "groups dim dim"]]:
-    """Compute means and covariances of groups of draws; those of few draws are drawn in to their diagonals."""
+    """Compute means and covariances of groups of draws.
+
+    The covariance of few draws is mixed with its diagonal, so that it can be factored.
+    """
     _, num, dim = groups.shape
     mean = groups.mean(axis=1)
     centred = groups - mean[:, None]

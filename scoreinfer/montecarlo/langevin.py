@@ -1,6 +1,12 @@
-"""Correction: what the model's own density makes of a proposal.
+"""Metropolis-adjusted Langevin steps of a log density, and what they need: gradients, proposals, acceptance.
 
-Knows log-densities and log weights, never a score or a process: it can correct anything, and be tested on anything.
+With step size e, preconditioner L L^T and standard normal noise n, a step proposes
+
+    x' = x + (e^2 / 2) L L^T grad log p(x) + e L n,
+
+and accepts it with the probability of Metropolis and Hastings.
+
+References: Roberts and Tweedie 1996, Bernoulli 2(4).
 """
 
 from collections.abc import Callable
@@ -18,7 +24,7 @@ from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import LogWeights
 
 TARGET_ACCEPT_PROB = 0.574
-"""The acceptance probability that Langevin steps are tuned to (Roberts and Rosenthal 1998)."""
+"""The acceptance probability that Langevin steps are tuned to: best in high dimension (Roberts and Rosenthal 1998)."""
 
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
@@ -32,7 +38,7 @@ Factor = Float[Array, "dim dim"] | Float[Array, " dim"]
 def derivatives(log_density: LogDensity, z: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> str:
     """Find the mode of differentiation that works: ``"reverse"``, else ``"forward"``, else ``"none"``.
 
-    Loops whose length depends on values have forward derivatives alone, calls out of JAX have none.
+    A loop whose length depends on values has forward derivatives alone. A call out of JAX has none.
 
     Args:
         log_density: the log density; nothing is computed.
@@ -55,12 +61,12 @@ def differentiate(
 ) -> ValueAndGrad:
     """Make the function that computes a log density and its gradient.
 
-    Where there is no gradient it is zero, with which Langevin steps are those of random-walk Metropolis.
+    Where there is no gradient, zero takes its place. Langevin steps are then those of random-walk Metropolis.
 
     Args:
         log_density: the log density.
         z: its argument, or the shape and dtype of it.
-        forward_mode: differentiate in forward mode; None: where reverse mode does not work.
+        forward_mode: True: differentiate in forward mode; False: in reverse mode; None: in the mode that works.
     """
     mode = derivatives(log_density, z) if forward_mode is None else ("forward" if forward_mode else "reverse")
     return _BY_MODE[mode](log_density)
@@ -157,7 +163,7 @@ def rejuvenate(
     num: int,
     num_moves: int = 20,
 ) -> tuple[Float[Array, "num dim"], Float[Array, " num"], Moves]:
-    """Resample weighted draws to ``num`` and move the duplicates apart by Langevin steps.
+    """Resample ``num`` of the weighted draws, and move the duplicates apart by Langevin steps.
 
     Args:
         key: random key.
@@ -165,7 +171,7 @@ def rejuvenate(
         values: weighted draws.
         log_weight: their log weights.
         num: number of draws to return.
-        num_moves: Langevin steps of each draw; as many more, on copies that are thrown away, find the step size.
+        num_moves: Langevin steps of each draw. Before them, 20 steps of copies that are thrown away find the step size.
 
     Returns:
         The draws, their log densities, and what the moves did.

@@ -1,4 +1,4 @@
-"""References: normalised densities that can be drawn from, where populations of particles start."""
+"""References: densities where populations of particles start. They are normalised, and can be drawn from."""
 
 import abc
 
@@ -13,7 +13,7 @@ from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.problem import Problem
 
 NUM_LOCATED = 4096
-"""Draws that say where a prior lies whose density does not describe its draws."""
+"""Draws that locate a prior whose density does not describe its draws: mean and scale to two per cent."""
 
 
 class AbstractReference(eqx.Module):
@@ -44,10 +44,15 @@ class Prior(AbstractReference):
 
 
 class Overdispersed(AbstractReference):
-    """A wide multivariate t, where there is no prior to draw from or another start is wanted.
+    """A wide multivariate t distribution, where there is no prior to draw from or another start is wanted.
 
-    Its tails are heavy, so that those of the target may be heavy too: particles from a Gaussian would have to walk
-    out to them.
+    Its tails are heavy, for targets whose tails are heavy too. Particles from a Gaussian would have to walk out to
+    them.
+
+    Args:
+        centre: its centre.
+        scale: its scale in every dimension.
+        degrees: degrees of freedom.
     """
 
     centre: Float[Array, " dim"]
@@ -70,15 +75,26 @@ class Overdispersed(AbstractReference):
 
 
 @eqx.filter_jit
+def reference_draws(key: Key, density: AbstractReference, num: int) -> Float[Array, "num dim"]:
+    """Draw ``num`` times from a density."""
+    return jax.vmap(density.sample)(jax.random.split(key, num))
+
+
+@eqx.filter_jit
 def reference_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
-    """Draw these rows of the endless stream of a density's draws that belongs to ``key``."""
+    """Draw some rows of an endless list of draws; row i depends on ``key`` and i alone."""
     return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)
 
 
 def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
-    """Choose where first draws come from: the prior, where there are draws of it that its density describes.
+    """Choose where first draws come from.
 
-    Else a t distribution: around such draws, or where there are none around zero, of this scale.
+    It is the prior, where it can be drawn from and its density describes its draws. Where the density does not, it is a
+    t distribution fitted to 4096 draws, twice as wide. Where there are no draws, it is a t distribution around zero.
+
+    Args:
+        problem: the problem.
+        scale: scale of the t distribution around zero.
     """
     if problem.simulate is None:
         ones = jnp.ones(problem.dim, jnp.result_type(float))

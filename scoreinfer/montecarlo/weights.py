@@ -11,7 +11,9 @@ LogWeights = Float[Array | np.ndarray, " draws"]
 def effective_sample_size(log_weight: LogWeights) -> float:
     """Compute Kish's effective sample size (sum w)^2 / sum w^2 of importance weights.
 
-    Exactness: an estimate from the weights themselves: it cannot see a mode no draw ever visited.
+    Exactness: an estimate from the weights themselves. It cannot see a mode that no draw has visited.
+
+    References: Kong, Liu and Wong 1994, JASA 89(425).
 
     >>> effective_sample_size(np.log([1.0, 1.0, 2.0]))
     2.6666666666666665
@@ -26,6 +28,11 @@ def log_effective_share(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
     Exactness: as for `effective_sample_size`.
     """
     return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) - jnp.log(log_weight.size)
+
+
+def log_mean_weight(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
+    """Compute the log of the mean weight within compiled code."""
+    return jax.nn.logsumexp(log_weight) - jnp.log(log_weight.size)
 
 
 def log_evidence(log_weight: LogWeights) -> tuple[float, float]:

@@ -20,7 +20,7 @@ References: Del Moral, Doucet and Jasra 2006 (bridging densities); Andrieu, Douc
 (particle independent Metropolis-Hastings) and 4.5 (conditional SMC).
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.montecarlo.weights import log_effective_share
+from scoreinfer.montecarlo.feynman_kac import AbstractFeynmanKac, run, trace_back
 from scoreinfer.paths import Kernel, LearnedBackward
 from scoreinfer.paths.proposal import AbstractPaths
 from scoreinfer.problem import Problem
@@ -93,108 +93,92 @@ class ResampledPaths(AbstractProposal):
         self, key: Key, target: Target, known: Any, given: Float[Array, " path"] | None
     ) -> tuple[Float[Array, "particles path"], Float[Array, " particles"], Float[Array, ""]]:
         """Draw all particles' paths with the weights since the last resampling, and log Z; the first may be given."""
-        paths, num = self.paths, self.num_particles
-        for_begin, for_given, for_steps = jax.random.split(key, 3)
-        begun, log_start = jax.vmap(lambda key: paths.begin(key, known))(jax.random.split(for_begin, num))
-        held = jnp.zeros((paths.num_steps + 1, begun.end.shape[1]), begun.end.dtype)
-        if given is not None:
-            its, held = paths.parts(known, given)
-            begun = jax.tree.map(lambda rows, own: rows.at[0].set(own), begun, its)
-            log_start = log_start.at[0].set(paths.log_begin(for_given, known, its))
-
-        def back(now: Particles, inputs: tuple[Array, Key, Array]) -> tuple[Particles, tuple[Array, Array]]:
-            k, key, held = inputs
-            for_ancestors, for_moves = jax.random.split(key)
-            now, ancestors = _resample(for_ancestors, now, given is not None)
-            keys = jax.random.split(for_moves, num)
-            move = partial(self._move, target.problem, known, k)
-            moved = jax.vmap(move)(keys, now.x, now.parameters)
-            if given is not None:
-                first = move(keys[0], now.x[0], now.parameters[0], held)
-                moved = jax.tree.map(lambda rows, own: rows.at[0].set(own), moved, first)
-            return now.moved(*moved), (moved[0], ancestors)
-
-        steps = (jnp.arange(paths.num_steps), jax.random.split(for_steps, paths.num_steps), held[:-1])
-        none = jnp.zeros_like(log_start)
-        first = Particles(begun.end, begun.parameters, none, log_start, none, jnp.zeros((), log_start.dtype))
-        last, (states, ancestors) = jax.lax.scan(back, first, steps, reverse=True)
-        z = jax.vmap(paths.join)(last.parameters, _traced_back(states, ancestors, begun.end))
-        log_joint = jax.vmap(target)(z)
-        log_weight = _clean(last.log_weight + log_joint - last.log_q - last.used)
-        return z, log_weight, last.log_evidence + _log_mean(log_weight)
-
-    def _move(
-        self,
-        problem: Problem,
-        context: Any,
-        k: Int[Array, ""],
-        key: Key,
-        x: Float[Array, " dim"],
-        parameters: Float[Array, " parameters"],
-        to: Float[Array, " dim"] | None = None,
-    ) -> tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, ""]]:
-        """Move one particle (to a given state); return the state, its log density and the gain in log weight."""
-        backward = self.paths.kernels(context, parameters)
-        assert isinstance(backward, LearnedBackward)
-        kernel = backward(k, x)
-        new, log_b = kernel.draw(key) if to is None else (to, kernel.log_density(to))
-        bridge = _bridge(backward, self.paths.physics_of(problem, parameters), k, new, x)
-        return new, log_b, jnp.where(k == 0, 0.0, bridge - log_b)
+        for_given, for_run = jax.random.split(key)
+        model = Backwards(self.paths.num_steps, self.paths, target.problem, known)
+        reference = None if given is None else model.states_of(for_given, given)
+        found = run(for_run, model, self.num_particles, reference, least_share=LEAST_SHARE)
+        traced = trace_back(found)
+        z = jax.vmap(self.paths.join)(traced.parameters[:, -1], traced.x[:, ::-1])
+        last = found.last.weighed(jax.vmap(target)(z) - traced.log_target.sum(axis=1))
+        return z, last.log_weight, last.log_evidence
 
 
-class Particles(NamedTuple):
-    """Particles on their way.
+class BackwardState(NamedTuple):
+    """A state of a path that is drawn backwards.
 
     Args:
-        x: their states.
-        parameters: the unknown parameters that each, and its ancestors, were drawn with.
-        log_weight: their weights since they were last resampled.
-        log_q: log density by which each, and its ancestors, were drawn.
-        used: sum of the log weights, of each and its ancestors, that bridging densities have given so far.
-        log_evidence: sum of the log mean weights at all resamplings.
+        x: the state.
+        parameters: the unknown parameters of the whole path.
+        log_q: log density by which the state was drawn, given the later one; at the end of the path, the density by
+            which it was drawn with the parameters.
+        log_target: log of the factor that the state adds to the bridging density; log_q itself at the end of the path,
+            and at its beginning, where the model's own density takes over.
     """
 
-    x: Float[Array, "particles dim"]
-    parameters: Float[Array, "particles parameters"]
-    log_weight: Float[Array, " particles"]
-    log_q: Float[Array, " particles"]
-    used: Float[Array, " particles"]
-    log_evidence: Float[Array, ""]
-
-    def moved(
-        self, x: Float[Array, "particles dim"], log_b: Float[Array, " particles"], gain: Float[Array, " particles"]
-    ) -> "Particles":
-        """Move the particles to new states, drawn with these log densities, of this gain in log weight."""
-        log_weight, log_q, used = self.log_weight + gain, self.log_q + log_b, self.used + gain
-        return self._replace(x=x, log_weight=log_weight, log_q=log_q, used=used)
+    x: Float[Array, " dim"]
+    parameters: Float[Array, " parameters"]
+    log_q: Float[Array, ""]
+    log_target: Float[Array, ""]
 
 
-def _resample(key: Key, now: Particles, conditional: bool) -> tuple[Particles, Int[Array, " particles"]]:
-    """Resample where weights have become uneven (multinomial; the first particle stays in a conditional run)."""
-    log_weight = _clean(now.log_weight)
-    num = log_weight.size
-    uneven = _log_share(log_weight) < jnp.log(LEAST_SHARE)
-    drawn = jax.random.categorical(key, log_weight, shape=(num,))
-    ancestors = jnp.where(uneven, drawn, jnp.arange(num))
-    if conditional:
-        ancestors = ancestors.at[0].set(0)
-    evidence = now.log_evidence + jnp.where(uneven, _log_mean(log_weight), 0.0)
-    weights = jnp.where(uneven, 0.0, log_weight)
-    x, parameters, log_q, used = (each[ancestors] for each in (now.x, now.parameters, now.log_q, now.used))
-    return Particles(x, parameters, weights, log_q, used, evidence), ancestors
+class Backwards(AbstractFeynmanKac[BackwardState]):
+    """Paths drawn backwards as a Feynman-Kac model: its time k is the step num_steps - k of the process.
 
+    Args:
+        num_steps: number of kernels from the end that is known to the beginning.
+        paths: the sampler of single paths.
+        problem: the problem of paths and parameters.
+        known: the observation, as ``paths`` embeds it.
 
-def _log_share(log_weight: Float[Array, " particles"]) -> Float[Array, ""]:
-    """Compute the logarithm of the effective share; none is lost where every weight is zero."""
-    return jnp.nan_to_num(log_effective_share(log_weight), nan=0.0)
+    Exactness: the potentials are bridging density over proposal density, so the loop is exact for gamma_1 b_0, b_0 the
+        kernel of the first state. Whoever runs it multiplies by p(path, theta, y) / (gamma_1 b_0).
+    """
 
+    num_steps: int = eqx.field(static=True)
+    paths: AbstractPaths
+    problem: Problem = eqx.field(static=True)
+    known: Any
 
-def _log_mean(log_weight: Float[Array, " particles"]) -> Float[Array, ""]:
-    return jax.nn.logsumexp(log_weight) - jnp.log(log_weight.size)
+    def initial(self, key):
+        """Draw parameters, and the last state where it is not known."""
+        begun, log_q = self.paths.begin(key, self.known)
+        return BackwardState(begun.end, begun.parameters, log_q, log_q)
 
+    def log_initial(self, first):
+        """Return zero: the bridging density begins as what was drawn from."""
+        return jnp.zeros_like(first.log_q)
 
-def _clean(log_weight: Float[Array, " particles"]) -> Float[Array, " particles"]:
-    return jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+    def propagate(self, key, k, old):
+        """Draw the state before."""
+        return self._before(k, old, lambda kernel: kernel.draw(key))
+
+    def log_potential(self, k, old, new):
+        """Compute the gain of the bridging density over the proposal."""
+        return new.log_target - new.log_q
+
+    def states_of(self, key: Key, z: Float[Array, " path"]) -> BackwardState:
+        """Compute the states of a given path, times first; ``key`` serves the density of its end."""
+        begun, path = self.paths.parts(self.known, z)
+        log_q = self.paths.log_begin(key, self.known, begun)
+        first = BackwardState(begun.end, begun.parameters, log_q, log_q)
+
+        def state(inputs: tuple[Array, Array, Array]) -> BackwardState:
+            k, later, x = inputs
+            return self._before(k, first._replace(x=later), lambda kernel: (x, kernel.log_density(x)))
+
+        backwards = path[::-1]
+        rest = jax.lax.map(state, (jnp.arange(1, self.num_steps + 1), backwards[:-1], backwards[1:]))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+    def _before(
+        self, k: Int[Array, ""], old: BackwardState, draw: Callable[[Kernel], tuple[Array, Array]]
+    ) -> BackwardState:
+        """Make the state before an old one from what ``draw`` takes from its kernel, with its log density."""
+        backward, j = self.paths.kernels(self.known, old.parameters), self.num_steps - k
+        assert isinstance(backward, LearnedBackward)
+        x, log_q = draw(backward(j, old.x))
+        bridge = _bridge(backward, self.paths.physics_of(self.problem, old.parameters), j, x, old.x)
+        return BackwardState(x, old.parameters, log_q, jnp.where(j == 0, log_q, bridge))
 
 
 def _bridge(
@@ -210,18 +194,3 @@ def _bridge(
     assert before is not None
     assert after is not None
     return before.log_density(k, x, context) + transition - after.log_density(k, later, context)
-
-
-def _traced_back(
-    states: Float[Array, "steps particles dim"],
-    ancestors: Int[Array, "steps particles"],
-    ends: Float[Array, "particles dim"],
-) -> Float[Array, "particles times dim"]:
-    """Follow every particle of the beginning to its end."""
-
-    def later(who: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        states, ancestors = inputs
-        return ancestors[who], states[who]
-
-    who, paths = jax.lax.scan(later, jnp.arange(len(ends)), (states, ancestors))
-    return jnp.concatenate([paths, ends[who][None]]).swapaxes(0, 1)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
-from scoreinfer.montecarlo.resampling import tempering_power
+from scoreinfer.montecarlo.resampling import next_power
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.samplers.amortised import AbstractAmortised, AmortisedProposal, Context
 from scoreinfer.samplers.base import Target
@@ -131,7 +131,7 @@ def focus(
             best, best_ess = current, ess
         if ess > 0.5 * num or not np.isfinite(log_weight.max()):
             break
-        power = tempering_power(log_weight, max(0.1 * num, min(5.0 * dim, 0.5 * num)))
+        power = float(next_power(log_weight - log_weight.max(), max(0.1, min(5.0 * dim / num, 0.5))))
         weight = np.exp(power * (log_weight - log_weight.max()))
         weight /= weight.sum()
         (mean, covariance), (old_mean, old) = _moments(z, weight), _moments(z, np.full(num, 1 / num))

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
-from scoreinfer.montecarlo.reference import reference_of
+from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.reference import reference_draws, reference_of
 from scoreinfer.montecarlo.tempering import advance, begin
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.samplers.amortised import AmortisedProposal, Context
@@ -102,12 +103,13 @@ def refine(
     adapted = proposal.adapted
     drawn = weighted_draws(for_draws, proposal, target, 1024, None, 0, NUM_PARTICLES)
     reference = reference_of(target.problem, 1.0)
-    particles = begin(for_particles, reference, NUM_PARTICLES)
-    particles = replace(for_rows, particles._replace(power=jnp.ones_like(particles.power)), drawn)
+    moves = LangevinMoves(reference, target, NUM_MOVES)
+    particles = begin(moves, reference_draws(for_particles, reference, NUM_PARTICLES), power=1.0)
+    particles = replace(for_rows, particles, drawn)
     for for_pass in jax.random.split(for_moves, WARM_UP):
-        particles = advance(for_pass, reference, target, particles, NUM_MOVES)
+        particles = advance(for_pass, moves, particles)
     affine, x = _context(adapted, target)
-    pools = Pools(reference, target, particles, affine, x, NUM_MOVES)
+    pools = Pools(moves, target, particles, affine, x)
 
     def make(module: ConditionalScore) -> AmortisedProposal:
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)

@@ -18,11 +18,13 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.bijections.base import Chain, Change, pull, spread
 from scoreinfer.bijections.normalise import fit_shape, has_tails
-from scoreinfer.montecarlo.first_draws import draw_first, first_power, num_ancestors, resample_first
+from scoreinfer.montecarlo.first_draws import draw_first, first_power, resample_first
 from scoreinfer.montecarlo.langevin import LogDensity
-from scoreinfer.montecarlo.reference import AbstractReference, Prior, reference_of
-from scoreinfer.montecarlo.resampling import resample_indices, tempering_power
-from scoreinfer.montecarlo.tempering import KEPT_SHARE, Particles, advance, begin, particles_at
+from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.population import num_ancestors
+from scoreinfer.montecarlo.reference import AbstractReference, Prior, reference_draws, reference_of
+from scoreinfer.montecarlo.resampling import next_power, resample_indices
+from scoreinfer.montecarlo.tempering import KEPT_SHARE, Tempered, advance
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
 from scoreinfer.nets import Concatenate
 from scoreinfer.samplers.amortised import default_sampler, log_q_whitened, propose_whitened
@@ -169,12 +171,12 @@ def learn(
     try:
         particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     except FloatingPointError as error:
-        where = begin(for_explorer, reference, 1).values[0]
+        where = reference_draws(for_explorer, reference, 1)[0]
         raise FloatingPointError(f"{error}{blame(problem, where, y)}") from error
     places, whitening = particles.values, _whitening(particles)
     nothing = {"nothing": jnp.zeros(0, jnp.float32)}
     example = jax.tree.map(lambda leaf: leaf[None], nothing)
-    pools = Pools(reference, target, particles, whitening, nothing, effort.num_moves)
+    pools = Pools(LangevinMoves(reference, target, effort.num_moves), target, particles, whitening, nothing)
     octaves = () if has_tails(whitening) else choose_octaves(pools.batch(particles))
     module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
 
@@ -191,32 +193,30 @@ class Pools(eqx.Module):
     """Training data of every epoch: the particles after new moves, which prevents overfitting.
 
     Args:
-        reference: see `scoreinfer.montecarlo.tempering.advance`.
+        moves: moves of the particles before every epoch, with the posterior as their target.
         target: the posterior.
-        particles: approximate draws of the posterior.
+        particles: approximate draws of the posterior, at power 1.
         whitening: the whitening map.
         x: the standardised observation, an input of the score.
-        num_moves: Langevin steps of each particle before every epoch.
 
     Exactness: the moves leave the posterior invariant; the particles are approximate draws of it.
     """
 
-    reference: AbstractReference
+    moves: LangevinMoves
     target: Target
-    particles: Particles
+    particles: Tempered
     whitening: Change
     x: Sites
-    num_moves: int = eqx.field(static=True)
 
     @eqx.filter_jit
     def __call__(self, key: Key) -> ScoreBatch:
         """Move the particles and map them to the whitened space."""
-        return self.batch(advance(key, self.reference, self.target, self.particles, self.num_moves))
+        return self.batch(advance(key, self.moves, self.particles))
 
-    def batch(self, particles: Particles) -> ScoreBatch:
+    def batch(self, particles: Tempered) -> ScoreBatch:
         """Map particles and the gradients of their log density to the whitened space."""
         u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
-        gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.gradient.astype(jnp.float32))
+        gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.kept.gradient.astype(jnp.float32))
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
         return ScoreBatch(u, x, gradient)
 
@@ -290,7 +290,7 @@ def choose(rounds: list[Round]) -> Round:
 
 def explore(
     key: Key, reference: AbstractReference, target: LogDensity, effort: Effort, *, progress_bar: bool = True
-) -> tuple[Particles, int]:
+) -> tuple[Tempered, int]:
     """Move particles from the reference to the target; return them and the number of temperatures.
 
     The particles are resampled from 65,536 weighted draws of the reference (fewer in high dimensions). Many first draws
@@ -311,14 +311,15 @@ def explore(
         )
     power = first_power(first, effort.num_particles)
     begun = resample_first(for_rows, reference, first, power, effort.num_particles)
-    particles = particles_at(begun.values)._replace(**begun._asdict())
+    moves = LangevinMoves(reference, target, effort.num_moves)
+    particles = Tempered(begun, power, moves.begin(begun.values))
     with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
         for passes in range(1, MAX_TEMPERATURES + 1):
             key, for_pass = jax.random.split(key)
             before = particles.power
-            particles = advance(for_pass, reference, target, particles, effort.num_moves, effort.kept_share)
+            particles = advance(for_pass, moves, particles, effort.kept_share)
             bar.update(float(particles.power - before))
-            if not bool(jnp.isfinite(particles.gradient).all(1).any()):
+            if not bool(jnp.isfinite(particles.kept.gradient).all(1).any()):
                 raise FloatingPointError(
                     "The gradient of the density must be finite somewhere, but it is finite at none of the explorer's "
                     "particles. Check the model."
@@ -345,14 +346,14 @@ def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
 
 
 @eqx.filter_jit
-def _whitening(particles: Particles) -> Chain:
-    shape = fit_shape(particles.values, particles.gradient)
+def _whitening(particles: Tempered) -> Chain:
+    shape = fit_shape(particles.values, particles.kept.gradient)
     w = shape.inverse(particles.values)
     whitening = Chain((Affine(w.mean(0), spread(w, 1e-6)), *shape.changes))
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf, whitening)
 
 
-def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> Particles:
+def replace(key: Key, particles: Tempered, drawn: Weighted, each: int = 1) -> Tempered:
     """Replace one of ``each`` particles by draws that are resampled by weight.
 
     If the effective sample size is below `REPLACED_SHARE` of the draws, the weights are tempered until it is not.
@@ -363,7 +364,7 @@ def replace(key: Key, particles: Particles, drawn: Weighted, each: int = 1) -> P
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):
         return particles
-    power = tempering_power(log_weight, REPLACED_SHARE * drawn.num)
+    power = float(next_power(log_weight - log_weight.max(), REPLACED_SHARE))
     resampled = drawn.z[resample_indices(key, power * log_weight, drawn.num)]
     replaced = jnp.arange(drawn.num)[:, None] % each == 0
-    return particles._replace(values=jnp.where(replaced, resampled, particles.values))
+    return particles.at(jnp.where(replaced, resampled, particles.values))

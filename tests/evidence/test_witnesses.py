@@ -1,5 +1,6 @@
 """Witnesses: draws near a posterior that owe nothing to a proposal, and what is fitted to those that it misses."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,9 @@ from scipy import stats
 import scoreinfer as si
 from modes import ornstein_uhlenbeck
 from oracles import disagreement, linear_gaussian, skewed
-from scoreinfer.evidence.witnesses import _move, gather, repair
-from scoreinfer.montecarlo.first_draws import num_ancestors
+from scoreinfer.evidence.witnesses import gather, repair
 from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
+from scoreinfer.montecarlo.moves import DifferenceMoves
 from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.paths import Frame, Moments
 from scoreinfer.paths.build import read_reversal, samplers, untrained
@@ -81,20 +82,14 @@ def test_moves_leave_the_density_invariant():
     target = jax.tree_util.Partial(problem.log_joint, y={"y": jnp.asarray(3)})
     exact = stats.gamma(1 + 3 * power, scale=1 / (1 + power))
     start = np.log(exact.rvs(size=(num, 1), random_state=0))
-    moved, log_ratio = _move(
-        jax.random.key(1), Prior(problem), target, jnp.asarray(power), jnp.asarray(start, jnp.float32), jnp.asarray(20)
-    )
+    moves = DifferenceMoves(Prior(problem), target, jnp.asarray(20))
+    start = jnp.asarray(start, jnp.float32)
+    moved, _ = eqx.filter_jit(moves.move)(jax.random.key(1), jnp.asarray(power), start, moves.look(start)[1], None)
+    log_ratio = moves.look(moved)[0]
     assert np.mean(np.asarray(moved) != start) > 0.9
     assert stats.kstest(np.exp(np.asarray(moved)[:, 0], dtype=float), exact.cdf).pvalue > 1e-4
     log_likelihood = jax.vmap(lambda z: problem.log_likelihood(z, {"y": jnp.asarray(3)}))(moved)
     assert np.allclose(log_ratio, log_likelihood, atol=1e-4)
-
-
-def test_ancestors_are_counted_by_their_shares():
-    assert num_ancestors(jnp.array([7, 7, 7, 7])) == 1.0
-    assert num_ancestors(jnp.arange(8)) == 8.0
-    assert num_ancestors(jnp.array([0, 0, 1, 1])) == 2.0
-    assert num_ancestors(jnp.array([0, 0, 0, 1])) == pytest.approx(1.6)
 
 
 def test_kernel_estimate_is_normalised_and_draws_what_it_says():

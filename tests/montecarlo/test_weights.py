@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy import stats
 
 from scoreinfer.evidence.certificate import ForwardCheck, certify_weights
 from scoreinfer.montecarlo.langevin import metropolis_langevin_step, rejuvenate
-from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
 
 NUM = 20_000
@@ -36,15 +34,6 @@ def test_pareto_shape_tells_the_heavy_tail_from_the_light_one():
     u = np.random.default_rng(0).uniform(size=NUM)
     for shape in (0.3, 0.9):
         assert abs(pareto_smooth(-shape * np.log1p(-u))[1] - shape) < 0.12
-
-
-def test_resampling_is_in_proportion_and_in_random_order():
-    log_weight = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3]))
-    rows = np.asarray(resample_indices(jax.random.key(1), log_weight, 1000))
-    assert np.all(np.abs(np.bincount(rows, minlength=4) - np.array([100, 0, 600, 300])) <= 1)
-    assert stats.spearmanr(rows, np.arange(1000)).pvalue > 1e-3
-    with pytest.raises(ValueError, match="nothing to resample"):
-        resample_indices(jax.random.key(1), jnp.full(3, -jnp.inf), 10)
 
 
 def banana(x):
