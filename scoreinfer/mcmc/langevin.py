@@ -39,6 +39,7 @@ from scoreinfer.mcmc.contract import (
 from scoreinfer.model import from_numpyro
 from scoreinfer.montecarlo.langevin import (
     TARGET_ACCEPT_PROB,
+    Differentiation,
     Factor,
     LogDensity,
     Point,
@@ -191,13 +192,13 @@ class AbstractLangevin(MCMCKernel):
         if self.forward_mode_differentiation is not None:
             return self.forward_mode_differentiation
         mode = derivatives(log_density, x)
-        if mode == "none":
+        if mode is Differentiation.NONE:
             raise ValueError(
                 f"{type(self).__name__} needs the gradient of the log density, which JAX can differentiate in neither "
                 "reverse nor forward mode (does the model call out of JAX?). Write that part in JAX, give it a "
                 "`jax.custom_jvp`, or use `ScoreSDE`, which needs no gradient."
             )
-        return mode == "forward"
+        return mode is Differentiation.FORWARD
 
     def _space(self, problem: Problem | None, y: Sites, z: PyTree) -> Space:
         if problem is None:

@@ -17,7 +17,7 @@ from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
 from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms
 from scoreinfer.model.survey import NUM_PROBES, map_probes
-from scoreinfer.montecarlo.langevin import derivatives, differentiate
+from scoreinfer.montecarlo.langevin import Differentiation, derivatives, differentiate
 from scoreinfer.problem import Problem, Site
 
 _WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need a gradient; `fit` and weighted draws do not"
@@ -195,7 +195,7 @@ def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
         own = {name, name + LOG_DET}
         return lambda z, y: sum_terms(script.terms(fixed_key(), survey.layout.unflatten(z), y), own.__contains__)
 
-    def mode_of(function: Callable[[Array, Sites], Array]) -> str:
+    def mode_of(function: Callable[[Array, Sites], Array]) -> Differentiation:
         first = jax.tree.map(lambda value: jnp.asarray(value[0]), y)
         return derivatives(lambda z: function(z, first), jnp.asarray(z[0]))
 
@@ -211,11 +211,11 @@ def _say_gradient(problem: Problem, facts: Facts) -> tuple[list[str], bool]:
         if (count := int((~np.isfinite(survey.terms[name]).reshape(NUM_PROBES, -1).all(1)).sum()))
     ]
     mode = mode_of(problem.log_joint)
-    if mode != "reverse":
+    if mode is not Differentiation.REVERSE:
         guilty = _listed([name for name in names if mode_of(term(name)) == mode], names)
-    if mode == "none":
+    if mode is Differentiation.NONE:
         return [*lines, f"✗ {guilty}: no gradient. {_WITHOUT_GRADIENT}"], False
-    if mode == "forward":
+    if mode is Differentiation.FORWARD:
         lines.append(f"! {guilty}: a gradient in forward mode only (a `while_loop`?), slow in many dimensions")
     count = broken(problem.log_joint)
     if not count:

@@ -9,6 +9,7 @@ and accepts it with the probability of Metropolis and Hastings.
 References: Roberts and Tweedie 1996, Bernoulli 2(4).
 """
 
+import enum
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -35,8 +36,16 @@ Factor = Float[Array, "dim dim"] | Float[Array, " dim"]
 """A square root L of a covariance L L^T; a vector stands for a diagonal one."""
 
 
-def derivatives(log_density: LogDensity, z: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> str:
-    """Find the mode of differentiation that works: ``"reverse"``, else ``"forward"``, else ``"none"``.
+class Differentiation(enum.Enum):
+    """How a log density can be differentiated."""
+
+    REVERSE = "reverse"
+    FORWARD = "forward"
+    NONE = "none"
+
+
+def derivatives(log_density: LogDensity, z: Float[Array, " dim"] | jax.ShapeDtypeStruct) -> Differentiation:
+    """Find the mode of differentiation that works: reverse, else forward, else none.
 
     A loop whose length depends on values has forward derivatives alone. A call out of JAX has none.
 
@@ -45,13 +54,13 @@ def derivatives(log_density: LogDensity, z: Float[Array, " dim"] | jax.ShapeDtyp
         z: its argument, or the shape and dtype of it.
     """
     jax.eval_shape(log_density, z)  # an error of its own is no answer
-    for mode in ("reverse", "forward"):
+    for mode in (Differentiation.REVERSE, Differentiation.FORWARD):
         try:
             jax.eval_shape(_BY_MODE[mode](log_density), z)
         except Exception:  # libraries have errors of their own for what they cannot differentiate
             continue
         return mode
-    return "none"
+    return Differentiation.NONE
 
 
 def differentiate(
@@ -68,8 +77,9 @@ def differentiate(
         z: its argument, or the shape and dtype of it.
         forward_mode: True: differentiate in forward mode; False: in reverse mode; None: in the mode that works.
     """
-    mode = derivatives(log_density, z) if forward_mode is None else ("forward" if forward_mode else "reverse")
-    return _BY_MODE[mode](log_density)
+    if forward_mode is None:
+        return _BY_MODE[derivatives(log_density, z)](log_density)
+    return _BY_MODE[Differentiation.FORWARD if forward_mode else Differentiation.REVERSE](log_density)
 
 
 def _forward(log_density: LogDensity) -> ValueAndGrad:
@@ -84,10 +94,10 @@ def _without(log_density: LogDensity) -> ValueAndGrad:
     return lambda z: (log_density(z), jnp.zeros_like(z))
 
 
-_BY_MODE: dict[str, Callable[[LogDensity], ValueAndGrad]] = {
-    "reverse": jax.value_and_grad,
-    "forward": _forward,
-    "none": _without,
+_BY_MODE: dict[Differentiation, Callable[[LogDensity], ValueAndGrad]] = {
+    Differentiation.REVERSE: jax.value_and_grad,
+    Differentiation.FORWARD: _forward,
+    Differentiation.NONE: _without,
 }
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
-from scoreinfer.montecarlo.langevin import LogDensity, derivatives, differentiate
+from scoreinfer.montecarlo.langevin import Differentiation, LogDensity, derivatives, differentiate
 from scoreinfer.problem import Problem
 
 
@@ -76,7 +76,7 @@ def has_gradient(problem: Problem) -> bool:
     assert problem.simulate is not None
     z, shapes = jax.eval_shape(problem.simulate, jax.random.key(0))
     y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return problem.has_density and derivatives(lambda z: problem.log_joint(z, y), z) != "none"
+    return problem.has_density and derivatives(lambda z: problem.log_joint(z, y), z) is not Differentiation.NONE
 
 
 def blame(problem: Problem, z: Float[Array, " dim"], y: Sites) -> str:

@@ -13,7 +13,7 @@ import scoreinfer as si
 from doubles import GaussianProposal, fake_posterior, location_scale_problem
 from scoreinfer.mcmc import ScoreSDE
 from scoreinfer.model import from_numpyro
-from scoreinfer.montecarlo.langevin import derivatives, differentiate, move_all
+from scoreinfer.montecarlo.langevin import Differentiation, derivatives, differentiate, move_all
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import Target
@@ -80,7 +80,7 @@ def test_modes_agree():
         np.testing.assert_allclose(one, two, rtol=1e-6)
     root = lambda z: jax.vmap(anomaly)(z).sum()  # noqa: E731
     assert [derivatives(f, z) for f in (smooth, root, lambda z: jax.vmap(outside_jax)(z).sum())] == [
-        "reverse", "forward", "none",
+        Differentiation.REVERSE, Differentiation.FORWARD, Differentiation.NONE,
     ]  # fmt: skip
     value, gradient = differentiate(root, z)(z)
     e = jax.vmap(anomaly)(z)

@@ -386,7 +386,7 @@ def test_training_that_breaks_keeps_the_best_weights(when):
 
 
 def test_training_that_never_worked_raises():
-    with pytest.raises(FloatingPointError, match="no weights to keep"):
+    with pytest.raises(FloatingPointError, match="no weights to return"):
         train(
             jax.random.key(0),
             jnp.zeros(()),
