@@ -41,7 +41,7 @@ from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.nets import Concatenate, ConditionalMLP
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.paths import Frame, Moments, ReverseEuler
-from scoreinfer.paths.build import read_reversal, samplers, untrained
+from scoreinfer.paths.build import read_reversal, samplers, untrained_kernels
 from scoreinfer.paths.particles import ResampledPaths
 from scoreinfer.paths.proposal import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
 from scoreinfer.problem import Problem, from_potential
@@ -261,7 +261,7 @@ def started(sampler: AbstractSampler) -> StartedPaths:
     spreads, kernels = jnp.full((3, 1), 0.5), (jnp.full((3, 1, 1), -0.2), jnp.full((3, 1, 1), 0.3))
     moments = Moments(before, spreads, leans[0]), Moments(after, spreads, leans[1])
     frame = Frame(after, spreads, column(0.3, 0.3, 0.3), *kernels, leans[2], *moments)
-    backward = untrained(jax.random.key(1), reversal.physics, frame, jnp.zeros(4), None, 8, 1)
+    backward = untrained_kernels(jax.random.key(1), reversal.physics, frame, jnp.zeros(4), None, 8, 1)
     backward = eqx.tree_at(lambda tree: tree.network, backward, replace_fn=lambda net: disturbed(net, 3, 0.05))
     centre = {PARAMETERS: jnp.full(1, 0.2), "y": SEEN - 0.2}
     scale = Standardiser(centre, jax.tree.map(jnp.ones_like, centre))

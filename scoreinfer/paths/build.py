@@ -118,7 +118,7 @@ def samplers(
     return Samplers(known, known)
 
 
-def untrained(
+def untrained_kernels(
     key: Key,
     process: PhysicsProcess,
     frame: Frame,

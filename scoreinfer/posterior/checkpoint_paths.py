@@ -22,7 +22,7 @@ from scoreinfer.identity import (
 from scoreinfer.nets import ConvNet
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.paths import Frame, LearnedBackward, Moments, OnWaves
-from scoreinfer.paths.build import Reversal, Samplers, samplers, untrained as untrained_kernels
+from scoreinfer.paths.build import Reversal, Samplers, samplers, untrained_kernels
 from scoreinfer.paths.proposal import PARAMETERS, AbstractPaths, StartedPaths, beginning, pinned
 from scoreinfer.posterior.checkpoint import PATHS_FORMAT, check_outline, read_folder, read_run, run_record, write_folder
 from scoreinfer.posterior.checkpoint_amortised import Saved, describe, nothing, outline_of

@@ -20,7 +20,7 @@ from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
 from scoreinfer.model import unknowns
 from scoreinfer.montecarlo.weights import log_effective_share
 from scoreinfer.paths import LearnedBackward, linear_frame, path_controls, through_time
-from scoreinfer.paths.build import Reversal, read_reversal, samplers, untrained
+from scoreinfer.paths.build import Reversal, read_reversal, samplers, untrained_kernels
 from scoreinfer.paths.losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
 from scoreinfer.paths.proposal import END_STATE, PARAMETERS, AbstractPaths, StartedPaths, layout_conditions, pinned
 from scoreinfer.posterior.checkpoint_paths import read_paths
@@ -283,7 +283,7 @@ def _start_from(options: SMDP, key: Key, reversal: Reversal, data: _Data) -> Lea
     physics, training = reversal.physics, data.training
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
     frame = linear_frame(physics, training.states, training.context, reversal.num_parameters, training.known)
-    return untrained(key, physics, frame, usual, options.net, options.width, options.depth)
+    return untrained_kernels(key, physics, frame, usual, options.net, options.width, options.depth)
 
 
 def _learn(

@@ -17,7 +17,7 @@ from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
 from scoreinfer.montecarlo.moves import DifferenceMoves
 from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.paths import Frame, Moments
-from scoreinfer.paths.build import read_reversal, samplers, untrained
+from scoreinfer.paths.build import read_reversal, samplers, untrained_kernels
 from scoreinfer.paths.proposal import END_STATE, KnownEnd, pinned
 from scoreinfer.process import Physics
 from scoreinfer.samplers.base import Target
@@ -120,7 +120,7 @@ def test_known_end_is_normalised():
     reversal = read_reversal(Physics("x"), modes.path_model)
     rows = jnp.zeros(reversal.physics.scale.shape)
     frame = Frame(rows, rows + 1, rows, rows, rows + 1, None, Moments(rows, rows + 1, None, None), None)
-    backward = untrained(jax.random.key(0), reversal.physics, frame, jnp.zeros(0), None, 4, 1)
+    backward = untrained_kernels(jax.random.key(0), reversal.physics, frame, jnp.zeros(0), None, 4, 1)
     paths = samplers(reversal, backward, Standardiser({}, {}), None).paths
     target = Target(pinned(reversal.problem), {END_STATE: end})
     reference = KnownEnd(paths, target)
