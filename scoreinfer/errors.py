@@ -1,6 +1,8 @@
 """Errors and warnings that a caller may want to catch."""
 
 import os
+import sys
+import warnings
 from typing import NamedTuple
 
 
@@ -58,3 +60,15 @@ class UnreadableFile(ValueError):
         self, path: str | os.PathLike[str], reason: str, way_out: str = "Use another copy, or write it again"
     ) -> None:
         super().__init__(f"`{os.fspath(path)}` cannot be read: {reason}. {way_out}.")
+
+
+PACKAGE = os.path.dirname(__file__)
+"""Folder of this package."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called this package, however deep inside it the reason was found."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

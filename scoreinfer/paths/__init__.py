@@ -1,4 +1,4 @@
-"""Physics in reverse: kernels from a score, learned kernels, and walks backwards in time."""
+"""Physics in reverse: backward kernels from a score, learned backward kernels, and paths drawn backwards in time."""
 
 from scoreinfer.paths.controls import path_controls
 from scoreinfer.paths.frame import Context, Frame, Moments, linear_frame

@@ -1,6 +1,6 @@
-"""Reversal: what a model's physics in reverse consists of, as read from the model and built around its kernels.
+"""Reversal: read a model and its physics, and build kernels and samplers that run the physics backwards.
 
-Fitting trains what is built here, and loading fills it with what was saved.
+`SMDP.fit` trains these objects; `SMDP.load` fills them with saved arrays.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from scoreinfer.training.simulations import Standardiser
 
 
 class Reversal(NamedTuple):
-    """A model whose physics is to be run in reverse.
+    """A model whose physics is run in reverse.
 
     Args:
-        problem: the model.
+        problem: the problem of the model.
         site: name of its physics site.
-        free: the physics.
-        end: the site that observes the last state with Gaussian noise, where one does, and nothing else is observed.
-        conditioned: whether the observation sees earlier states, so that kernels are conditioned on it.
+        free: the physics, without the noise of an observation.
+        end: the observed site, if it is the only one and observes the last state with Gaussian noise; otherwise None.
+        conditioned: whether the observation depends on earlier states, so that the kernels are conditioned on it.
     """
 
     problem: Problem
@@ -42,24 +42,24 @@ class Reversal(NamedTuple):
 
     @property
     def physics(self) -> PhysicsProcess:
-        """The physics, with the noise of an observation of the end as its last step."""
+        """The physics; the noise of ``end``, if there is one, is its last step."""
         return self.free if self.end is None else add_noise_stage(self.free, self.end.scale)
 
     @property
     def num_parameters(self) -> int:
-        """Unconstrained dimensions of other latent sites than the physics."""
+        """Number of unconstrained dimensions of all latent sites except the physics."""
         return sum(latent.size for latent in self.problem.latents if latent.name != self.site)
 
     @property
     def start_site(self) -> str | None:
-        """What the kernels start from where something is drawn before them: an observed site; None: a drawn state."""
+        """The site from which the kernels of `StartedPaths` start. None means that they start from a drawn state."""
         if not self.problem.observed:
             return END_STATE
         return None if self.end is None else self.end.site
 
     @property
     def start_problem(self) -> Problem | None:
-        """The problem of what is drawn before the path, parameters and last state; None where there is no such."""
+        """The problem of what is drawn before the path (parameters, last state). None means that nothing is."""
         whole = self.problem if self.problem.observed else pinned(self.problem)
         if not self.num_parameters and (self.end is not None or not self.problem.observed):
             return None
@@ -70,8 +70,8 @@ class Samplers(NamedTuple):
     """The samplers around learned kernels.
 
     Args:
-        paths: for what the model observes (for a model without observations: for known ends).
-        known_end: for ends known exactly, where these kernels start from such.
+        paths: sampler for observations (for known ends, if the model observes nothing).
+        known_end: sampler for exactly known ends. None means that the kernels cannot start from one.
     """
 
     paths: AbstractPaths
@@ -84,7 +84,7 @@ def read_reversal(
     """Read a model and its physics.
 
     Raises:
-        UnsupportedModel: where the model cannot be read, or its physics is no process in time.
+        UnsupportedModel: if the model cannot be read, or its physics is not a process in time.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
     physics = read_physics(process, model, *args, **kwargs)
@@ -97,7 +97,10 @@ def read_reversal(
 def samplers(
     reversal: Reversal, backward: LearnedBackward, standardiser: Standardiser, start: AmortisedProposal | None
 ) -> Samplers:
-    """Build the samplers around learned kernels, and around what draws their start where `start_problem` has it."""
+    """Build the samplers from learned kernels and, if `Reversal.start_problem` is not None, the sampler of the start.
+
+    Exactness: the weights of the samplers are exact for any kernels and any ``start``.
+    """
     problem, num_steps = reversal.problem, backward.process.num_steps
 
     def started() -> StartedPaths:
@@ -127,10 +130,10 @@ def untrained_kernels(
     width: int,
     depth: int,
 ) -> LearnedBackward:
-    """Make kernels of regression alone, with the network to be trained: a perceptron, or one of the user's own.
+    """Make the kernels of the regression, with an untrained network: a perceptron, or ``net`` if it is given.
 
     Raises:
-        ValueError: where ``net`` does not fit the state.
+        ValueError: if ``net`` does not fit the state.
     """
     separate = process.source is not None and process.source.separate
     if net is None:
@@ -138,7 +141,7 @@ def untrained_kernels(
         return LearnedBackward(process, frame, net, usual, separate=separate)
     backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False), separate)
     first = jnp.zeros((), int)
-    fits = f"`net` must return two numbers for each of the state's {process.dim}, a vector of {2 * process.dim}"
+    fits = f"`net` must return a vector of {2 * process.dim} numbers, two for each component of the state"
 
     def output() -> Array:
         log_time, time = elapsed(process, first)
@@ -147,9 +150,9 @@ def untrained_kernels(
     try:
         returned = jax.eval_shape(output)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{fits}. Was it made for the state's shape {process.shape}? It fails: {error}") from error
+        raise ValueError(f"{fits}, but fails. Make it for the state's shape {process.shape}. Error: {error}") from error
     if returned.shape != (2 * process.dim,):
-        raise ValueError(f"{fits}, got shape {returned.shape}. Was it made for the state's shape {process.shape}?")
+        raise ValueError(f"{fits}, got shape {returned.shape}. Make it for the state's shape {process.shape}.")
     if process.waves:
         on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
         backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)

@@ -1,7 +1,7 @@
-"""Control variates from the noise of earlier steps: what a path knows of a score beyond its last step.
+"""Control variates from the noise of earlier steps, for learning backward kernels with less variance.
 
-One step's noise says little of the score at its end, as it hardly decides where that is. The noise of all steps before
-says far more, and every path tells it that has come from the process itself.
+The noise of one step contains little information on the score at its end, because it hardly changes the state. The
+noise of all earlier steps contains much more. It can be computed from every path that was simulated by the process.
 """
 
 import equinox as eqx
@@ -14,30 +14,30 @@ from scoreinfer.process import PhysicsProcess
 
 @eqx.filter_jit
 def path_controls(process: PhysicsProcess, paths: Float[Array, "num times dim"]) -> Float[Array, "num steps dim"]:
-    """Compute the part of x_k minus reverse physics that the noise of earlier steps tells, its sign turned round.
+    """Compute control variates for x_k minus the reverse physics, to be added to it. Their mean given x_{k+1} is zero.
 
-    With xi_k the noise of step k in units of its scale, and J the Jacobian of the physics at x_k, partial integration
-    over p(x_k | x_{k+1}) gives
+        E[ S_k(x_k) + J^T xi_k / sqrt(Q) | x_{k+1} ] = 0                                  (1)
+        delta_k = T_k + J^T xi_k / sqrt(Q),    T_{k+1} = -xi_k / sqrt(Q) + a delta_k      (2)
 
-        E[ S_k(x_k) + J^T xi_k / sqrt(Q) | x_{k+1} ] = 0,
+    S_k is the score, xi_k the noise of step k in units of its scale, and J the Jacobian of the physics at x_k. Equation
+    (1) follows by partial integration over p(x_k | x_{k+1}). It also holds with any T_k in place of S_k whose mean given
+    x_k is S_k. The noise of the step before is such a T_k, and so are the T_k of (2). The coefficient a minimises the
+    variance, so that T_{k+1} averages all noise so far.
 
-    and whatever has the mean S_k given x_k may stand for it. Noise does, and so do, from the second step on,
+    The control variate is a multiple of delta_k, whose coefficient is found in the same way. It leaves the mean given
+    x_{k+1} unchanged and removes most of the noise. (Toy process of 500 steps, from the twentieth step on: T - S is .03
+    to .7 times as large as the score; the noise of one step is 2.5 to 8 times as large.) The first step has no earlier
+    noise and gets zeros.
 
-        delta_k = T_k + J^T xi_k / sqrt(Q),    T_{k+1} = -xi_k / sqrt(Q) + a delta_k.
+    Exactness: mean zero given x_{k+1} only (no other conditions), for independent paths of this process. The
+        coefficients of a path come from the other paths, whose own coefficients depend on it a little; the bias is
+        O(1 / num^2).
 
-    The a of least variance makes of T_{k+1} a mean of all noise so far. A share of delta_k, found likewise, is added to
-    x_k where kernels are learned from it: the mean given x_{k+1} is the same, most of the noise is gone. (Toy process
-    of 500 steps: from the twentieth step on T - S has .03 to .7 of the score's size, one step's noise 2.5 to 8 times
-    that size.) At the first step there is no earlier noise: zeros.
+    Good values: thousands of paths. With few paths, each keeps some of its noise for many steps. Learning without
+    control variates then reproduces the first states of these paths better.
 
-    Exactness: mean zero given x_{k+1} and nothing else, for independent paths of this very process. The shares of a
-        path are found on the others, whose own have found a little of it: O(1 / num^2).
-
-    Good values: paths by the thousand. Of few paths what is left of the noise stays with each for many steps, while
-    learning from the plain steps reproduces where these very paths began.
-
-    References: De Bortoli et al. 2024, arXiv 2402.08667 (scores from targets other than the last noise; here for
-    noise in steps, with no score of the start known).
+    References: De Bortoli et al. 2024, arXiv 2402.08667 (other targets for scores than the last noise; this function
+    is for noise in steps and needs no score of the start).
     """
 
     def step(target: Array, k: Array) -> tuple[Array, Array]:
@@ -55,7 +55,7 @@ def path_controls(process: PhysicsProcess, paths: Float[Array, "num times dim"])
 
 
 def _share(x: Float[Array, "num dim"], control: Float[Array, "num dim"]) -> Float[Array, "num dim"]:
-    """Regress on a control variate, component by component, for every path on all others."""
+    """Regress each component of ``x`` on its control variate; the coefficient of a path comes from all other paths."""
     product, square = x * control, control**2
     others = square.sum(0) - square
     return (product.sum(0) - product) / jnp.where(others > 0, others, jnp.inf)

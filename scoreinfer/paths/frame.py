@@ -1,4 +1,4 @@
-"""Frames: what linear regression says of every step, of simulated paths and of what else is known of each."""
+"""Frames: linear regression of every backward step on simulated paths and on the conditions of the kernels."""
 
 import equinox as eqx
 import jax
@@ -10,17 +10,17 @@ from scoreinfer.paths.gaussian import LOG_2PI, State
 from scoreinfer.process import PhysicsProcess
 
 Context = Float[Array, " context"]
-"""Standardised numbers that kernels are conditioned on besides the next state: parameters, observations."""
+"""Standardised numbers that kernels are conditioned on in addition to the next state: parameters, observations."""
 
 
 class Moments(eqx.Module):
-    """Gaussians with the moments of a state at every step, their means linear in what kernels are conditioned on.
+    """Gaussians with the moments of the state at every step. Their means are linear in the conditions of the kernels.
 
     Args:
-        centre: mean where the conditions are zero.
-        spread: standard deviation of what the conditions leave.
-        lean: regression on the conditions; None: on nothing.
-        root: square root of the correlation of what is left; None: components apart.
+        centre: mean for conditions that are zero.
+        spread: standard deviation of the residuals of the regression.
+        lean: regression coefficients of the conditions. None means no conditions.
+        root: Cholesky factor of the residuals' correlation matrix. None means independent components.
     """
 
     centre: Float[Array, "*steps dim"]
@@ -31,7 +31,7 @@ class Moments(eqx.Module):
     def log_density(self, k: Int[Array, ""] | int, x: State, context: Context) -> Float[Array, ""]:
         """Compute the log density of a state.
 
-        Exactness: biased, as far as the state's distribution is not such a Gaussian.
+        Exactness: biased if the distribution of the state is not Gaussian, or its mean is not linear.
         """
         centre = self.centre[k] if self.lean is None else self.centre[k] + self.lean[k] @ context
         v, log_det = (x - centre) / self.spread[k], jnp.log(self.spread[k]).sum()
@@ -42,19 +42,21 @@ class Moments(eqx.Module):
 
 
 class Frame(eqx.Module):
-    """What linear regression says of every step, for a network to start from and to see its numbers scaled by.
+    """Linear regression of every backward step. The network learns its residuals, in the frame's units.
+
+    The regressed quantity is x_k minus the reverse physics of x_{k+1}.
 
     Args:
-        centre: mean of the state at the end of the step.
+        centre: mean of the state at the end of the step, x_{k+1}.
         spread: its standard deviation.
-        shift: mean of x_k minus the reverse physics.
-        slope: its regression on the standardised state; a vector per step where components are regressed on
-            themselves alone.
-        factor: square root of the covariance of what is left (a vector: of its variances).
-        tilt: its regression on what the kernels are conditioned on besides; None: on nothing.
-        before: moments of the state at the beginning of the step, given what the conditions say of it beyond the state
-            at its end (see `linear_frame`); None: nobody asked.
-        after: moments of the state at the end of the step, given the same.
+        shift: mean of the regressed quantity.
+        slope: its regression coefficients of the standardised state. A vector per step means that each component is
+            regressed on itself only.
+        factor: Cholesky factor of the residuals' covariance. A vector per step holds their standard deviations.
+        tilt: its regression coefficients of the conditions. None means no conditions.
+        before: moments of x_k, given the information in the conditions that x_{k+1} does not contain (see
+            `linear_frame`). None means not computed.
+        after: moments of x_{k+1}, given the same information.
     """
 
     centre: Float[Array, "*steps dim"]
@@ -71,31 +73,30 @@ class Frame(eqx.Module):
         return (x - self.centre[k]) / self.spread[k]
 
     def bounds(self, k: Int[Array, ""]) -> tuple[State, State]:
-        """Compute how far out a kernel's mean may lie."""
+        """Compute the lower and upper bounds of a kernel's mean, `FARTHEST` standard deviations from the centre."""
         reach = FARTHEST * self.spread[k]
         return self.centre[k] - reach, self.centre[k] + reach
 
     def mean(self, process: PhysicsProcess, k: Int[Array, ""], x: State, context: Context) -> State:
-        """Compute reverse physics plus regression."""
+        """Compute the mean of x_k: reverse physics plus regression."""
         mean = process.reverse(k, x) + self.shift[k] + colour(self.slope[k], self.standardise(k, x))
         return mean if self.tilt is None else mean + self.tilt[k] @ context
 
 
 FARTHEST = 10.0
-"""Standard deviations of the simulated states at which kernels' means are stopped: paths
-that run away from them are lost anyway, and take physics with them to where it is not finite."""
+"""Bound of kernels' means, in standard deviations of the states; keeps the physics finite. Chosen by judgement."""
 MAX_DENSE = 64
-"""Largest dimension in which every component is regressed on all others."""
+"""Largest dimension in which every component is regressed on all components. Chosen by judgement."""
 ENOUGH_PATHS = 4000
-"""Fewest paths for a regression of its own at every step; with fewer the network, which sees all steps, does it all."""
+"""Fewest paths for a regression at every step; with fewer, only the network learns. Chosen by judgement."""
 ENOUGH_WAVES = 100
-"""The same for Fourier coefficients, each regressed on itself alone."""
+"""The same for Fourier coefficients, which are regressed on themselves only. Chosen by judgement."""
 SURE = 3.5
-"""Standard errors below which an entry of the regression counts as zero."""
+"""Entries of the regression below this number of standard errors are set to zero. Chosen by judgement."""
 MAX_CONTEXT = 256
-"""Largest number of conditions that regression takes in; more are left to the network."""
+"""Largest number of conditions in the regression; with more, only the network uses them. Chosen by judgement."""
 FAINT = 0.1
-"""Share of a kernel's spread below which what observations say of its mean is left out of the states' moments."""
+"""Shift of a kernel's mean by observations, as a share of its spread, below which moments ignore it. By judgement."""
 
 
 @eqx.filter_jit
@@ -106,15 +107,26 @@ def linear_frame(
     num_parameters: int = 0,
     known: Float[Array, "num steps dim"] | None = None,
 ) -> Frame:
-    """Make the frame of simulated paths, and of what else is known of each, parameters before observations.
+    """Make the frame from simulated paths and the conditions of the kernels.
 
-    ``known`` are control variates, with which what regression learns the means from has less noise (`path_controls`).
-    Entries of slope and covariance that could be noise are left out, so that components which do not mix stay apart.
+        p(x_k | x_{k+1}, c) = p(x_k | c_k) f(x_{k+1} | x_k) / p(x_{k+1} | c_k)
 
-    The moments `Frame.before` and `Frame.after` are made for p(x_k | x_{k+1}, c) = p(x_k | c_k) f(x_{k+1} | x_k) /
-    p(x_{k+1} | c_k). That is Bayes' formula where c_k are the parameters and those observations that see no later state
-    than x_k. Without being told which, regression knows what they say of x_k beyond x_{k+1}, which is as good: the
-    observations times their tilt.
+    `Frame.before` and `Frame.after` are Gaussian approximations of p(x_k | c_k) and p(x_{k+1} | c_k) in this equation.
+    It is Bayes' formula if c_k contains the parameters and the observations that depend on no later state than x_k. The
+    function does not know which observations these are. Instead it uses the observations times their tilt: the
+    information on x_k that x_{k+1} does not contain.
+
+    Entries of slope and covariance that are not significant are set to zero, so that independent components stay
+    independent.
+
+    Args:
+        process: the physics.
+        paths: simulated paths.
+        contexts: conditions of the kernels for each path, parameters before observations. None means no conditions.
+        num_parameters: number of parameters among the conditions.
+        known: control variates that reduce the noise of the regressed quantity (`path_controls`). None means none.
+
+    Exactness: biased as a density if the kernels are not linear and Gaussian; weights over the kernels stay exact.
     """
     num, dense = paths.shape[0], process.dim <= MAX_DENSE and not process.waves
     few = num < (ENOUGH_WAVES if process.waves else ENOUGH_PATHS)
@@ -167,9 +179,9 @@ def _lean(
     tilt: Float[Array, "dim observed"],
     factor: Float[Array, "dim dim"] | Float[Array, " dim"],
 ) -> Float[Array, "dim context"]:
-    """Regress a state on parameters and on what observations say of the kernel's mean, observed @ tilt.T; all centred.
+    """Regress a state on parameters and on the observations' shift of the kernel's mean, observed @ tilt.T.
 
-    Where observations say little, less than `FAINT` of the kernel's spread, nothing is made of it.
+    All inputs are centred. The coefficients shrink to zero if the shift is smaller than `FAINT` of the kernel's spread.
     """
     if not observed.shape[1]:
         return _regress(parameters, x)
@@ -187,20 +199,20 @@ def _lean(
 
 
 def _root(process: PhysicsProcess, k: Array, error: Float[Array, "num dim"]) -> Float[Array, "dim dim"]:
-    """Compute a square root of the covariance of what regression leaves."""
+    """Compute a Cholesky factor of the residuals' covariance; entries that are not significant are set to zero."""
     num = len(error)
     covariance = error.T @ error / num
     sd = jnp.sqrt(covariance.diagonal())
     certain = (jnp.abs(covariance) > SURE / jnp.sqrt(num) * sd[:, None] * sd) | jnp.eye(process.dim, dtype=bool)
     floor = 1e-6 * process.scale[k] ** 2 + 1e-5 * covariance.diagonal()
     factor = jnp.linalg.cholesky(jnp.where(certain, covariance, 0.0) + jnp.diag(floor))
-    # Without its uncertain entries a covariance may no longer be one.
+    # A covariance whose uncertain entries are set to zero may not be positive definite.
     whole = jnp.linalg.cholesky(covariance + jnp.diag(floor))
     return jnp.where(jnp.isfinite(factor).all(), factor, whole)
 
 
 def _regress(v: Float[Array, "num regressors"], rest: Float[Array, "num dim"]) -> Float[Array, "dim regressors"]:
-    """Regress on centred numbers; entries that could be noise are zero."""
+    """Regress on centred numbers; coefficients that are not significant are set to zero."""
     num = v.shape[0]
     if not v.shape[1]:
         return jnp.zeros((rest.shape[1], 0))

@@ -1,13 +1,11 @@
-"""Backward kernels: physics run in reverse, one Gaussian kernel B_k(x_k | x_{k+1}) for each forward step.
+"""Backward kernels: physics run in reverse, with one Gaussian kernel B_k(x_k | x_{k+1}) for each forward step.
 
-A score is always grad log p, p the density of the process at that time. By Anderson and Nelson, to first order in the
-step h with Q = g^2 h,
+    E[x_k | x_{k+1}] = x_{k+1} - h drift + Q grad log p(x_{k+1}),    Var[x_k | x_{k+1}] = Q
 
-    E[x_k | x_{k+1}] = x_{k+1} - h drift + Q grad log p(x_{k+1}),    Var[x_k | x_{k+1}] = Q,
-
-so the reverse SDE takes the whole score, and the probability flow, which has no noise, takes half of it. No other
-constant stands anywhere. Whatever the kernels are, the density of a path they drew is known, so the model's own
-density of paths over it is an exact weight.
+to first order in the step h, with Q = g^2 h (Anderson, Nelson). A score is always grad log p, with p the density of the
+process at that time. The reverse SDE uses the full score. The probability flow, which has no noise, uses half of it.
+There are no other factors. For any kernels the density of a drawn path is known. The model's density of the path
+divided by it is an exact weight.
 
 References: Anderson 1982; Nelson 1967; Song et al. 2021, arXiv 2011.13456, equations 6 and 13; Efron 2011 (Tweedie).
 """
@@ -25,21 +23,27 @@ from scoreinfer._typing import Key
 from scoreinfer.process import PhysicsProcess
 
 State = Float[Array, " dim"]
+"""One state of the process, as a vector."""
 Path = Float[Array, "times dim"]
+"""The states at all times of the grid."""
 Score = Callable[[Float[Array, ""], State], State]
-"""A score ``(t, x)``: grad log p_t(x), of the discrete process at the times of its grid."""
+"""A score ``(t, x) -> grad log p_t(x)`` of the discrete process, at the times of its grid."""
 LOG_2PI = 1.8378770664093453
+"""log(2 pi)."""
 
 
 class Kernel(NamedTuple):
-    """A Gaussian N(mean, L diag(scale^2) L^T); L is ``factor``, or the identity where that is None."""
+    """A Gaussian N(mean, L diag(scale^2) L^T). L is ``factor``; None means the identity."""
 
     mean: State
     scale: State
     factor: Float[Array, "dim dim"] | None = None
 
     def draw(self, key: Key) -> tuple[State, Float[Array, ""]]:
-        """Draw from the kernel; return the log density too."""
+        """Draw from the kernel; also return the log density of the draw.
+
+        Exactness: an exact draw and its exact log density.
+        """
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + self.spread(noise), self._log_density(noise)
 
@@ -76,8 +80,8 @@ class AbstractBackward(eqx.Module):
 class ReverseEuler(AbstractBackward):
     """The textbook kernel: N(reverse physics + Q score, Q).
 
-    Exactness: consistent as the steps shrink; weights over it are exact, and poor at steps of practical length
-        (the learned kernels, and `ThroughPhysics`, know the curvature).
+    Exactness: consistent as the steps become shorter. Weights are exact, but the effective sample size is small at
+        practical step lengths. `ThroughPhysics` and the learned kernels include the curvature and are better.
     """
 
     process: PhysicsProcess
@@ -91,20 +95,21 @@ class ReverseEuler(AbstractBackward):
 
 
 class ThroughPhysics(AbstractBackward):
-    """Tweedie's formulas through the physics step, for a process whose ``reverse`` inverts the step.
+    """Kernels from Tweedie's formulas through the physics step, for a process whose ``reverse`` inverts the step.
 
-    E[Phi(x_k) | x_{k+1}] = x_{k+1} + Q S and Var[Phi(x_k) | x_{k+1}] = Q + Q (dS) Q are exact; linearised,
+        E[Phi(x_k) | x_{k+1}] = x_{k+1} + Q S,    Var[Phi(x_k) | x_{k+1}] = Q + Q (dS) Q                    (exact)
+        mean = Phi^{-1}(x_{k+1} + Q S),    covariance = J^{-1} (Q + Q (dS) Q) J^{-T},    J = dPhi at the mean
 
-        mean = Phi^{-1}(x_{k+1} + Q S),    covariance = J^{-1} (Q + Q (dS) Q) J^{-T},    J = dPhi at the mean.
+    The second line is the first one, linearised in x_k.
 
     Args:
         process: the physics; its ``reverse`` should invert its step.
-        score: grad log p at the grid's times.
-        diagonal: components do not mix, neither in the physics nor in the score (modes of linear physics): the
-            Jacobians' diagonals are all there is to them.
+        score: grad log p at the times of the grid.
+        diagonal: whether components are independent in the physics and in the score (as modes of linear physics are).
+            Only the diagonals of the Jacobians are then used.
 
-    Exactness: the exact kernels where physics is linear and p Gaussian (every weight is equal); weights are exact
-        everywhere.
+    Exactness: the exact kernels if the physics is linear and p is Gaussian (all weights are then equal). In all cases
+        the weights are exact.
 
     Good values: a few dozen dimensions, or ``diagonal``.
     """
@@ -129,15 +134,15 @@ class ThroughPhysics(AbstractBackward):
 
 
 LEFT = (1e-4, 1e2)
-"""What may be left of the noise's variance once x_{k+1} is known; exact scores stay within (0, 1)."""
+"""Bounds of Var[Phi(x_k) | x_{k+1}] / Q, which must be positive. Chosen by judgement."""
 
 
 def draw_path(
     key: Key, backward: AbstractBackward, end: State, num_steps: int | None = None
 ) -> tuple[Path, Float[Array, ""]]:
-    """Draw a path of ``num_steps`` (all) steps backwards from its end; compute sum_k log B_k(x_k | x_{k+1}).
+    """Draw a path of ``num_steps`` steps (None means all) backwards from its end; compute sum_k log B_k(x_k | x_{k+1}).
 
-    Exactness: an exact draw from the kernels and its exact log density.
+    Exactness: an exact draw from the kernels, and its exact log density.
     """
     steps = jnp.arange(backward.process.num_steps if num_steps is None else num_steps)
 
@@ -152,22 +157,27 @@ def draw_path(
 
 
 def log_path(backward: AbstractBackward, path: Path) -> Float[Array, ""]:
-    """Compute sum_k log B_k(x_k | x_{k+1}) of a given path."""
+    """Compute sum_k log B_k(x_k | x_{k+1}) of a given path.
+
+    Exactness: the exact log density of what `draw_path` draws.
+    """
     steps = jnp.arange(path.shape[0] - 1)
     return jax.vmap(lambda k, old, new: backward(k, new).log_density(old))(steps, path[:-1], path[1:]).sum()
 
 
 def probability_flow(backward: AbstractBackward, end: State, num_steps: int | None = None) -> Path:
-    """Run ``num_steps`` (all) of the probability flow backwards from the end.
+    """Run ``num_steps`` steps (None means all) of the probability flow backwards from the end.
 
-    It has no noise. Its velocity, drift - g^2/2 score, is the mean of the forward drift and of the backward one
-    (Nelson), so one step back solves Phi(x_k) + x_k = x_{k+1} + E[x_k | x_{k+1}] for x_k: half the score, and stable
-    however stiff the physics. From ends drawn from the process its states have the marginals of the process; from one
-    end it gives one path, no posterior.
+        Phi(x_k) + x_k = x_{k+1} + E[x_k | x_{k+1}]
 
-    Exactness: consistent as the steps shrink.
+    The probability flow has no noise. Its velocity, drift - g^2/2 score, is the mean of the forward drift and the
+    backward drift (Nelson). One step back solves the equation for x_k. It uses half the score and is stable for stiff
+    physics. If the ends are drawn from the process, the states have the marginals of the process. From one end the flow
+    gives one path, not draws from a posterior.
 
-    Good values: dissipative physics, where the fixed-point iteration shrinks the error at least twofold each time.
+    Exactness: consistent as the steps become shorter.
+
+    Good values: dissipative physics; each fixed-point iteration then at least halves the error.
 
     References: Nelson 1967, section 13; Song et al. 2021, arXiv 2011.13456, equation 13.
     """
@@ -188,3 +198,4 @@ def probability_flow(backward: AbstractBackward, end: State, num_steps: int | No
 
 
 NUM_FIXED_POINT = 20
+"""Fixed-point iterations per step of the probability flow; the error shrinks by 2^-20. Chosen by judgement."""

@@ -1,8 +1,9 @@
-"""Smoothing: draws of whole paths given how they ended, as proposals that the model's own density weighs.
+"""Smoothing: proposals that draw whole paths backwards, weighed by the model's density of paths.
 
-The latent vector of the problem is the whole path (and unknown parameters), so that weights, evidence, certificates
-and chains are those of any other proposal: log w = log p(path, y) - log q(path | y), log q the sum of the backward
-kernels' and the start's.
+    log w = log p(path, y) - log q(path | y)
+
+log q is the log density of the start plus those of all backward kernels. The latent vector of the problem is the whole
+path and the unknown parameters. Weights, evidence, certificates and chains are therefore those of any proposal.
 """
 
 import abc
@@ -28,15 +29,15 @@ from scoreinfer.samplers.base import AbstractDensityProposal, Target
 from scoreinfer.training.simulations import Standardiser, encode
 
 END_STATE = "end_state"
-"""Name under which an exactly known last state stands among the observed sites."""
+"""Name of an exactly known last state among the observed sites."""
 
 
 class Beginning(NamedTuple):
-    """What is drawn, or known, before a path is drawn backwards.
+    """The start of a path that is drawn backwards.
 
     Args:
-        parameters: unknown parameters; none, where all are known.
-        end: the state that the kernels start from.
+        parameters: unknown parameters; an empty vector if there are none.
+        end: the state from which the kernels start.
     """
 
     parameters: Float[Array, " parameters"]
@@ -44,18 +45,21 @@ class Beginning(NamedTuple):
 
 
 class AbstractPaths(AbstractDensityProposal):
-    """Paths drawn backwards, with the parts that resampling along the way needs one by one."""
+    """Proposals that draw paths backwards. Their parts are separate methods, for resampling along the path.
+
+    Exactness: ``log_q`` is the exact log density of what ``propose`` draws, so that weights are exact for any kernels.
+    """
 
     backward: eqx.AbstractVar[AbstractBackward]
     num_steps: eqx.AbstractVar[int]
 
     @abc.abstractmethod
     def begin(self, key: Key, context: Any) -> tuple[Beginning, Float[Array, ""]]:
-        """Draw what has to be known before the path; compute its log density."""
+        """Draw the start of the path; compute its log density."""
 
     @abc.abstractmethod
     def log_begin(self, key: Key, context: Any, begun: Beginning) -> Float[Array, ""]:
-        """Compute the log density of a given beginning."""
+        """Compute the log density of a given start."""
 
     @abc.abstractmethod
     def kernels(self, context: Any, parameters: Float[Array, " parameters"]) -> AbstractBackward:
@@ -67,7 +71,7 @@ class AbstractPaths(AbstractDensityProposal):
 
     @abc.abstractmethod
     def parts(self, context: Any, z: Float[Array, " dim"]) -> tuple[Beginning, Float[Array, "times dim"]]:
-        """Cut a latent vector into what stands at the beginning and the path from there."""
+        """Split a latent vector into the start and the path (times ascending, the start's ``end`` last)."""
 
     @abc.abstractmethod
     def join(self, parameters: Float[Array, " parameters"], path: Float[Array, "times dim"]) -> Float[Array, " dim"]:
@@ -75,21 +79,21 @@ class AbstractPaths(AbstractDensityProposal):
 
     @abc.abstractmethod
     def meets(self, context: Any, begun: Beginning) -> Bool[Array, ""]:
-        """Say whether a path starts where this observation has it."""
+        """Return whether the end of a path is the known end; true if none is known."""
 
     @abc.abstractmethod
     def features(self, target: Target) -> Float[Array, " features"]:
-        """Standardise what is known of an end, to tell a far one by."""
+        """Compute the standardised features of the observation or end, to detect outliers."""
 
     def propose(self, key, context):
-        """Draw the beginning and a path that leads to it; compute ``log_q``."""
+        """Draw the start and a path that leads to it; compute ``log_q``."""
         for_start, for_path = jax.random.split(key)
         begun, log_start = self.begin(for_start, context)
         path, log_q = draw_path(for_path, self.kernels(context, begun.parameters), begun.end, self.num_steps)
         return self.join(begun.parameters, path), log_start + log_q
 
     def log_q(self, key, context, z):
-        """Compute the ``log_q`` of a given path; minus infinity where it misses a known end."""
+        """Compute the ``log_q`` of a given path; minus infinity if it misses a known end."""
         begun, path = self.parts(context, z)
         kernels = self.kernels(context, begun.parameters)
         log_q = self.log_begin(key, context, begun) + log_path(kernels, path)
@@ -97,16 +101,16 @@ class AbstractPaths(AbstractDensityProposal):
 
 
 class PathProposal(AbstractPaths):
-    """Paths drawn backwards from what is known of their end.
+    """Paths drawn backwards from a known end or from a Gaussian observation of it.
 
     Args:
         backward: the kernels.
-        site: the observed site that the kernels start from: a Gaussian observation of the last state, whose noise is
-            one more step of the process (`scoreinfer.process.physics.add_noise_stage`); or `END_STATE`.
-        num_steps: number of kernels from the end that is known to the beginning.
+        site: the observed site from which the kernels start. Either a Gaussian observation of the last state, whose
+            noise is one more step of the process (`scoreinfer.process.physics.add_noise_stage`), or `END_STATE`.
+        num_steps: number of kernels from that site to the first state.
 
-    Exactness: ``log_q`` is the exact log density of the path (given its end, where that is known), so weighting by
-        log p(path, y) - log_q is exact whatever the kernels are.
+    Exactness: ``log_q`` is the exact log density of the path (given its end, if that is known). Weighting by
+        log p(path, y) - log_q is therefore exact for any kernels.
     """
 
     backward: AbstractBackward
@@ -114,66 +118,66 @@ class PathProposal(AbstractPaths):
     site: str = eqx.field(static=True)
 
     def context(self, target: Target) -> Float[Array, " dim"]:
-        """Return where the kernels start."""
+        """Return the state from which the kernels start."""
         return self.backward.process.flatten(target.y[self.site].astype(jnp.result_type(float)))
 
     def begin(self, key, context):
-        """Return where the kernels start, and zero: nothing is drawn."""
+        """Return the state from which the kernels start, and the log density zero, because nothing is drawn."""
         return Beginning(context[:0], context), jnp.zeros((), context.dtype)
 
     def log_begin(self, key, context, begun):
-        """Return zero: nothing is drawn."""
+        """Return zero, because nothing is drawn."""
         return jnp.zeros((), context.dtype)
 
     def kernels(self, context, parameters):
-        """Return the kernels, which are the same for every end."""
+        """Return the kernels, which do not depend on the context."""
         return self.backward
 
     def physics_of(self, problem, parameters):
-        """Return the physics, in which everything is known."""
+        """Return the physics, which has no unknown parameters."""
         return self.backward.process
 
     def parts(self, context, z):
-        """Cut a latent vector into what stands at the beginning and the path from there."""
+        """Split a latent vector into the start and the path."""
         path = self.backward.process.flatten(z.reshape(-1, *self.backward.process.shape))
         if self.site != END_STATE:
             path = jnp.concatenate([path, context[None]])
         return Beginning(path[-1, :0], path[-1]), path
 
     def join(self, parameters, path):
-        """Invert `parts`; the noise of an observation is no state."""
+        """Invert `parts`; an observation at the end of the path is not part of the latent vector."""
         states = self.backward.process.unflatten(path)
         return (states if self.site == END_STATE else states[:-1]).reshape(-1)
 
     def meets(self, context, begun):
-        """Say whether a path starts where this observation has it."""
+        """Return whether the end of a path is the known end."""
         return _close(begun.end, context)
 
     def features(self, target):
-        """Standardise the end."""
+        """Compute the standardised end."""
         assert isinstance(self.backward, LearnedBackward)
         end = self.backward.frame.standardise(self.num_steps - 1, self.context(target))
         return end.astype(jnp.float32)
 
 
 PARAMETERS = "unknown parameters"
-"""Name under which they stand beside observed sites among the conditions of kernels; no site is called so."""
+"""Name of the unknown parameters among the conditions of the kernels. No site may have this name."""
 
 
 def layout_conditions(standardiser: Standardiser, conditions: Sites) -> Context:
-    """Lay out encoded conditions as kernels see them: standardised, parameters first."""
+    """Make the context of the kernels from encoded conditions: one standardised vector, parameters first."""
     seen = standardiser(conditions)
     parameters = {name: seen.pop(name) for name in (PARAMETERS,) if name in seen}
     return jnp.concatenate([flatten(parameters), flatten(seen)])
 
 
 class Given(NamedTuple):
-    """What one observation means to `StartedPaths`.
+    """The context of `StartedPaths` for one observation.
 
     Args:
-        start: to the start.
-        end: where the kernels start, where that is known.
-        conditions: what kernels are conditioned on besides parameters, encoded.
+        start: the context of the sampler of the start.
+        end: the state from which the kernels start. None means that it is drawn.
+        conditions: encoded observations that the kernels are conditioned on.
     """
 
     start: Any
@@ -182,19 +186,19 @@ class Given(NamedTuple):
 
 
 class StartedPaths(AbstractPaths):
-    """Paths drawn backwards once a learned sampler has drawn what has to be known before: parameters, last state.
+    """Paths drawn backwards after a learned sampler has drawn the start: parameters, last state.
 
-    For unknown parameters of the physics, for whatever is observed of the last state (parts of it, functions of it),
-    and for observations of earlier states. The kernels are conditioned on the parameters drawn, and on the observation
-    where that sees earlier states.
+    For unknown parameters of the physics, for any observation of the last state (parts or functions of it), and for
+    observations of earlier states. The kernels are conditioned on the drawn parameters, and on the observation if it
+    depends on earlier states.
 
     Args:
-        start: the learned sampler of the parameters and, unless ``site`` says it, the last state (see `beginning`).
+        start: the learned sampler of the parameters and, if ``site`` is None, of the last state (see `beginning`).
         backward: the kernels.
-        standardiser: the scale of the kernels' conditions; it knows those that matter, and no others.
-        site: the site that the kernels start from, as for `PathProposal`; None: from a last state drawn by ``start``.
-        unknowns: the parts of a latent vector.
-        num_steps: number of kernels from where they start to the beginning.
+        standardiser: the standardiser of the kernels' conditions; it contains the conditions in use, and no others.
+        site: the site from which the kernels start, as for `PathProposal`. None means a last state drawn by ``start``.
+        unknowns: positions of parameters and path in a latent vector.
+        num_steps: number of kernels from their start to the first state.
 
     Exactness: as for `PathProposal`, for paths and parameters jointly.
     """
@@ -208,11 +212,11 @@ class StartedPaths(AbstractPaths):
 
     @property
     def sees_path(self) -> bool:
-        """Whether kernels are conditioned on the observation, which sees earlier states."""
+        """Whether the kernels are conditioned on the observation, because it depends on earlier states."""
         return bool(self.standardiser.centre.keys() - {PARAMETERS})
 
     def context(self, target: Target) -> Given:
-        """Embed one observation."""
+        """Compute the contexts of the start and of the kernels for one observation."""
         y, process = target.y, self.backward.process
         end = None if self.site is None else process.flatten(y[self.site].astype(jnp.result_type(float)))
         start = self.start.embed(self._seen_by_start(target))
@@ -224,7 +228,7 @@ class StartedPaths(AbstractPaths):
         return self.start.standardiser(seen)
 
     def begin(self, key, context):
-        """Draw parameters, and the last state where it is not known; compute their log density."""
+        """Draw the parameters, and the last state if it is not known; compute their log density."""
         drawn, log_start = self.start.propose(key, context.start)
         parameters, end = jnp.split(drawn, [self.unknowns.num_parameters])
         return Beginning(parameters, end if context.end is None else context.end), log_start
@@ -235,7 +239,7 @@ class StartedPaths(AbstractPaths):
         return self.start.log_q(key, context.start, drawn)
 
     def kernels(self, context, parameters):
-        """Condition the kernels on parameters, and on the observation where it sees earlier states."""
+        """Condition the kernels on the parameters, and on the observation if it depends on earlier states."""
         conditions = {PARAMETERS: parameters} | context.conditions
         return self.backward.given(layout_conditions(self.standardiser, conditions))
 
@@ -248,7 +252,7 @@ class StartedPaths(AbstractPaths):
         return process.given(problem.latent_sites(found.join(parameters, jnp.zeros(found.path, parameters.dtype))))
 
     def parts(self, context, z):
-        """Cut a latent vector into what stands at the beginning and the path from there."""
+        """Split a latent vector into the start and the path."""
         process = self.backward.process
         parameters, states = self.unknowns.parts(z)
         path = process.flatten(states.reshape(-1, *process.shape))
@@ -262,29 +266,29 @@ class StartedPaths(AbstractPaths):
         return found.join(parameters, self.backward.process.unflatten(path).reshape(-1)[: found.path])
 
     def meets(self, context, begun):
-        """Say whether a path starts where this observation has it."""
+        """Return whether the end of a path is the known end; true if none is known."""
         return jnp.array(True) if context.end is None else _close(begun.end, context.end)
 
     def features(self, target):
-        """Standardise what the start sees of the observation."""
+        """Compute the standardised observation, as the sampler of the start sees it."""
         return flatten(self._seen_by_start(target))
 
 
 class KnownEnd(AbstractReference):
-    """Simulated paths whose last state is put where it is known to be.
+    """Simulated paths whose last state is replaced by the known one.
 
     Args:
         paths: the sampler of such paths.
         target: the posterior of paths to the known end.
 
-    Exactness: normalised: the density is that of the earlier states alone.
+    Exactness: exact draws of parameters and earlier states from the prior, and their exact, normalised density.
     """
 
     paths: AbstractPaths
     target: Target
 
     def sample(self, key):
-        """Simulate a path, and put its last state in its place."""
+        """Simulate a path, and replace its last state by the known one."""
         simulate = self.target.problem.simulate
         assert simulate is not None
         begun, path = self.paths.parts(self.paths.context(self.target), simulate(key)[0])
@@ -292,7 +296,7 @@ class KnownEnd(AbstractReference):
         return self.paths.join(begun.parameters, path.at[-1].set(end))
 
     def log_density(self, z):
-        """Compute the log density of the earlier states."""
+        """Compute the log prior density of parameters and earlier states."""
         begun, path = self.paths.parts(self.paths.context(self.target), z)
         physics, last = self.paths.physics_of(self.target.problem, begun.parameters), path.shape[0] - 2
         step = Kernel(physics.forward(last, path[-2]), physics.scale[last])
@@ -304,13 +308,14 @@ def _close(end: Float[Array, " dim"], known: Float[Array, " dim"]) -> Bool[Array
 
 
 def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str | None) -> Problem:
-    """Make the problem of what `StartedPaths` draws first; it can be simulated and has no density.
+    """Make the problem of the start that `StartedPaths` draws. It can be simulated and has no density.
 
     Args:
         problem: the problem of parameters and paths.
         process: the physics.
         physics: name of the physics site.
-        site: what the kernels start from: None, an observed site, or `END_STATE`, then observed in place of all else.
+        site: the site from which the kernels start. None means a drawn last state. `END_STATE` means a known last
+            state, which then is the only observed site.
     """
     assert problem.simulate is not None
     simulate, found = problem.simulate, unknowns(problem, physics)
@@ -326,7 +331,7 @@ def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str
         return parameters, {END_STATE: last} if site == END_STATE else y
 
     def no_density(z: Float[Array, " dim"], *_: Any) -> Float[Array, ""]:
-        raise ValueError("The beginning of a path drawn backwards has no density of its own here.")
+        raise ValueError("Expected a problem with a density, but the start of a backward path has none. Simulate it.")
 
     layout = Layout(tuple(site.name for site in drawn), tuple((site.size,) for site in drawn))
     return Problem(
@@ -348,10 +353,9 @@ def beginning(problem: Problem, process: PhysicsProcess, physics: str, site: str
 
 
 def pinned(problem: Problem) -> Problem:
-    """Make the problem of paths whose last state is known, from that of paths (and parameters).
+    """Make the problem of paths whose last state is known, from the problem of paths and parameters.
 
-    Its "likelihood" is one: the density of the path at its known end is all there is, and the evidence is the density
-    of the process at that end.
+    Its likelihood is one. Its evidence is the density of the process at the known end.
     """
     return dataclasses.replace(
         problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype), recipe=partial(pinned, problem)

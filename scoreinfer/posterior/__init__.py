@@ -1,4 +1,4 @@
-"""Posteriors: how they are learned, and what a training leaves, to draw from, certify and save."""
+"""Learned posteriors: their training, and the trained objects, which draw, weigh, certify and save."""
 
 from scoreinfer.posterior.amortised import Conditioned, Posterior
 from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior

@@ -1,4 +1,4 @@
-"""The amortised posterior: conditioned on data it draws, weighs and certifies."""
+"""The amortised posterior. Conditioned on data, it draws, weighs the draws and certifies the batch."""
 
 import dataclasses
 import os
@@ -43,19 +43,20 @@ from scoreinfer.simulators.validity import Validity, failure_weights
 from scoreinfer.training.loop import TrainingHistory
 
 NUM_EXPLAINING = 64
-"""Stored simulations that explain the data, held against the proposal."""
+"""Number of stored simulations that explain the data and are weighed under the proposal. Chosen by judgement."""
 UNWEIGHED = "uncertified: not weighed yet. Run the simulator on the draws (`simulate`), then `weigh` them."
+"""Reason in the certificate of draws that need `Conditioned.weigh`."""
 ENOUGH = 0.25
-"""Effective share of a focused proposal's draws below which its score is trained further."""
+"""ESS/N of a focused proposal below which its score is trained further. Chosen by judgement."""
 
 
 class Conditioned(AbstractConditioned):
     """The amortised posterior of one observation.
 
     Args:
-        proposal: the learned sampler, adapted to the observation or not.
+        proposal: the learned sampler; after `focus` it is adapted to the observation.
         target: the posterior density.
-        posterior: the amortised posterior that it comes from.
+        posterior: the amortised posterior, for any observation.
     """
 
     proposal: AbstractAmortised
@@ -77,39 +78,40 @@ class Conditioned(AbstractConditioned):
     ) -> Draws:
         """Draw from the posterior, weigh every draw, and certify the batch.
 
-        The certificate rests on witnesses, draws near the posterior that owe nothing to the proposal (see
-        `scoreinfer.evidence.witnesses`). Where some of them lie where the proposal hardly draws, or the batch is
-        refused, a density fitted to half of them joins the proposal, the batch is drawn again, and the other half
-        judges it. ``info.witnessed`` is the share of the draws that come from that density.
+        The certificate uses witnesses: draws near the posterior that do not depend on the proposal (see
+        `scoreinfer.evidence.witnesses`). If the proposal misses some of them, or the batch is not certified, a density
+        is fitted to half of the witnesses and mixed with the proposal. Then the batch is drawn again, and the other
+        half of the witnesses checks it. ``info.witnessed`` is the share of the draws from the fitted density.
 
         Args:
-            key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
+            key: random key. Draw i depends on ``key`` and i only, not on the batch size.
             num: number of draws.
-            batch_size: draws per compiled call: bounds the memory.
-            prior_fraction: share of the draws taken from the prior instead (a defensive mixture: bounds the
-                weights by the likelihood over the share; pays where the posterior is not far from the prior).
-            max_proposals: where given, propose until the effective sample size reaches ``num`` and k-hat is below
-                0.7, or this many proposals are spent, then resample to ``num`` equally weighted draws and move each by
-                ``num_moves`` Metropolis-adjusted Langevin steps, so that certainty can be bought with time.
-            num_moves: see ``max_proposals``.
-            thorough: look for modes that the proposal misses in 16 times as many draws of the prior.
+            batch_size: draws per compiled call; bounds the memory.
+            prior_fraction: share of the draws that come from the prior (a defensive mixture). It bounds the weights by
+                the likelihood divided by this share, and is useful if the posterior is close to the prior.
+            max_proposals: largest number of proposals. If given, `sample` proposes until the effective sample size is
+                ``num`` and k-hat is below 0.7, or until this number is reached. It then resamples to ``num`` equally
+                weighted draws and moves each by Langevin steps. None means ``num`` proposals and no resampling.
+            num_moves: number of Metropolis-adjusted Langevin steps after resampling.
+            thorough: search for missed modes in 16 times as many draws of the prior.
             progress_bar: show a progress bar over batches.
 
         Returns:
-            `Draws`; weighted, or equally weighted after resampling. With a foreign simulator no density is at hand:
-            with a ``likelihood`` they are weighed afterwards (`weigh`), else never.
+            `Draws`; weighted, or equally weighted after resampling. A foreign simulator has no density. Its draws are
+            weighed afterwards by `weigh` if there is a ``likelihood``. Otherwise the only weights are 1 / v(z), if the
+            probability of success v was learned.
 
         Raises:
-            ValueError: where a ``prior_fraction`` is asked of a prior that cannot be drawn from.
+            ValueError: if ``prior_fraction`` is positive and the prior cannot be drawn from.
 
         Warns:
-            MisspecificationWarning: where the observation lies further from the simulations than 99 % of them from
-                each other.
+            MisspecificationWarning: if the observation is farther from the simulations than 99 % of them are from each
+                other.
 
-        Exactness: the weights are exact importance weights for any training; averages under them are consistent as
-            ``num`` grows. Resampled and moved draws are consistent as the proposals grow; with ``max_proposals`` the
-            weights decide when to stop, and a batch that is refused may be drawn again: then their mean, the evidence,
-            is consistent but no longer unbiased.
+        Exactness: the weights are exact importance weights for any training. Averages with them are consistent as
+            ``num`` grows. Resampled and moved draws are consistent as the number of proposals grows. The mean weight
+            (the evidence) is unbiased, but only consistent with ``max_proposals`` or after a second batch, because
+            weights then decide when to stop or which batch is returned.
         """
         start, problem = time.perf_counter(), self.target.problem
         defence = self._defence(prior_fraction)
@@ -150,20 +152,26 @@ class Conditioned(AbstractConditioned):
 
     @own_broadcasting
     def focus(self, key: Key, *, num_steps: int = 4000, progress_bar: bool = False) -> "Conditioned":
-        """Adapt the proposal to the observation: its place and scale first, then where need be the score.
+        """Adapt the proposal to the observation: first its location and scale, then, if necessary, the score.
 
-        For a posterior far narrower than the prior, whose amortised draws miss by a fraction of its width, and for
-        one learned badly, as on a fixed budget of simulations: seconds for an affine map adapted by importance
-        sampling (see `scoreinfer.samplers.focused`), and where less than a quarter of the draws is then effective, a
-        minute for a score trained on the posterior's own gradient (see `scoreinfer.samplers.refined`). The
-        ``posterior`` of the result answers for other observations as before.
+        Useful for a posterior much narrower than the prior, and for a badly learned one (few simulations). First an
+        affine map is adapted by importance sampling, which takes seconds (see `scoreinfer.samplers.focused`). If ESS/N
+        is then below 0.25, the score is trained on the gradient of the posterior, which takes about a minute (see
+        `scoreinfer.samplers.refined`).
 
         Args:
             key: random key.
-            num_steps: optimiser steps of the score, where it is trained further; 0: it is not.
-            progress_bar: show progress bars over its training.
+            num_steps: optimiser steps of the score, if it is trained; 0 means no training.
+            progress_bar: show progress bars of the training.
 
-        Exactness: exact weights as before: the result is another proposal with a known density.
+        Returns:
+            The posterior of the same observation, with the adapted proposal. Its ``posterior`` draws for any other
+            observation as before.
+
+        Warns:
+            TrainingWarning: if the training of the score failed; the adapted affine map is then used.
+
+        Exactness: the weights are exact, because the adapted proposal has a known density too.
         """
         for_affine, for_score = jax.random.split(_streams(key).focus)
         focused, share = focus(for_affine, self.proposal.amortised, self.target)
@@ -173,7 +181,7 @@ class Conditioned(AbstractConditioned):
                 refined, new_share = refine(for_score, focused, self.target, num_steps, progress_bar=progress_bar)
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
-                warnings.warn(f"The score was not trained further: {error}", TrainingWarning, stacklevel=3)
+                warnings.warn(f"Only the affine map was adapted, not the score: {error}", TrainingWarning, stacklevel=3)
         posterior = dataclasses.replace(self.posterior, proposal=proposal)
         return Conditioned(proposal, self.target, posterior)
 
@@ -185,44 +193,48 @@ class Conditioned(AbstractConditioned):
         runs: Store | str | os.PathLike[str],
         simulations: Store | str | os.PathLike[str] | None = None,
     ) -> Draws:
-        """Weigh draws by what the foreign simulator made of them, and certify the batch.
+        """Weigh draws with the outputs of the foreign simulator at these draws, and certify the batch.
 
-        For posteriors fitted with a ``likelihood``. ``runs`` holds the simulator's outputs at these very draws, which
-        ``simulate(key, draws, simulator, draws.num, store=...)`` runs and records.
+        For posteriors that were fitted with a ``likelihood``. First run the simulator on the draws:
+        ``simulate(key, draws, simulator, draws.num, store=...)``.
 
         Args:
             key: random key.
-            draws: what `sample` gave, not resampled.
+            draws: the draws that `sample` returned, not resampled.
             runs: the store of the simulator's runs on these draws.
-            simulations: the store the posterior was learned from. Its runs tell whether the proposal misses what
-                explains the data, and the batch is refused where hardly any of them does; without it only the weights
-                speak.
+            simulations: the store from which the posterior was learned. Its runs that explain the data check whether
+                the proposal misses a part of the posterior. The batch is not certified if hardly any run explains the
+                data. None means that only the weights are checked.
 
         Returns:
-            The draws, weighted. Those at which the simulator failed have weight zero, and the certificate says so.
+            The draws, weighted. Draws at which the simulator failed have weight zero; the certificate gives their
+            number.
 
         Raises:
-            ValueError: where the posterior was fitted without a likelihood, or ``runs`` are not those of the draws.
+            ValueError: if the posterior was fitted without a likelihood, or ``runs`` do not belong to the draws.
 
-        Exactness: exact importance weights, for any training, of the model in which failing has probability zero; with
-            a random simulator too (its own density is not needed: outputs are drawn from it).
+        Exactness: exact importance weights for any training, for the model in which failure has probability zero. This
+            holds for random simulators too: their outputs are drawn, so that their density is not needed.
         """
         problem, y = self.target.problem, self.target.y
         if problem.observation is None:
-            raise ValueError("Weights need a likelihood: fit with `likelihood=`, for data whose density is known.")
+            raise ValueError(
+                "`weigh` needs a posterior that was fitted with a likelihood, got one without. Fit it with "
+                "`NPSE(..., likelihood=...)` if the density of the data given the outputs is known."
+            )
         runs = runs if isinstance(runs, Store) else Store(runs)
         z, log_likelihood = explained(problem, runs, y)
         if not np.array_equal(z, draws.unconstrained):
             raise ValueError(
-                f"`{runs.path}` must hold one run of the simulator for each of the {draws.num} draws, got {runs}, not "
-                "of these draws alone. Run `simulate(key, draws, simulator, draws.num, store=...)` to its end."
+                f"`{runs.path}` must hold exactly one run of the simulator for each of the {draws.num} draws, got "
+                f"{runs}, which differs. Run `simulate(key, draws, simulator, draws.num, store=...)` to its end."
             )
         log_joint = _log_priors(problem, draws.unconstrained) + log_likelihood
         log_weight = log_joint - draws.log_q
         certificate = certify_weights(log_weight, self._stored_check(key, simulations, log_weight))
         num_failed = int(np.isneginf(log_likelihood).sum())
         if num_failed:
-            failed = f"the simulator failed at {num_failed} draws, which count as impossible"
+            failed = f"the simulator failed at {num_failed} draws, which have weight zero"
             certificate = certificate._replace(reason=f"{certificate.reason}; {failed}")
         info = (draws.info or DrawInfo(draws.num))._replace(num_failed=num_failed)
         return draws._replace(log_weight=log_weight, log_joint=log_joint, certificate=certificate, info=info)
@@ -230,7 +242,7 @@ class Conditioned(AbstractConditioned):
     def _stored_check(
         self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array
     ) -> ForwardCheck:
-        """Hold the stored simulations that explain the data, as the likelihood picks them, against the proposal."""
+        """Weigh stored simulations under the proposal; they are resampled by their likelihood of the data."""
         outlying, problem = ForwardCheck(jnp.zeros(0), self._distance_rank()), self.target.problem
         if simulations is None:
             return outlying
@@ -256,9 +268,15 @@ class Conditioned(AbstractConditioned):
         if prior_fraction <= 0:
             return None
         if problem.simulate is None:
-            raise ValueError(f"`prior_fraction` needs draws from the prior; there are none: {problem.not_simulable}")
+            raise ValueError(
+                "`prior_fraction` needs draws from the prior, but the model cannot be simulated: "
+                f"{problem.not_simulable} Leave `prior_fraction` out."
+            )
         if wrong := misdrawn_latents(problem):
-            raise ValueError(f"`prior_fraction` needs draws that the prior's density describes; {say_misdrawn(wrong)}")
+            raise ValueError(
+                "`prior_fraction` needs draws from the prior that follow its density, but "
+                f"{say_misdrawn(wrong)} Leave `prior_fraction` out."
+            )
         return Defence(Prior(problem), prior_fraction)
 
     def _judge(
@@ -269,7 +287,7 @@ class Conditioned(AbstractConditioned):
         again: Callable[[Defence], Weighted] | None,
         thorough: bool,
     ) -> Judged:
-        """Judge a batch, by witnesses where there are a density and a prior to gather them from."""
+        """Check a batch, with witnesses if the model has a density and can be simulated."""
         problem = self.target.problem
         outlying = ForwardCheck(jnp.zeros(0), self._distance_rank())
         if not problem.has_density:
@@ -283,15 +301,15 @@ class Conditioned(AbstractConditioned):
 
 
 class Posterior(AbstractPosterior):
-    """An amortised posterior: one training, any number of observations of the same design.
+    """An amortised posterior: trained once, for any observation with the same design (covariates, shapes).
 
     Args:
-        problem: the problem that it answers.
+        problem: the inference problem.
         proposal: the learned sampler.
-        outliers: simulations by which an outlier is told; None: none is.
-        history: how it was trained.
-        validity: probability that a foreign simulator succeeds, by which draws are weighed; None: it always does, or
-            its failures are not to be undone.
+        outliers: simulations with which outlying observations are detected. None means no detection.
+        history: the history of the training.
+        validity: probability v(z) that a foreign simulator succeeds; draws are weighed by 1 / v(z). None means no such
+            weights.
     """
 
     problem: Problem = eqx.field(static=True)
@@ -309,23 +327,23 @@ class Posterior(AbstractPosterior):
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            ValueError: where the data are missing, not finite, of another shape or another design.
+            ValueError: if the data are missing, not finite, or have another shape or another design.
         """
         return Conditioned(self.proposal, Target(self.problem, self.problem.read(args, kwargs)), self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `scoreinfer.load`.
 
-        A saved posterior that is already there is replaced; each file is written whole or not at all (a process killed
-        between the two leaves neither the old nor the new one, and `load` says so). What was
-        adapted to one observation (`Conditioned.focus`) is saved as it is. The model is not saved: it is code.
+        A saved posterior in the folder is replaced. Each file is written completely or not at all. If the process is
+        killed between the two files, neither posterior can be loaded, and `load` raises an error. A proposal adapted by
+        `Conditioned.focus` is saved in its adapted form. The model is not saved, because it is code.
 
         Args:
             path: a new folder, or one that holds a saved posterior.
 
         Raises:
-            ValueError: where the folder holds anything else, or a part (a sampler or a score of another kind) cannot
-                be described by plain data.
+            ValueError: if the folder holds anything else, or plain data cannot describe a part (a sampler or score of
+                another class).
         """
         write_posterior(Path(path), self.problem, Parts(self.proposal, self.outliers, self.history, self.validity))
 
@@ -337,13 +355,13 @@ def _enough(log_weight: Float[Array, " num"], wanted: int) -> bool:
 def _moved(
     key: Key, target: Target, drawn: Weighted, log_evidence: float, num: int, num_moves: int
 ) -> tuple[Weighted, Moves]:
-    """Resample to equally weighted draws and move each; all weigh the evidence."""
+    """Resample to equally weighted draws and move each. Every weight is the evidence."""
     z, log_target, moves = rejuvenate(key, target, drawn.z, drawn.log_weight, num, num_moves)
     return Weighted(z, jnp.full(num, log_evidence, log_target.dtype), log_target), moves
 
 
 class _Streams(NamedTuple):
-    """Independent random streams of one user's key, so that one key may focus, draw and move."""
+    """Independent random streams of one key, so that the same key can be used in `focus` and `sample`."""
 
     draws: Key
     moves: Key

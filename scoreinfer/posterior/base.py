@@ -1,4 +1,4 @@
-"""What every learned posterior offers: read data, draw, judge, constrain, present."""
+"""Base classes of learned posteriors: condition on data, draw, weigh, certify, predict, convert to ArviZ."""
 
 import abc
 import os
@@ -19,12 +19,13 @@ from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import constrain
 
 PREDICTED = 256
-"""Data sets simulated at once."""
+"""Data sets that `AbstractConditioned.predict` simulates at once. Chosen by judgement."""
 C = TypeVar("C", bound="AbstractConditioned")
+"""Type of a posterior of one observation."""
 
 
 class AbstractConditioned(eqx.Module):
-    """The posterior of one observation: a proposal and its target."""
+    """The posterior of one observation: a proposal and its target density."""
 
     proposal: eqx.AbstractVar[AbstractProposal]
     target: eqx.AbstractVar[Target]
@@ -39,32 +40,33 @@ class AbstractConditioned(eqx.Module):
         Args:
             key: random key.
             num: number of data sets.
-            draws: draws of this posterior, which are resampled; None: ``num`` are drawn.
+            draws: draws of this posterior, which are resampled. None means that ``num`` draws are made.
 
         Returns:
-            Observed sites, data sets first.
+            Observed sites by name, with the data sets on the first axis.
 
         Raises:
-            UnsupportedModel: where data cannot be simulated from given parameters.
+            UnsupportedModel: if data cannot be simulated from given parameters.
+            ValueError: if no draw has a positive weight.
 
-        Exactness: consistent as the draws grow in number.
+        Exactness: consistent as the number of draws grows.
         """
         problem = self.target.problem
         if problem.simulate_observation is None:
             why = problem.not_simulable or "this model draws latent sites after its data."
-            raise UnsupportedModel(f"`predict` simulates data from parameters: {why}")
+            raise UnsupportedModel(f"`predict` simulates data from given parameters, which this model cannot do: {why}")
         for_draws, for_rows, for_data = jax.random.split(key, 3)
         draws = self.sample(for_draws, num) if draws is None else draws
         numbered = draws._replace(sites={"z": draws.unconstrained}).resample(for_rows, num)
         return in_batches(lambda i: _simulated(for_data, problem, i, numbered["z"][i]), num, PREDICTED)
 
     def to_arviz(self, key: Key, num: int, **options: Any) -> Any:
-        """Draw ``num`` draws and present them to ArviZ; see `scoreinfer.to_arviz` for the options."""
+        """Make ``num`` draws and convert them for ArviZ; `scoreinfer.to_arviz` lists the options and errors."""
         for_draws, for_groups = jax.random.split(key)
         return self.sample(for_draws, num).to_arviz(for_groups, **options)
 
     def _draws(self, drawn: Weighted, certificate: Certificate, info: DrawInfo, batch_size: int) -> Draws:
-        """Constrain weighted draws."""
+        """Make `Draws` with constrained sites from weighted draws."""
         sites = constrain(self.target.problem, drawn.z, batch_size)
         return Draws(
             sites, drawn.z, drawn.log_weight, drawn.log_q, drawn.log_target, self.target.y, certificate, info,
@@ -73,7 +75,7 @@ class AbstractConditioned(eqx.Module):
 
 
 class AbstractPosterior(eqx.Module):
-    """A learned posterior for any observation of its design."""
+    """A learned posterior, for any observation with the same design (covariates, shapes)."""
 
     problem: eqx.AbstractVar[Problem]
 
@@ -86,16 +88,21 @@ class AbstractPosterior(eqx.Module):
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            ValueError: where the data are missing, not finite, of another shape or another design.
+            ValueError: if the data are missing, not finite, or have another shape or another design.
         """
 
     @abc.abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save to a folder of plain data, to be loaded with the same model."""
+        """Save to a folder of plain data, which can be loaded with the same model."""
 
     @own_broadcasting
     def sample(self, key: Key, num: int, *args: Any, **kwargs: Any) -> Draws:
-        """Draw from the posterior of these model arguments: ``condition(*args, **kwargs).sample(key, num)``."""
+        """Draw from the posterior of the data: ``condition(*args, **kwargs).sample(key, num)``.
+
+        Raises what `condition` raises.
+
+        Exactness: as the ``sample`` of what `condition` returns.
+        """
         return self.condition(*args, **kwargs).sample(key, num)
 
 
@@ -106,12 +113,12 @@ def _simulated(key: Key, problem: Problem, rows: Array, z: Float[Array, "num dim
 
 
 def warn_of_outlier(distance_rank: float, stacklevel: int = 5) -> None:
-    """Warn where an observation lies far from the simulations."""
+    """Issue a `MisspecificationWarning` if the distance rank of an observation is at most `MAX_OUTLYING`."""
     if distance_rank <= MAX_OUTLYING:
         message = (
-            f"The observation lies further from the model's simulations than {1 - distance_rank:.1%} of them from each "
-            f"other (distance rank {distance_rank:.3f}; this warning is given to {MAX_OUTLYING:.0%} of the model's own "
-            "data). The model may be misspecified, and what was learned there is extrapolation: compare the data with "
-            "simulations before trusting any posterior."
+            f"The observation is further from the model's simulations than {1 - distance_rank:.1%} of them are from "
+            f"each other (distance rank {distance_rank:.3f}; {MAX_OUTLYING:.0%} of data simulated from the model get "
+            "this warning). The model may be misspecified, and the learned posterior is an extrapolation. Compare the "
+            "data with simulations before you use the posterior."
         )
         warnings.warn(message, MisspecificationWarning, stacklevel=stacklevel)

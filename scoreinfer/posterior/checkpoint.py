@@ -1,9 +1,9 @@
-"""Checkpoint: a trained posterior as a folder of plain data, and back.
+"""Checkpoint: write a trained posterior to a folder of plain data, and read it back.
 
-``config.json`` says what the posterior is: schema, versions, the model's sites, hyperparameters, how it was trained.
-``weights.safetensors`` holds every array. Reading makes the tree again from the model at hand and the hyperparameters,
-by the functions that make it for training, but only as an outline: shapes in the place of arrays. Nothing is allocated
-or executed, and only arrays that fit the outline are taken.
+``config.json`` describes the posterior: schema, versions, sites of the model, hyperparameters, training.
+``weights.safetensors`` holds all arrays. Reading makes the tree again from the given model and the hyperparameters, by
+the same functions as for training. At first it is an outline only, with shapes instead of arrays, so that nothing is
+allocated or executed. Only arrays that fit the outline are accepted.
 """
 
 import math
@@ -42,7 +42,9 @@ from scoreinfer.problem import Problem
 from scoreinfer.training.loop import Budget, History, TrainingHistory
 
 FORMAT, PATHS_FORMAT, SCHEMA = "scoreinfer posterior", "scoreinfer posterior of paths", 3
+"""Format of amortised posteriors, format of posteriors of paths, and schema number of both, in ``config.json``."""
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+"""Names of the two files in the folder."""
 
 
 # --- folders
@@ -51,17 +53,17 @@ CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 def write_folder(
     path: Path, kind: str, problem: Problem, tree: PyTree, network: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    """Write the arrays of a tree, and the hyperparameters by which its outline can be made.
+    """Write the arrays of a tree, and the hyperparameters from which its outline can be made.
 
     Raises:
-        ValueError: where the folder holds other things.
+        ValueError: if the folder holds other files, or the path is a file.
     """
     remove_leftovers(path, CONFIG, WEIGHTS)
     entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     strangers = {name for name in entries - {CONFIG, WEIGHTS} if not name.endswith(".tmp")}
     if strangers or (path.exists() and not path.is_dir()):
         raise ValueError(
-            f"`{path}` must be a new folder or hold a saved posterior and nothing else, got "
+            f"`{path}` must be a new folder, or a folder with a saved posterior and nothing else, got "
             f"{', '.join(sorted(strangers)) or 'a file'}. Choose another path."
         )
     arrays = arrays_by_name(tree) | _prefixed("probe", probe_model(problem))
@@ -85,18 +87,19 @@ def read_folder(
     outline: Callable[[dict[str, Any]], PyTree],
     recount: Callable[[dict[str, Any]], Any],
 ) -> tuple[PyTree, Any]:
-    """Read what `write_folder` wrote: the tree, and the training.
+    """Read the tree and the history of the training that `write_folder` wrote.
 
     Args:
         path: the folder.
         kind: its format.
-        problem: the problem of the model at hand.
-        outline: from the hyperparameters to the tree, with shapes in the place of its arrays.
-        recount: what to make of the record of the training.
+        problem: the problem of the given model.
+        outline: makes the tree from the hyperparameters, with shapes instead of arrays.
+        recount: makes the history from the record of the training.
 
     Raises:
-        UnreadableFile: where the folder or its content is not whole, of another version, changed, or not ours.
-        ValueError: where it was made for another model.
+        UnreadableFile: if the folder or its content is incomplete, changed, of another version, or was not written by
+            `write_folder`.
+        ValueError: if the posterior was learned for another model.
     """
     record = read_description(path, kind)
     try:
@@ -115,11 +118,11 @@ def read_folder(
 
 
 def read_description(path: Path, kind: str = FORMAT) -> dict[str, Any]:
-    """Read and check the config.json of a saved posterior.
+    """Read and check the ``config.json`` of a saved posterior.
 
     Raises:
-        UnreadableFile: where it is not whole, of another version, changed, or not ours.
-        ValueError: where it is a posterior of the other kind.
+        UnreadableFile: if it is incomplete, changed, of another version, or was not written by `write_folder`.
+        ValueError: if it describes a posterior of the other kind.
     """
     if not path.is_dir():
         raise UnreadableFile(path, "there is no such folder", "A saved posterior is the folder that `save` wrote")
@@ -129,7 +132,7 @@ def read_description(path: Path, kind: str = FORMAT) -> dict[str, Any]:
         way = "SMDP(model, site, ...)" if found == PATHS_FORMAT else "NPSE(model, ...)"
         raise ValueError(
             f"`{path}` holds a {found.removeprefix('scoreinfer ')}, not a {kind.removeprefix('scoreinfer ')}: "
-            f"`load` it as it was fitted, by `{way}`."
+            f"`load` it with the class that fitted it, by `{way}`."
         )
     if found != kind:
         raise UnreadableFile(path / CONFIG, f"expected the format {kind!r}, got {found!r}")
@@ -143,15 +146,20 @@ def read_description(path: Path, kind: str = FORMAT) -> dict[str, Any]:
 
 
 def foreign_outputs(path: Path) -> dict[str, tuple[int, ...]] | None:
-    """Name the outputs, with their shapes, that a posterior of a foreign simulator was learned for; else None."""
+    """Read the names and shapes of the outputs of a foreign simulator; None means a model without such a simulator.
+
+    Raises:
+        UnreadableFile: as `read_description`.
+        ValueError: if the posterior was fitted with a likelihood, which must be given again.
+    """
     try:
         model = read_description(path)["model"]
         if model["foreign"] is False:
             return None
         if model.get("likelihood"):
             raise ValueError(
-                f"The posterior in `{path}` was fitted with a likelihood, and files hold no code: load it with "
-                "`NPSE(model, likelihood=..., simulations=store)`, a store of the same simulator."
+                f"The posterior in `{path}` was fitted with a likelihood, which is code and not saved. Load it with "
+                "`NPSE(model, likelihood=..., simulations=store)` and a store of the same simulator."
             )
         return {
             str(site["name"]): tuple(size_of(n, "shape", MAX_SIZE) for n in site["shape"]) for site in model["observed"]
@@ -165,21 +173,25 @@ def _prefixed(prefix: str, tree: PyTree) -> dict[str, Any]:
 
 
 def check_outline(tree: PyTree, outline: PyTree) -> None:
-    """Refuse, while writing, what could not be read back."""
+    """Check, before writing, that the tree can be read back.
+
+    Raises:
+        ValueError: if arrays of the tree differ from those of its outline in name or shape.
+    """
     own, theirs = arrays_by_name(tree), arrays_by_name(outline)
     wrong = [name for name in own.keys() | theirs.keys()
              if name not in own or name not in theirs or own[name].shape != theirs[name].shape]  # fmt: skip
     if wrong:
         raise ValueError(
-            f"This posterior cannot be described by its hyperparameters: {', '.join(sorted(wrong)[:3])} differ from "
-            "those of a network of the kinds that are saved. Was a part of it replaced by hand?"
+            "Expected a posterior that its hyperparameters describe, but these arrays differ in shape or name: "
+            f"{', '.join(sorted(wrong)[:3])}. Save it without the parts that were replaced after the training."
         )
 
 
 def _check_arrays(path: Path, arrays: Arrays, expected: dict[str, Any]) -> None:
     names = arrays.keys() ^ expected.keys()
     if names:
-        raise UnreadableFile(path, f"expected other arrays: {', '.join(sorted(names)[:3])} missing or too many")
+        raise UnreadableFile(path, f"these arrays are missing or unexpected: {', '.join(sorted(names)[:3])}")
     for name, array in arrays.items():
         own = expected[name]
         kinds = "f" if np.issubdtype(own.dtype, np.floating) else "iub"
@@ -193,21 +205,21 @@ def _check_arrays(path: Path, arrays: Arrays, expected: dict[str, Any]) -> None:
 
 
 def run_record(history: History) -> dict[str, Any]:
-    """Make a record of a training run."""
+    """Make a plain record of a training run; numbers that are not finite become None."""
     rows = {name: [float(v) if np.isfinite(v) else None for v in getattr(history, name)]
             for name in ("loss", "validation")}  # fmt: skip
     return history._asdict() | rows
 
 
 def read_run(part: dict[str, Any]) -> History:
-    """Invert `run_record`."""
+    """Make the history from the record by `run_record`."""
     rows = {name: np.array([np.nan if v is None else v for v in part[name]], float)
             for name in ("loss", "validation")}  # fmt: skip
     return History(**part | rows)
 
 
 def training_record(history: TrainingHistory | None) -> dict[str, Any]:
-    """Make a record of the training of an amortised posterior."""
+    """Make a plain record of the training of an amortised posterior."""
     if history is None:
         return {"history": None, "budget": None}
     runs = {"whitening": run_record(history.whitening), "score": run_record(history.score)}
@@ -215,7 +227,7 @@ def training_record(history: TrainingHistory | None) -> dict[str, Any]:
 
 
 def read_training(training: dict[str, Any]) -> TrainingHistory | None:
-    """Invert `training_record`."""
+    """Make the history from the record by `training_record`."""
     stored, budget = training["history"], training["budget"]
     if stored is None:
         return None

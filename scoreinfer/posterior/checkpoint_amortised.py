@@ -1,4 +1,4 @@
-"""The arrays and hyperparameters of an amortised posterior, written to a folder and read back."""
+"""Write the arrays and hyperparameters of an amortised posterior to a folder, and read them back."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +42,11 @@ from scoreinfer.training.loop import TrainingHistory
 from scoreinfer.training.simulations import encode
 
 PROPOSALS = (AmortisedProposal, FocusedProposal, RefinedProposal)
+"""Proposals that can be saved."""
 
 
 class Parts(NamedTuple):
-    """What an amortised posterior is made of, besides its problem."""
+    """The parts of an amortised posterior without its problem (see `Posterior`)."""
 
     proposal: AbstractAmortised
     outliers: Outliers | None
@@ -54,7 +55,7 @@ class Parts(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What has arrays in an amortised posterior."""
+    """The parts of an amortised posterior that contain arrays (see `Posterior`)."""
 
     proposal: AbstractAmortised
     outliers: Outliers | None
@@ -65,7 +66,7 @@ def write_posterior(path: Path, problem: Problem, parts: Parts) -> None:
     """Write an amortised posterior to a folder.
 
     Raises:
-        ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
+        ValueError: if the folder holds other files, or plain data cannot describe a part of the posterior.
     """
     tree = Saved(parts.proposal, parts.outliers, parts.validity)
     network = describe(tree)
@@ -78,20 +79,21 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
 
     Args:
         path: the folder.
-        problem: the problem of the model at hand.
-        embedding: the embedding module, where it was the user's own; its arrays are replaced.
+        problem: the problem of the given model.
+        embedding: the embedding module if it was the user's own; its arrays are replaced. None means that it was not.
 
     Raises:
-        UnreadableFile: where the folder or its content is not whole, of another version, changed, or not ours.
-        ValueError: where it was made for another model, or needs an ``embedding``.
+        UnreadableFile: if the folder or its content is incomplete, changed, of another version, or was not written by
+            `write_posterior`.
+        ValueError: if the posterior was learned for another model, or needs an ``embedding``.
     """
 
     def outline(network: dict[str, Any]) -> Saved:
         stored = network["embedding"]
         if stored["type"] == YOURS and embedding is None:
             raise ValueError(
-                f"The posterior in `{path}` embeds its data by a module of your own, {stored['name']}, and files are "
-                "never executed. Give such a module, trained or not: `NPSE(model, embedding=module).load(path, ...)`."
+                f"The posterior in `{path}` embeds its data by a module of your own, {stored['name']}, whose code is "
+                "not saved. Pass such a module, trained or not: `NPSE(model, embedding=module).load(path, ...)`."
             )
         return outline_of(problem, network, embedding)
 
@@ -100,11 +102,18 @@ def read_posterior(path: Path, problem: Problem, embedding: Embedding | None) ->
 
 
 def describe(saved: Saved) -> dict[str, Any]:
-    """Describe everything that is not an array."""
+    """Describe everything that is not an array.
+
+    Raises:
+        ValueError: if the score network or the sampler is of a class that cannot be saved.
+    """
     proposal = saved.proposal.amortised
     network = proposal.score.network
     if not isinstance(network, ConditionalMLP):
-        raise ValueError(f"A score with a {type(network).__name__} cannot be saved, only one with a ConditionalMLP.")
+        raise ValueError(
+            f"To be saved, a score must have a ConditionalMLP, got a {type(network).__name__}. Save the posterior "
+            "before the network is replaced."
+        )
     return {
         "proposal": type(saved.proposal).__name__,
         "bend": proposal.standardiser.bend,
@@ -118,7 +127,11 @@ def describe(saved: Saved) -> dict[str, Any]:
 
 
 def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> Saved:
-    """Make the tree with shapes in the place of arrays."""
+    """Make the tree with shapes instead of arrays.
+
+    Raises:
+        TypeError: if the hyperparameters are invalid.
+    """
     whitening, score = (perceptron_size(network[part]) for part in ("whitening", "score"))
     architecture = Architecture(
         whitening, score, make_sampler(network["sampler"]), octaves_of(network["score"], problem.dim),
@@ -126,7 +139,7 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
     )  # fmt: skip
     kinds = {kind.__name__: kind for kind in PROPOSALS}
     if network["proposal"] not in kinds:
-        raise TypeError(f"unknown proposal {network['proposal']!r}")
+        raise TypeError(f"expected a proposal of a known type, got {network['proposal']!r}")
     kind, has_validity = kinds[network["proposal"]], yes_or_no(network["validity"], "validity")
     num = None if network["outliers"] is None else size_of(network["outliers"], "outliers", MAX_SIZE)
 
@@ -147,5 +160,5 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
 
 
 def nothing(problem: Problem) -> Sites:
-    """Make an encoded observation of zeros."""
+    """Make an encoded observation that consists of zeros."""
     return encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})

@@ -1,6 +1,6 @@
-"""The arrays and hyperparameters of a posterior of paths, written to a folder and read back.
+"""Write the arrays and hyperparameters of a posterior of paths to a folder, and read them back.
 
-The physics is read from the model again: it must be the one that was learned (`scoreinfer.identity.check_physics`).
+The physics is read from the model again. It must be the learned physics (`scoreinfer.identity.check_physics`).
 """
 
 import dataclasses
@@ -44,17 +44,18 @@ from scoreinfer.training.loop import History
 from scoreinfer.training.simulations import Standardiser
 
 MAX_PARTICLES = 65_536
+"""Largest number of particles per draw that a file may contain. Chosen by judgement."""
 
 
 class PathParts(NamedTuple):
-    """What a posterior of paths is made of.
+    """The parts of a posterior of paths.
 
     Args:
-        paths: its sampler.
-        bank: simulations held against it.
-        outliers: simulated ends, to tell a far one by.
-        history: how it was trained.
-        num_particles: particles of each draw.
+        paths: the learned sampler.
+        bank: weights of simulated paths under the sampler.
+        outliers: simulated ends with which outlying ends are detected.
+        history: the history of the training.
+        num_particles: particles per draw, see `PathPosterior`.
     """
 
     paths: AbstractPaths
@@ -65,15 +66,15 @@ class PathParts(NamedTuple):
 
 
 class SavedPaths(NamedTuple):
-    """What has arrays in a posterior of paths.
+    """The parts of a posterior of paths that contain arrays.
 
     Args:
         backward: the kernels, without their physics.
-        start: what draws their start.
-        standardiser: the scale of their conditions.
+        start: the sampler of what is drawn before the path. None means that nothing is.
+        standardiser: the standardiser of the kernels' conditions.
         bank: see `PathParts`.
         outliers: see `PathParts`.
-        physics: what tells the physics from another (`scoreinfer.identity.probe_physics`).
+        physics: values that identify the physics (`scoreinfer.identity.probe_physics`).
     """
 
     backward: LearnedBackward
@@ -85,14 +86,14 @@ class SavedPaths(NamedTuple):
 
 
 class _Setting(NamedTuple):
-    """What the sizes of kernels follow from.
+    """The model, from which the sizes of the kernels follow.
 
     Args:
-        process: the physics, with the noise of an observation as its last step.
-        problem: the model.
+        process: the physics; the noise of an observation of the last state is its last step.
+        problem: the problem of the model.
         site: name of its physics site.
-        start_problem: that of what is drawn before the path.
-        conditioned: whether kernels see the observation.
+        start_problem: the problem of what is drawn before the path. None means that nothing is.
+        conditioned: whether the kernels are conditioned on the observation.
     """
 
     process: PhysicsProcess
@@ -106,7 +107,7 @@ def write_paths(path: Path, problem: Problem, parts: PathParts) -> None:
     """Write a posterior of paths to a folder.
 
     Raises:
-        ValueError: where the folder holds other things, or the posterior has parts that data alone cannot describe.
+        ValueError: if the folder holds other files, or plain data cannot describe a part of the posterior.
     """
     paths, backward = parts.paths, parts.paths.backward
     assert isinstance(backward, LearnedBackward)
@@ -131,12 +132,13 @@ def read_paths(path: Path, reversal: Reversal, net: Callable | None) -> tuple[Sa
 
     Args:
         path: the folder.
-        reversal: the model at hand.
-        net: the network, where it was a module of the user's own; its arrays are replaced.
+        reversal: the given model.
+        net: the network if it was a module of the user's own; its arrays are replaced. None means that it was not.
 
     Raises:
-        UnreadableFile: where the folder or its content is not whole, of another version, changed, or not ours.
-        ValueError: where it was made for another model or another physics, or needs a ``net``.
+        UnreadableFile: if the folder or its content is incomplete, changed, of another version, or was not written by
+            `write_paths`.
+        ValueError: if the posterior was learned for another model or another physics, or needs a ``net``.
     """
     setting = _Setting(reversal.physics, reversal.problem, reversal.site, reversal.start_problem, reversal.conditioned)
     particles: list[int | None] = []
@@ -158,22 +160,26 @@ def read_paths(path: Path, reversal: Reversal, net: Callable | None) -> tuple[Sa
 
 
 def _check_kernels(path: Path, network: dict[str, Any], reversal: Reversal, net: Callable | None) -> None:
-    """Refuse kernels of another site or another kind of update, or with a network that files cannot hold."""
+    """Refuse kernels of another site or another kind of update, or with a missing network of the user's own.
+
+    Raises:
+        ValueError: in these cases.
+    """
     if network["site"] != reversal.site:
         raise ValueError(
             f"`{path}` holds physics of the site {network['site']!r}, got {reversal.site!r}: another model, or "
-            "another process of it."
+            "another process of the model. Pass the site that was fitted."
         )
     if network["kernels"]["type"] == YOURS and net is None:
         raise ValueError(
-            f"The kernels in `{path}` have a network of your own, {network['kernels']['name']}, and files are "
-            "never executed. Give such a module, trained or not: `SMDP(model, site, net=module).load(path, ...)`."
+            f"The kernels in `{path}` have a network of your own, {network['kernels']['name']}, whose code is not "
+            "saved. Pass such a module, trained or not: `SMDP(model, site, net=module).load(path, ...)`."
         )
     separate = reversal.free.source is not None and reversal.free.source.separate
     if yes_or_no(network["separate"], "separate") != separate:
         raise ValueError(
-            f"The kernels in `{path}` were learned by {'joint' if separate else 'separate'} updates; these are "
-            f"another model's. Pass `SMDP(..., separate={not separate})`."
+            f"The kernels in `{path}` were learned by {'joint' if separate else 'separate'} updates, got "
+            f"`separate={separate}`. Pass `SMDP(..., separate={not separate})`."
         )
 
 
@@ -202,7 +208,11 @@ def _describe_paths(site: str, saved: SavedPaths, num_particles: int | None) -> 
 
 
 def _path_outline(setting: _Setting, network: dict[str, Any], net: Callable | None) -> SavedPaths:
-    """Make the tree with shapes in the place of arrays."""
+    """Make the tree with shapes instead of arrays.
+
+    Raises:
+        TypeError: if the hyperparameters are invalid.
+    """
     bend, described = positive(network["bend"], "bend"), network["frame"]
     steps, dim = setting.process.scale.shape
     ranks = {name: size_of(described[name], name, 3, 2) for name in ("slope", "factor")}
@@ -212,7 +222,7 @@ def _path_outline(setting: _Setting, network: dict[str, Any], net: Callable | No
     if setting.start_problem is not None:
         start = outline_of(setting.start_problem, network["start"], None).proposal
     elif network["start"] is not None:
-        raise TypeError("expected no start")
+        raise TypeError("expected no sampler of the start, got one")
 
     def build() -> SavedPaths:
         x: Sites = nothing(setting.problem) if setting.conditioned else {}
@@ -243,7 +253,7 @@ def _path_outline(setting: _Setting, network: dict[str, Any], net: Callable | No
 def _make_kernels(
     process: PhysicsProcess, described: dict[str, Any], num_context: int, net: Callable | None
 ) -> tuple[Callable | None, Size]:
-    """Make a network of fields, take the user's own, or (None) a perceptron of this size."""
+    """Return the network: a network for fields, the user's own, or None for a perceptron of the returned size."""
     if described["type"] == "ConditionalMLP":
         return None, perceptron_size(described)
     if described["type"] == YOURS and net is not None:

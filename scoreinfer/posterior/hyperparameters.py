@@ -1,4 +1,4 @@
-"""Hyperparameters: modules as plain data, and back. Only the classes named here are made; nothing is executed."""
+"""Hyperparameters: modules to plain data, and back. Only the classes in this file are made; nothing is executed."""
 
 import dataclasses
 import math
@@ -13,26 +13,29 @@ from scoreinfer.samplers.amortised import Size
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 
 MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
-"""Largest width, number of blocks and number of sampler steps that are written and read."""
+"""Largest size, number of blocks and number of sampler steps that a file may contain. Chosen by judgement."""
 SCHEDULES = (VE, VP, SubVP)
+"""Noise schedules that can be saved."""
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
+"""Samplers that can be saved."""
 EMBEDDINGS = (Concatenate, DeepSet, Series)
+"""Embeddings that can be saved."""
 YOURS = "yours"
-"""Type of a module of the user's own, which is not saved but for its arrays."""
+"""Type name of a module of the user's own. Only its arrays are saved."""
 
 
 def describe_module(module: Any, known: tuple[type, ...]) -> dict[str, Any]:
-    """Describe a module of one of these classes by its hyperparameters; of one of the user's own, its name alone."""
+    """Describe a module of a known class by its hyperparameters, and any other module by the name of its class."""
     if type(module) in known:
         return {"type": type(module).__name__, **module.hyperparameters}
     return {"type": YOURS, "name": f"{type(module).__module__}.{type(module).__qualname__}"}
 
 
 def make_embedding(described: dict[str, Any], own: Embedding | None) -> Embedding:
-    """Make an embedding of its hyperparameters, or take the user's own.
+    """Make an embedding from its hyperparameters, or return the user's own.
 
     Raises:
-        TypeError: for hyperparameters that are none.
+        TypeError: if the hyperparameters are invalid.
     """
     sizes = {name: size_of(value, name, MAX_SIZE) for name, value in described.items() if name not in ("type", "name")}
     if described["type"] == YOURS and own is not None:
@@ -40,17 +43,17 @@ def make_embedding(described: dict[str, Any], own: Embedding | None) -> Embeddin
     for made in EMBEDDINGS:
         if made.__name__ == described["type"]:
             return made() if made is Concatenate else made(jax.random.key(0), **sizes)
-    raise TypeError(f"unknown embedding {described['type']!r}")
+    raise TypeError(f"expected an embedding of a known type, got {described['type']!r}")
 
 
 def make_field_network(shape: tuple[int, ...], num_context: int, described: dict[str, Any]) -> ConvNet:
-    """Make a network of fields of its hyperparameters.
+    """Make a network for fields from its hyperparameters.
 
     Raises:
-        TypeError: for hyperparameters that are none, or do not fit the state's shape.
+        TypeError: if the hyperparameters are invalid, or do not fit the state's shape.
     """
     if described["type"] != ConvNet.__name__ or described["padding"] not in PADDING_MODES:
-        raise TypeError(f"unknown network {described['type']!r} or padding")
+        raise TypeError(f"expected a ConvNet with a known padding, got type {described['type']!r} or another padding")
     dilations = tuple(size_of(number, "dilations", MAX_SIZE) for number in described["dilations"])
     options: dict[str, Any] = {
         "num_space": size_of(described["num_space"], "num_space", len(shape)),
@@ -71,7 +74,7 @@ def perceptron_size(described: dict[str, Any]) -> Size:
     """Read width and depth of a perceptron.
 
     Raises:
-        TypeError: for hyperparameters that are none.
+        TypeError: if the hyperparameters are invalid.
     """
     return Size(size_of(described["width"], "width", MAX_SIZE), size_of(described["depth"], "depth", MAX_DEPTH))
 
@@ -80,7 +83,7 @@ def octaves_of(described: dict[str, Any], dim: int) -> tuple[int, ...]:
     """Read the octaves of a score network's sine features.
 
     Raises:
-        TypeError: for hyperparameters that are none.
+        TypeError: if the hyperparameters are invalid.
     """
     octaves = tuple(size_of(number, "octaves", MAX_DEPTH, 0) for number in described["octaves"])
     if len(octaves) not in (0, dim):
@@ -89,7 +92,7 @@ def octaves_of(described: dict[str, Any], dim: int) -> tuple[int, ...]:
 
 
 def is_perceptron(network: Any) -> bool:
-    """Say whether a network is a perceptron without sine features."""
+    """Return whether a network is a perceptron without sine features."""
     return isinstance(network, ConditionalMLP) and not network.octaves
 
 
@@ -97,15 +100,14 @@ def describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
     """Describe a sampler and the noise schedule of its process.
 
     Raises:
-        ValueError: where they are of other classes than those that are saved.
+        ValueError: if the sampler or its schedule is of a class that cannot be saved.
     """
     process = sampler.process
     if type(sampler) not in SAMPLERS or type(process) is not Noising or type(process.schedule) not in SCHEDULES:
         raise ValueError(
-            f"A {type(sampler).__name__} with the process {process!r} cannot be saved: expected one of "
-            f"{', '.join(c.__name__ for c in SAMPLERS)} with a Noising that has one of the schedules "
-            f"{', '.join(c.__name__ for c in SCHEDULES)}. Save the posterior with one of these and put yours in after "
-            "loading."
+            f"To be saved, a sampler must be one of {', '.join(c.__name__ for c in SAMPLERS)} with a Noising of one of "
+            f"the schedules {', '.join(c.__name__ for c in SCHEDULES)}, got {type(sampler).__name__} with the process "
+            f"{process!r}. Save the posterior with one of these, and replace the sampler after loading."
         )
 
     def fields(thing: Any) -> dict[str, Any]:
@@ -117,16 +119,16 @@ def describe_sampler(sampler: AbstractSampler) -> dict[str, Any]:
 
 
 def make_sampler(described: dict[str, Any]) -> AbstractSampler:
-    """Invert `describe_sampler`.
+    """Make a sampler from the description by `describe_sampler`.
 
     Raises:
-        TypeError: for hyperparameters that are none.
+        TypeError: if the hyperparameters are invalid.
     """
     return _make(SAMPLERS, described | {"process": Noising(_make(SCHEDULES, described["process"]))})
 
 
 def _make(classes: tuple[type, ...], described: dict[str, Any]) -> Any:
-    """Make an object of one of a few classes from its plain fields, and no other."""
+    """Make an object of one of the given classes from its plain fields."""
     found = [cls for cls in classes if cls.__name__ == described["type"]]
     if not found:
         raise TypeError(f"expected one of {', '.join(c.__name__ for c in classes)}, got {described['type']!r}")
@@ -143,10 +145,10 @@ def _make(classes: tuple[type, ...], described: dict[str, Any]) -> Any:
 
 
 def size_of(value: Any, name: str, largest: int, smallest: int = 1) -> int:
-    """Check a whole number that was read.
+    """Check an integer from a file.
 
     Raises:
-        TypeError: where it is none, or out of bounds.
+        TypeError: if the value is not an integer, or is out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
         raise TypeError(f"expected a whole number from {smallest} to {largest} for {name!r}, got {value!r}")
@@ -154,10 +156,10 @@ def size_of(value: Any, name: str, largest: int, smallest: int = 1) -> int:
 
 
 def yes_or_no(value: Any, name: str) -> bool:
-    """Check a truth value that was read.
+    """Check a Boolean from a file.
 
     Raises:
-        TypeError: where it is none.
+        TypeError: if the value is not a Boolean.
     """
     if not isinstance(value, bool):
         raise TypeError(f"expected true or false for {name!r}, got {value!r}")
@@ -165,10 +167,10 @@ def yes_or_no(value: Any, name: str) -> bool:
 
 
 def positive(value: Any, name: str) -> float:
-    """Check a positive number that was read.
+    """Check a positive number from a file.
 
     Raises:
-        TypeError: where it is none.
+        TypeError: if the value is not a finite positive float.
     """
     if not isinstance(value, float) or not 0 < value < math.inf:
         raise TypeError(f"expected a positive number for {name!r}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Neural posterior score estimation: simulations, then the whitening map, then the score in the whitened space."""
+"""Neural posterior score estimation: simulate, learn the whitening map, learn the score in the whitened space."""
 
 import dataclasses
 import os
@@ -48,54 +48,63 @@ from scoreinfer.training.simulations import (
 from scoreinfer.training.whitening import Whitening, regressed
 
 NUM_PILOT = 8192
-"""Simulations that scales and the first whitening map are made from."""
+"""Number of simulations for the scales and the first whitening map. Chosen by judgement."""
 NUM_OUTLIERS = 512
-"""Simulations kept to tell outliers by."""
+"""Number of simulations that the posterior keeps to detect outliers. Chosen by judgement."""
 POOL = 32_768
-"""Most simulations in the pool of one epoch."""
+"""Largest number of fresh simulations in one epoch. Chosen by judgement."""
 PATIENCE = 30
-"""Epochs without a better validation loss after which training on a fixed budget stops."""
+"""Epochs without a better validation loss after which training on a fixed budget stops. Chosen by judgement."""
 
 
 @dataclass(frozen=True, eq=False)
 class NPSE:
-    """Neural posterior score estimation: the amortised posterior of a model, from the model's own simulations.
+    """Neural posterior score estimation: learn the amortised posterior of a model from the model's own simulations.
 
-    First the whitening map of each observation is learned by Gaussian likelihood, then the score in the whitened
-    space by denoising (and target-score matching where the joint density has a usable gradient).
+    Training has two stages. The first learns the whitening map of each observation by Gaussian likelihood. The second
+    learns the score in the whitened space by denoising score matching. If the joint density has a usable gradient, the
+    second stage also uses target-score matching.
 
     Args:
         model: a NumPyro model, or a `Problem`.
-        num_simulations: fixed budget of simulations, a tenth of them held out for validation and early stopping.
-            None: fresh simulations at every epoch.
-        num_steps: optimiser steps of the score; the whitening map takes as many of its own
-            (a quarter of that on a fixed budget).
+        num_simulations: fixed budget of simulations. A tenth of them is held out for validation and early stopping.
+            None means fresh simulations in every epoch.
+        num_steps: optimiser steps of the score. The whitening map takes the same number of steps before
+            (a quarter of it on a fixed budget).
         batch_size: simulations per step.
         learning_rate: peak learning rate.
-        width: width of the score network (that of the whitening map is twice as wide).
-        depth: residual blocks of the score network.
-        embedding: module from the standardised observed sites (a dictionary) to one vector. None: side by side.
-        sampler: how draws are made. None: the flow up to 16 dimensions, the reverse SDE beyond.
-        target_score: use gradients of the joint density in training. None: where there are any, finite ones, that pass
-            Stein's identity.
-        observed: names of the observed sites, where they cannot be told from the model without data.
-        simulations: a store of foreign simulations (`scoreinfer.simulators.simulate`), or its folder; ``model`` is
-            their prior. The posterior is then asked by the outputs' names, ``posterior.sample(key, num, y=data)``. A
-            store larger than its ``memory`` is never read whole: every epoch takes other rows.
-        likelihood: where the density of the data given the simulator's outputs is known: a NumPyro model
-            ``likelihood(parameters, outputs, ...data)`` of the data alone, given parameters and outputs by name. Data
-            to learn from are drawn from it, anew for every epoch, and draws can be weighed (`Conditioned.weigh`).
-        invalid: what to do about rows of the store that failed or are not finite. ``learn``: learn the probability
-            of success v(z) and weigh draws by 1 / v(z), right where failing has nothing to do with the data that
-            would have come out. ``drop``: learn from the others alone, biased towards where the simulator works (and
-            right where failing is part of the model). ``raise``.
-        checkpoint: folder in which the training is kept every few seconds, and from which it goes on where it is
-            there. A run that was killed and started again with the same arguments ends with the weights, to the last
-            bit, of one that was not (on the same machine, on the CPU). Interrupted, it is kept and the interrupt
-            goes on; without a folder an interrupted training keeps the best weights so far.
+        width: width of the score network. The network of the whitening map is twice as wide (as wide on a fixed
+            budget).
+        depth: number of residual blocks of the score network.
+        embedding: module that maps the standardised observed sites (a dictionary) to one vector. None means that they
+            are concatenated.
+        sampler: the sampler of the draws. None means the probability flow up to 16 dimensions and the reverse SDE
+            above.
+        target_score: whether training uses gradients of the joint density. None means: if they exist, are finite and
+            pass a test by Stein's identity.
+        observed: names of the observed sites. Necessary if the model does not show them without data.
+        simulations: a store of the runs of a foreign simulator (`scoreinfer.simulators.simulate`), or its folder.
+            ``model`` is then the prior of the runs. Data are passed by the names of the outputs:
+            ``posterior.sample(key, num, y=data)``. A store larger than its ``memory`` is never read as a whole: every
+            epoch reads other rows.
+        likelihood: a NumPyro model ``likelihood(parameters, outputs, ...data)`` of the data alone, for simulators
+            whose data have a known density given the outputs. Parameters and outputs are passed by name. Training
+            draws new data from it in every epoch. `Conditioned.weigh` needs it to weigh draws.
+        invalid: what happens to rows of the store that failed or are not finite. ``learn``: learn the probability of
+            success v(z) and weigh draws by 1 / v(z); correct if failure does not depend on the data that the run would
+            have produced. ``drop``: learn from the other rows only; biased towards parameters at which the simulator
+            works, but correct if failure is part of the model. ``raise``: raise a `ValueError`.
+        checkpoint: folder in which the training is stored every few seconds. If it holds a training, `fit` continues
+            it. A run that is killed and started again with the same arguments ends with the same weights to the last
+            bit as an uninterrupted run (on the same machine, on the CPU). An interrupt (Ctrl-C) stores the training
+            and is raised again; without a folder, an interrupted training keeps the best weights so far.
         progress_bar: show progress bars on a terminal.
 
-    Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
+    Raises:
+        ValueError: if ``likelihood`` is given without ``simulations``, or ``invalid`` or ``num_simulations`` do not
+            fit a store.
+
+    Exactness: biased as a density, like every learned posterior. Its weighted draws are exact.
 
     References: Geffner et al. 2023, arXiv 2209.14249 (neural posterior score estimation); Karras et al. 2022,
     arXiv 2206.00364 (preconditioning).
@@ -119,35 +128,36 @@ class NPSE:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        """Check what does not depend on the model's arguments."""
+        """Check the options that do not depend on the model's arguments."""
         if self.likelihood is not None and self.simulations is None:
             raise ValueError(
-                "A `likelihood` needs `simulations`: the store of the simulator whose outputs it is about."
+                "`likelihood` needs `simulations`, got None. Pass the store of the simulator that it belongs to."
             )
         if self.simulations is not None and (
             self.invalid not in ("learn", "drop", "raise") or self.num_simulations is not None
         ):
             raise ValueError(
                 f"With `simulations`, `invalid` must be 'learn', 'drop' or 'raise', got {self.invalid!r}, and "
-                f"`num_simulations` must be left to the store, got {self.num_simulations}."
+                f"`num_simulations` must be None, got {self.num_simulations}: the store is the budget."
             )
 
     @own_broadcasting
     def fit(self, key: Key, *args: Any, **kwargs: Any) -> Posterior:
-        """Learn the posterior, for every observation of the design in these model arguments.
+        """Learn the posterior for all observations with the design (covariates, shapes) of these model arguments.
 
         Args:
             key: random key; the same key gives the same weights.
-            *args: the model's own arguments; data may be left out, and are not looked at.
+            *args: the model's own arguments. Data may be left out; they are ignored.
             **kwargs: the model's own keyword arguments.
 
         Returns:
             The `Posterior`, with the history of its training.
 
         Raises:
-            UnsupportedModel: where the model cannot be read or simulated.
-            ValueError: where simulations are not finite, or another training is kept in the folder ``checkpoint``.
-            UnreadableFile: where what is in that folder is damaged.
+            UnsupportedModel: if the model cannot be read or simulated.
+            ValueError: if simulations are not finite, ``target_score`` needs a gradient that does not exist, runs of
+                the store failed and ``invalid`` is ``raise``, or the folder ``checkpoint`` holds another training.
+            UnreadableFile: if a file in the folder ``checkpoint`` is damaged.
         """
         streams = _Streams(*jax.random.split(key, len(_Streams._fields)))
         data = _read(self, streams.pilot, problem_of(self.model, args, kwargs, self.observed))
@@ -168,12 +178,12 @@ class NPSE:
         return Posterior(problem, proposal, _outliers(usual), history, validity)
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Posterior:
-        """Load a saved posterior for the model it was fitted to.
+        """Load a saved posterior for the model that it was fitted to.
 
-        Nothing in the files is executed and nothing is trained or compiled for a template: the networks' shapes follow
-        from the model and from ``config.json``. What was saved on one kind of device loads on any other. Of the
-        options ``embedding`` (one like that it was fitted with, trained or not), ``observed``, ``likelihood`` and
-        ``simulations`` (a store of the same simulator) are looked at.
+        Nothing in the files is executed, and nothing is trained: the shapes of the networks follow from the model and
+        from ``config.json``. A posterior that was saved on one kind of device loads on any other. `load` uses these
+        options only: ``embedding`` (one of the same structure, trained or not), ``observed``, ``likelihood`` and
+        ``simulations`` (a store of the same simulator).
 
         Args:
             path: the folder that `Posterior.save` wrote.
@@ -181,12 +191,13 @@ class NPSE:
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
-            ValueError: where sites or densities of the model differ from those of the model that was learned (the
-                message says which), or a module of the user's own is needed.
+            UnreadableFile: if the files are missing, truncated, changed, of another version, or were not written by
+                `Posterior.save`.
+            ValueError: if sites or densities of the model differ from those of the learned model (the message names
+                them), or if a module of the user's own is needed.
 
-        Exactness: the loaded posterior draws the same as the saved one, to the last bit on the same machine. Whatever
-            the files hold, weights are computed from the model at hand.
+        Exactness: on the same machine the loaded posterior gives the same draws as the saved one, to the last bit.
+            Weights are always computed from the given model, never from the files.
         """
         problem = problem_of(self.model, args, kwargs, self.observed)
         if self.likelihood is not None:
@@ -198,7 +209,9 @@ class NPSE:
 
 
 def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
-    """Learn the posterior of a model by the defaults of `NPSE`: ``NPSE(model).fit(key, *args, **kwargs)``.
+    """Learn the posterior of a model with the defaults of `NPSE`: ``NPSE(model).fit(key, *args, **kwargs)``.
+
+    Raises what `NPSE.fit` raises.
 
     >>> import numpyro, numpyro.distributions as dist, scoreinfer as si
     >>> def model(y=None):
@@ -212,7 +225,7 @@ def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Poste
 
 
 def load(path: str | os.PathLike[str], model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
-    """Load a saved posterior: ``NPSE(model).load(path, *args, **kwargs)``."""
+    """Load a saved posterior: ``NPSE(model).load(path, *args, **kwargs)``. Raises what `NPSE.load` raises."""
     return NPSE(model).load(path, *args, **kwargs)
 
 
@@ -229,17 +242,17 @@ class _Streams(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """What is learned from.
+    """The simulations for training and validation.
 
     Args:
         problem: the problem.
-        scale: the scale of the observations.
-        training: standardised simulations to learn from.
-        validation: those that no step of training ever sees.
-        renew: from a random key (and whether gradients are wanted) to the simulations of one more epoch; None: always
-            ``training``.
-        online: whether simulations are fresh at every epoch, without a budget.
-        stored: the rows of a store, where they come from one.
+        scale: the standardiser of the observations.
+        training: standardised simulations for training.
+        validation: held-out standardised simulations.
+        renew: makes the simulations of one epoch from a random key and a flag for gradients. None means ``training``
+            in every epoch.
+        online: whether every epoch has fresh simulations, without a budget.
+        stored: the rows of the store. None means that there is no store.
     """
 
     problem: Problem
@@ -251,21 +264,21 @@ class _Data(NamedTuple):
     stored: StoredSimulations | None
 
     def pool(self, key: Key, gradient: bool) -> Simulations:
-        """Make the simulations of one epoch."""
+        """Make the simulations of one epoch, with gradients of the log density if ``gradient`` is true."""
         return self.training if self.renew is None else self.renew(key, gradient)
 
 
 def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
-    """Simulate, or read a store."""
+    """Simulate the model, or read the store."""
     if options.simulations is not None:
         return _read_store(options, key, problem)
     if problem.simulate is None:
-        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+        raise UnsupportedModel(f"`fit` needs simulations, but this model cannot be simulated: {problem.not_simulable}")
     use_gradient = options.target_score is not False and has_gradient(problem)
     if options.target_score and not use_gradient:
         raise ValueError(
-            "`target_score=True` needs the gradient of the joint density, and this model has none (a loop or a call "
-            "that cannot be differentiated, or no density at all). Leave it out: the score is learned without."
+            "`target_score=True` needs the gradient of the joint density, but this model has none (it has no density, "
+            "or a loop or call that cannot be differentiated). Leave `target_score` out to learn without gradients."
         )
     pilot = simulate_joint(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
     if pilot.gradient is not None and options.target_score is None and not jnp.isfinite(pilot.gradient).all():
@@ -286,7 +299,9 @@ def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
     stored = _stored(options, key, prior)
     problem, renew_rows = stored.problem, stored.renew
     if options.target_score:
-        raise ValueError("`target_score=True` needs the gradient of the joint density, which stored runs do not have.")
+        raise ValueError(
+            "`target_score=True` needs the gradient of the joint density, but stored runs have none. Leave it out."
+        )
     pilot = encoded(problem, stored.z, stored.y)
     check_finite(pilot)
     scale = standardiser(pilot.x)
@@ -300,18 +315,20 @@ def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
 
 
 def _stored(options: NPSE, key: Key, prior: Problem) -> StoredSimulations:
-    """Read the rows of a store, and say what becomes of those that failed."""
+    """Read the rows of a store; raise or warn about failed rows as ``options.invalid`` says."""
     assert options.simulations is not None
     stored = stored_simulations(key, prior, options.simulations, options.likelihood)
     num, num_bad = len(stored.valid), int(np.sum(~stored.valid))
     if num_bad and options.invalid == "raise":
         raise ValueError(
-            f"{num_bad} of {num} simulations failed or are not finite. Let `fit` learn where (invalid='learn'), or "
-            "leave them out (invalid='drop'), which biases the posterior towards where the simulator works."
+            f"Expected simulations without failures, but {num_bad} of {num} failed or are not finite. Learn the "
+            "probability of success (invalid='learn'), or leave these rows out (invalid='drop'), which biases the "
+            "posterior towards parameters at which the simulator works."
         )
     if num_bad and options.invalid == "drop":
         warnings.warn(
-            f"{num_bad} of {num} simulations are left out: the posterior is biased towards where the simulator works.",
+            f"{num_bad} of {num} simulations failed or are not finite and are left out. This biases the posterior "
+            "towards parameters at which the simulator works.",
             TrainingWarning,
             stacklevel=6,
         )
@@ -327,7 +344,7 @@ def _budget(options: NPSE, data: _Data) -> Budget:
 
 
 def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding) -> tuple[Path | None, Path | None]:
-    """Open the folder of the training; return the files of its two stages."""
+    """Open the checkpoint folder; return the files of the two training stages (None without a folder)."""
     if options.checkpoint is None:
         return None, None
     folder = Path(options.checkpoint)
@@ -345,7 +362,7 @@ def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding)
 
 
 def _architecture(options: NPSE, data: _Data) -> Architecture:
-    """Choose the hyperparameters. On a fixed budget a large whitening map would learn its simulations by heart."""
+    """Choose the hyperparameters. The whitening map is small on a fixed budget, so that it does not overfit."""
     problem, width = data.problem, options.width
     weighed = problem.has_density or problem.observation is not None
     sampler = options.sampler or default_sampler(problem.dim, weighed=weighed)
@@ -385,7 +402,7 @@ def _learn_score(
 
 
 def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Validity | None:
-    """Learn where the simulator succeeds, where it does not always."""
+    """Learn the probability that the simulator succeeds; None if it never failed or ``invalid`` is not ``learn``."""
     if stored is None or options.invalid != "learn" or stored.valid.all():
         return None
     success = jnp.asarray(stored.valid, jnp.float32)
@@ -393,7 +410,7 @@ def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Vali
 
 
 def _held_out(simulations: Simulations, num: int) -> tuple[Simulations, Simulations]:
-    """Split simulations into those to learn from and those held out."""
+    """Split simulations into training simulations and ``num`` held-out ones."""
     return _rows(simulations, slice(num, None)), _rows(simulations, slice(None, num))
 
 
@@ -411,7 +428,7 @@ def _standardise(scale: Standardiser, simulations: Simulations) -> Simulations:
 
 
 def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
-    """Move simulations, and the gradients of their log density, to the whitened space."""
+    """Map simulations, and the gradients of their log density, to the whitened space."""
     return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, BATCH)
 
 

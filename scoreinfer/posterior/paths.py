@@ -1,4 +1,4 @@
-"""The posterior of paths of a physical process: conditioned on an end it draws, weighs and certifies."""
+"""The posterior of paths of a physical process. Conditioned on data or an end, it draws, weighs and certifies paths."""
 
 import dataclasses
 import os
@@ -40,16 +40,16 @@ from scoreinfer.simulators.outputs import real_numbers
 from scoreinfer.training.loop import History
 
 NUM_PARTICLES = 32
-"""Particles of each draw where the weights of single paths are poor."""
+"""Particles per draw if ESS/N of single paths is below 1 / ``NUM_PARTICLES``. Chosen by judgement."""
 
 
 class ConditionedPaths(AbstractConditioned):
-    """The posterior of the paths that lead to one end: known exactly, or observed.
+    """The posterior of paths for one observation, or for one exactly known last state.
 
     Args:
         proposal: the learned sampler of single paths.
         target: the posterior density.
-        posterior: the posterior for any end that it comes from.
+        posterior: the posterior of paths, for any observation.
     """
 
     proposal: AbstractPaths
@@ -60,27 +60,29 @@ class ConditionedPaths(AbstractConditioned):
     def sample(self, key: Key, num: int, *, batch_size: int = 1024, thorough: bool = False) -> Draws:
         """Draw paths (and parameters), weigh every draw, and certify the batch.
 
+        If ESS/N is below 1/32, the batch is drawn again with 32 particles per path (see `PathPosterior.resampled`), and
+        the batch with the larger ESS is returned. ``info.num_particles`` is its number of particles.
+
         Args:
-            key: random key; draw i depends on ``key`` and i alone, whatever the batch size.
-            num: number of paths. Where their effective share is below one in 32 they are drawn again, each resampled
-                from 32 (see `PathPosterior.resampled`; ``info.num_particles`` says so), and the better batch is kept.
-            batch_size: paths per compiled call: bounds the memory.
-            thorough: look for modes that the proposal misses in 16 times as many simulated paths.
+            key: random key. Draw i depends on ``key`` and i only, not on the batch size.
+            num: number of paths.
+            batch_size: paths per compiled call; bounds the memory.
+            thorough: search for missed modes in 16 times as many simulated paths.
 
         Returns:
             `Draws`; the physics site has shape ``(num, times, *state)``. For a known end the log evidence is the log
             density of the process at this end.
 
         Warns:
-            MisspecificationWarning: where the end lies further from the simulated ends than 99 % of them from each
+            MisspecificationWarning: if the end is farther from the simulated ends than 99 % of them are from each
                 other.
 
-        Exactness: exact weights against the model's own density of paths, whatever was learned. Batches that are drawn
-            again are chosen by their weights: their evidence is consistent, and unbiased on request
-            (`PathPosterior.resampled`) where ``info.witnessed`` is zero.
+        Exactness: exact weights under the model's density of paths, for any training. The evidence is consistent. It is
+            unbiased only if the number of particles was set by `PathPosterior.resampled` and ``info.witnessed`` is
+            zero, because otherwise weights may decide which batch is returned.
         """
         start, asked = time.perf_counter(), self.posterior.num_particles
-        # Rows of the stream count from zero.
+        # Draws use the numbers from zero up, these keys the largest ones.
         for_again, for_checks, for_mended = (jax.random.fold_in(key, 2**32 - i) for i in (1, 2, 3))
 
         def draw(key: Key, num_particles: int, defence: Defence | None = None) -> Weighted:
@@ -94,7 +96,7 @@ class ConditionedPaths(AbstractConditioned):
             resampled = draw(for_again, NUM_PARTICLES)
             if effective_sample_size(resampled.log_weight) / num > share:
                 drawn, num_particles = resampled, NUM_PARTICLES
-        # Paths to a known end have no density in the space of all paths: nothing can be fitted to them there.
+        # Paths to a known end have no density in the space of all paths, so no density can be fitted to them.
         again = None if self._known else partial(draw, for_mended, num_particles)
         judged = self._judge(for_checks, with_particles(self.proposal, num_particles), drawn, again, thorough)
         warn_of_outlier(judged.certificate.distance_rank)
@@ -119,9 +121,9 @@ class ConditionedPaths(AbstractConditioned):
         again: Callable[[Defence], Weighted] | None,
         thorough: bool,
     ) -> Judged:
-        """Judge a batch by witnesses at the observation; where these are too few, as in fields, by simulations near it.
+        """Check a batch with witnesses; if these are too few (as for fields), with simulations near the observation.
 
-        ``by`` is the proposal, resampled along the path or not.
+        ``by`` is the proposal, with or without resampling along the path.
         """
         for_witnesses, for_weights = jax.random.split(key)
         known = KnownEnd(self.proposal, self.target)
@@ -134,30 +136,31 @@ class ConditionedPaths(AbstractConditioned):
         return judge(for_weights, by, self.target, drawn, witnesses, None, again, outlying)
 
     def _near(self) -> ForwardCheck:
-        """Look up the evidence near an observation or a known end."""
+        """Select the simulated evidence near the observation or the known end."""
         paths, target = self.posterior.paths, self.target
         if self._known and self.posterior.problem.observed:
             if not isinstance(paths, PathProposal):
-                return ForwardCheck(jnp.zeros(0))  # its simulations lie in the space of observations
-            target = Target(self.posterior.problem, {paths.site: target.y[END_STATE]})  # observed without noise
+                return ForwardCheck(jnp.zeros(0))  # its features are observations, not ends
+            target = Target(self.posterior.problem, {paths.site: target.y[END_STATE]})  # as if it were an observation
         x = path_features(paths, target)
         return self.posterior.bank.check(x)._replace(distance_rank=float(self.posterior.outliers.rank(x)))
 
 
 class PathPosterior(AbstractPosterior):
-    """The posterior of paths of a physical process, for any end: known exactly, or observed.
+    """The posterior of paths of a physical process, for any observation or any exactly known last state.
 
     Args:
-        problem: the problem that it answers.
+        problem: the inference problem.
         end_problem: the problem of paths whose last state is known.
-        paths: the learned sampler for what the model observes (for a model without observations: for known ends).
-        known_end: the learned sampler for ends known exactly; None where the model observes something and has unknown
-            parameters, or observes earlier states: known ends then are another model's business.
-        bank: simulations held against the proposal, for where witnesses at the observation cannot be had; what it says
-            of observed ends it says of known ones, which the same kernels lead away from.
-        outliers: simulated ends, to tell a far one by.
-        history: how it was trained.
-        num_particles: particles of each draw (see `resampled`); None: one, and more where their weights are poor.
+        paths: the learned sampler for observations (for known ends, if the model observes nothing).
+        known_end: the learned sampler for exactly known ends. None means that known ends need another model: this one
+            has observations, and also unknown parameters or observations of earlier states.
+        bank: weights of simulated paths under the proposal. They are the evidence if witnesses are too few. They are
+            also used for known ends, because the kernels are the same.
+        outliers: simulated ends with which outlying ends are detected.
+        history: the history of the training.
+        num_particles: particles per draw (see `resampled`). None means one, or `NUM_PARTICLES` if the weights of
+            single paths are poor.
     """
 
     problem: Problem = eqx.field(static=True)
@@ -171,7 +174,7 @@ class PathPosterior(AbstractPosterior):
 
     @property
     def proposal(self) -> AbstractProposal:
-        """The learned sampler, resampling along the path where that was asked for."""
+        """The learned sampler, with resampling along the path if `resampled` set more than one particle."""
         return with_particles(self.paths, self.num_particles or 1)
 
     @property
@@ -182,7 +185,7 @@ class PathPosterior(AbstractPosterior):
 
     @property
     def process(self) -> PhysicsProcess:
-        """The physics (with the noise of an observation of the end as its last step)."""
+        """The physics; the Gaussian noise of an observation of the last state is its last step."""
         return self.backward.process
 
     @own_broadcasting
@@ -194,40 +197,44 @@ class PathPosterior(AbstractPosterior):
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            ValueError: where data are missing, not finite, of another shape or another design, or the model observes
-                nothing.
+            ValueError: if the data are missing, not finite, or have another shape or another design, or if the model
+                observes nothing.
         """
         y = self.problem.read(args, kwargs)
         if not self.problem.observed:
-            raise ValueError("This model observes nothing: give the last state to `condition_on_end`.")
+            raise ValueError(
+                "`condition` needs observed sites, but this model has none. Pass the last state to `condition_on_end`."
+            )
         return ConditionedPaths(self.paths, Target(self.problem, y), self)
 
     @own_broadcasting
     def condition_on_end(self, end_state: Float[Array | np.ndarray, "..."]) -> ConditionedPaths:
-        """Return the posterior of earlier states, given that the last state is known exactly.
+        """Return the posterior of the earlier states for an exactly known last state.
+
+        Args:
+            end_state: the last state, with the state's shape.
 
         Raises:
-            ValueError: where the end has a wrong shape or is not finite, or these kernels do not start from a known
-                end (see ``known_end``).
+            ValueError: if the end has a wrong shape or is not finite, or the kernels cannot start from a known end
+                (``known_end`` is None).
         """
         proposal, end = self._from_known(), self._checked(end_state)
         return ConditionedPaths(proposal, Target(self.end_problem, {END_STATE: end}), self)
 
     def resampled(self, num_particles: int) -> "PathPosterior":
-        """Copy the posterior, each draw picked from many that are resampled along the path.
+        """Return a copy that draws every path by particles with resampling along the path.
 
-        See `scoreinfer.paths.particles`. Each draw then costs ``num_particles`` paths, which pays where the weights of
-        single paths are worse than one in that many. ``ScoreSDE(posterior=posterior.resampled(32))`` moves whole paths
-        by particle independent Metropolis, and weighs those that local moves have changed by conditional SMC. 1: plain
-        weights, always.
+        See `scoreinfer.paths.particles`. Each draw costs ``num_particles`` paths. This is worth the cost if ESS/N of
+        single paths is below 1 / ``num_particles``. ``ScoreSDE(posterior=posterior.resampled(32))`` proposes whole
+        paths by particle independent Metropolis. It weighs paths that local moves have changed by conditional SMC.
 
         Args:
-            num_particles: particles of each draw.
+            num_particles: particles per draw. 1 means the weights of single paths, even if they are poor.
 
         Raises:
-            ValueError: where there are no particles.
+            ValueError: if ``num_particles`` is less than 1, or the kernels have no moments for the bridging densities.
 
-        Exactness: exact weights, the evidence unbiased, as without.
+        Exactness: exact weights, as without resampling. The evidence is unbiased.
 
         References: Andrieu, Doucet and Holenstein 2010, "Particle Markov chain Monte Carlo methods".
         """
@@ -239,13 +246,13 @@ class PathPosterior(AbstractPosterior):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `SMDP.load`.
 
-        As `Posterior.save` does. The model and its physics are not saved: they are code.
+        Files are written as by `Posterior.save`. The model and its physics are not saved, because they are code.
 
         Args:
             path: a new folder, or one that holds a saved posterior.
 
         Raises:
-            ValueError: where the folder holds anything else, or a part was replaced by one of another size.
+            ValueError: if the folder holds anything else, or a part was replaced by one of another size.
         """
         parts = PathParts(self.paths, self.bank, self.outliers, self.history, self.num_particles)
         write_paths(Path(path), self.problem, parts)
@@ -253,41 +260,50 @@ class PathPosterior(AbstractPosterior):
     def reverse_sde(
         self, key: Key, end_state: Float[Array | np.ndarray, "..."], num_corrections: int = 0
     ) -> Float[Array, "..."]:
-        """Draw one path backwards from each of many known ends (batch axes first), without weights.
+        """Draw one unweighted path backwards from each known end.
 
-        ``num_corrections`` Langevin steps with the learned score follow every step (predictor-corrector, see
-        `scoreinfer.paths.corrected_path`).
+        Args:
+            key: random key.
+            end_state: known ends, batch axes first.
+            num_corrections: number of Langevin steps with the learned score after every step (predictor-corrector, see
+                `scoreinfer.paths.corrected_path`).
 
         Raises:
-            ValueError: where kernels are conditioned on more than a known end.
+            ValueError: if the kernels are conditioned on more than a known end.
 
-        Exactness: biased, as good as the training; `sample` weighs its paths.
+        Exactness: biased; the bias depends on the training. Use `sample` for weighted paths.
         """
         ends = self._flat(end_state)
         return self._shaped(_reverse_rows(key, self._unconditioned(), ends, num_corrections), end_state)
 
     def probability_flow(self, end_state: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-        """Run the probability flow backwards from known ends (batch axes first): one path each, no posterior.
+        """Run the probability flow backwards from known ends: one deterministic path each, not posterior draws.
+
+        Args:
+            end_state: known ends, batch axes first.
 
         Raises:
-            ValueError: where kernels are conditioned on more than a known end.
+            ValueError: if the kernels are conditioned on more than a known end.
 
-        Exactness: biased, as good as the training; see `scoreinfer.paths.probability_flow`.
+        Exactness: biased; the bias depends on the training. See `scoreinfer.paths.probability_flow`.
         """
         return self._shaped(_flow_rows(self._unconditioned(), self._flat(end_state)), end_state)
 
     def _from_known(self) -> AbstractPaths:
         if self.known_end is None:
             raise ValueError(
-                "A known end asks for kernels that start from it, and these are for what the model observes, beside "
-                "parameters or earlier states. Give its data, or fit the model without its observed sites."
+                "A known end needs kernels that start from it, but these are for observations with unknown "
+                "parameters or earlier states. Pass data to `condition`, or fit the model without its observed sites."
             )
         return self.known_end
 
     def _unconditioned(self) -> PathProposal:
         known = self._from_known()
         if not isinstance(known, PathProposal):
-            raise ValueError("These kernels need the parameters' values: `sample` draws parameters and paths.")
+            raise ValueError(
+                "A path from an end alone needs a model without unknown parameters, but these kernels need the "
+                "parameters' values. Use `condition_on_end(...).sample`, which draws parameters and paths."
+            )
         return known
 
     def _flat(self, ends: Any) -> Float[Array, "num dim"]:
@@ -301,7 +317,9 @@ class PathPosterior(AbstractPosterior):
     def _checked(self, end_state: Any) -> Float[Array, "..."]:
         end = jnp.asarray(real_numbers("`end_state`", end_state).values, jnp.result_type(float))
         if end.shape != self.process.shape:
-            raise ValueError(f"`end_state` must have the state's shape {self.process.shape}, got {end.shape}.")
+            raise ValueError(
+                f"`end_state` must have the state's shape {self.process.shape}, got {end.shape}. Pass one last state."
+            )
         if not bool(jnp.isfinite(end).all()):
             raise ValueError(
                 f"`end_state` must be finite, but {int((~jnp.isfinite(end)).sum())} of its numbers are not."
@@ -310,13 +328,13 @@ class PathPosterior(AbstractPosterior):
 
 
 def with_particles(paths: AbstractPaths, num_particles: int) -> AbstractProposal:
-    """Resample paths along the way, where there is more than one particle."""
+    """Return the sampler with resampling along the path; with one particle, the sampler of single paths."""
     return paths if num_particles == 1 else ResampledPaths(paths, num_particles)
 
 
 @eqx.filter_jit
 def path_features(paths: AbstractPaths, target: Target) -> Float[Array, " features"]:
-    """Standardise what is known of an end, to tell a far one by."""
+    """Compute the standardised features of the observation or end, to detect outliers."""
     return paths.features(target)
 
 

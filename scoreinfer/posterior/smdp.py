@@ -1,4 +1,4 @@
-"""Score matching via differentiable physics: learn a model's physics in reverse from simulated or recorded paths."""
+"""Score matching via differentiable physics (SMDP): learn physics in reverse, from simulated or recorded paths."""
 
 import os
 from collections.abc import Callable
@@ -36,72 +36,75 @@ from scoreinfer.training.loop import FINISHED, INTERRUPTED, Budget, History, tra
 from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate_joint, standardiser
 
 NUM_PILOT, PER_STEP = 8192, 64
-"""Least number of paths that regression learns from, and of these for every step: the noise of all steps adds up."""
+"""Paths for the regression: least number, and number per step. Toy process, 500 steps: ESS/N .87 instead of .68."""
 PENALTY = 200.0
-"""Penalty of learned variances on a fixed budget of paths, times their number."""
+"""Penalty of learned variances on a fixed budget of N paths is ``PENALTY`` / N. Chosen by judgement."""
 FAR_OUT = 0.7
-"""How much more rare states count where controls take the noise away (see `spread_weight`)."""
+"""Argument ``far_out`` of `spread_weight` if control variates reduce the noise. Chosen by judgement."""
 POOL = 8192
-"""Paths in a pool of fresh simulations: every one has many transitions."""
+"""Largest number of fresh paths in one epoch; every path has many transitions. Chosen by judgement."""
 MAX_NUMBERS = 1 << 26
-"""Numbers in a pool of simulated paths: bounds the memory."""
+"""Approximate largest number of floats in one epoch's paths; bounds the memory. Chosen by judgement."""
 TRANSITIONS = 2048
-"""Transitions per optimiser step."""
+"""Transitions per optimiser step of a perceptron. Chosen by judgement."""
 PATIENCE = 30
-"""Epochs without a better validation loss after which training on a fixed budget stops."""
+"""Epochs without a better validation loss after which training on a fixed budget stops. Chosen by judgement."""
 NUM_BANK, NUM_PROPOSALS = 128, 24
-"""Simulated truths of the forward check, and proposals that each is held against."""
+"""Simulated paths in the forward check, and proposals that each is compared with. Chosen by judgement."""
 NUM_ENDS = 2048
-"""Simulated ends that a given end's distance is compared with."""
+"""Simulated ends with which the distance of a given end is compared. Chosen by judgement."""
 
 
 @dataclass(frozen=True, eq=False)
 class SMDP:
-    """Score matching via differentiable physics: a model's physical process as the forward SDE, learned in reverse.
+    """Score matching via differentiable physics: the forward SDE is a model's physical process, learned in reverse.
 
-    Other latent sites than the process are unknown parameters, drawn and weighed jointly with its paths; any states
-    may be observed. Regression of every transition comes first, then a network of what it leaves.
+    All other latent sites are unknown parameters. They are drawn and weighed jointly with the paths. Any states may be
+    observed. First every transition is learned by regression. Then a network learns the residuals.
 
     Args:
         model: a NumPyro model.
         site: name of an ``EulerMaruyama`` or `PhysicsPath` site of the model.
-        reverse: the physics run backwards, ``reverse(t0, t1, x)``: from the state ``x`` at ``t1`` to the earlier
-            ``t0``. None: minus the drift, x - (Phi(x) - x). What is learned is added to it, so anything will do, but
-            what is stable learns faster: for strong dissipation the identity is better than an explicit step back, and
-            of a step that is part transport, part dissipation, the transport alone turned round.
-        waves: learn in Fourier space, wavenumber by wavenumber, for fields on periodic grids whose laws are the same
-            everywhere. For linear physics regression alone then is the answer, whatever the size of the field; for
-            others give a `ConvNet` as ``net``, which moves fields.
-        separate: show the network the state that the physics backwards has led to (separate updates: physics first,
-            then the learned correction of its result), not the one it started from (joint updates). What the network
-            moves is the same; where the physics backwards is good, its result is nearer to what is to be corrected.
-        num_simulations: fixed budget of paths, a tenth of them held out for validation and early stopping. None: fresh
-            paths at every epoch.
-        num_steps: optimiser steps; 0 leaves regression alone.
+        reverse: one physics step backwards, ``reverse(t0, t1, x)``: from the state ``x`` at time ``t1`` to the earlier
+            time ``t0``. None means x - (Phi(x) - x), a step with minus the drift. The learned correction is added to
+            it, so that any function is correct; a stable one is learned faster. With strong dissipation, the identity
+            is better than an explicit step back. With transport and dissipation, reverse the transport only.
+        waves: learn in Fourier space, one wavenumber at a time. For fields on periodic grids with the same laws at
+            every point. For linear physics the regression is then sufficient at any field size. For other physics,
+            give a `ConvNet` as ``net``; it sees and moves fields.
+        separate: input of the network. True (separate updates): the result of the backward physics step, which the
+            network then corrects. False (joint updates): the state before that step. The output has the same meaning;
+            if the backward physics is good, its result is nearer to the corrected state.
+        num_simulations: fixed budget of paths. A tenth of them is held out for validation and early stopping. None
+            means fresh paths in every epoch.
+        num_steps: optimiser steps; 0 means regression only.
         batch_size: paths per step.
         learning_rate: peak learning rate.
-        width: width of the network, where it is a perceptron.
-        depth: its residual blocks.
-        net: the network, such as a `ConvNet` for fields, instead of a perceptron. Every step then takes one transition
-            of each of its ``batch_size`` paths, not 2048 transitions.
-        windows: lengths of the windows of the multi-step loss, such as (2, 4, 8), one stage of training each after
-            that on single transitions; for reverse solvers that are not stable alone. `Windows` says more: noise,
-            truncated gradients, memory.
-        trajectories: recorded or simulated paths of that process on its own grid, to learn from instead of fresh
-            simulations.
-        resimulate: with ``trajectories``: take their first states alone, and run the model's physics and noise anew
-            from these for every epoch. Nothing but the beginnings is learned by heart then, and what is learned from
-            has less noise (`scoreinfer.paths.path_controls`); right where the physics of the model is that of the
-            record.
-        observed: names of the observed sites, where they cannot be told from the model without data.
+        width: width of the perceptron.
+        depth: number of residual blocks of the perceptron.
+        net: a network that replaces the perceptron, such as a `ConvNet` for fields. Every step then takes one
+            transition of each of its ``batch_size`` paths, instead of 2048 transitions.
+        windows: window lengths of the multi-step loss, such as (2, 4, 8), for reverse solvers that are unstable
+            without it. Each length is one more stage of training, after the stage on single transitions. A `Windows`
+            also sets noise, truncated gradients and memory.
+        trajectories: recorded or simulated paths of this process on its own time grid. Training uses them instead of
+            fresh simulations.
+        resimulate: use only the first states of the ``trajectories``, and simulate the physics of the model with new
+            noise from them in every epoch. Training then overfits the first states only, and has less noise
+            (`scoreinfer.paths.path_controls`). Correct if the recorded paths follow the physics of the model.
+        observed: names of the observed sites. Necessary if the model does not show them without data.
         progress_bar: show progress bars on a terminal.
 
-    Exactness: biased as a density, like every learned posterior; its weighted draws are exact.
+    Raises:
+        ValueError: if ``model`` is a `Problem`, ``resimulate`` has no ``trajectories``, or both ``trajectories`` and
+            ``num_simulations`` are given.
+
+    Exactness: biased as a density, like every learned posterior. Its weighted draws are exact.
 
     References: Holzschuh, Vegetti and Thuerey 2023, arXiv 2301.10250.
     """
 
-    model: Any  # a Callable; a `Problem` is told why it will not do
+    model: Any  # a Callable; `__post_init__` refuses a `Problem` with a message
     site: str
     reverse: Step | None = None
     waves: bool = False
@@ -120,45 +123,48 @@ class SMDP:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        """Check what does not depend on the model's arguments."""
+        """Check the options that do not depend on the model's arguments."""
         if isinstance(self.model, Problem):
-            raise ValueError("Physics is read from a NumPyro model: expected the model, got a `Problem`.")
+            raise ValueError("Physics is read from the NumPyro model itself: expected the model, got a `Problem`.")
         if self.resimulate and self.trajectories is None:
             raise ValueError(
-                "`resimulate` runs the physics again from the first states of `trajectories`; there are none."
+                "`resimulate` needs the first states of `trajectories`, but there are none. Pass `trajectories`."
             )
         if self.trajectories is not None and self.num_simulations is not None:
             raise ValueError(
-                "Expected `trajectories` or `num_simulations`, got both: recorded paths are the whole budget."
+                "Expected `trajectories` or `num_simulations`, got both. Leave out `num_simulations`: recorded paths "
+                "are the whole budget."
             )
 
     @property
     def physics(self) -> Physics:
-        """The process, and how it is reversed."""
+        """The process and how it is reversed, as a `Physics`."""
         return Physics(self.site, self.reverse, self.waves, self.separate)
 
     @own_broadcasting
     def fit(self, key: Key, *args: Any, **kwargs: Any) -> PathPosterior:
-        """Learn the reverse of the physics in these model arguments.
+        """Learn the physics in reverse, for the design (covariates, times, shapes) of these model arguments.
 
-        What has to be known before a path is drawn backwards, unknown parameters and a last state that is not observed
-        itself with Gaussian noise, is drawn by an amortised posterior that is learned beside the kernels (`NPSE`). The
-        kernels are conditioned on parameters, and on the observation where it sees earlier states; the reverse physics
-        that they start from is that of one value of the parameters. The kernels keep to the budget; the learned start
-        takes simulations of its own, and 2048 more paths tell how far simulated ends lie from each other.
+        Paths are drawn backwards by learned kernels, from the last state. Unknown parameters are drawn before the path,
+        and so is the last state if it is not observed with Gaussian noise. An amortised posterior (`NPSE`), which is
+        learned too, draws both. The kernels are conditioned on the parameters, and on the observation if it depends on
+        earlier states. Their backward physics uses one value of the parameters.
+
+        ``num_simulations`` is the budget of the kernels only. The amortised posterior takes simulations of its own, and
+        2048 more paths measure the distances between simulated ends.
 
         Args:
             key: random key; the same key gives the same weights.
-            *args: the model's own arguments; data may be left out, and are not looked at.
+            *args: the model's own arguments. Data may be left out; they are ignored.
             **kwargs: the model's own keyword arguments.
 
         Returns:
             The `PathPosterior`, with the history of its training.
 
         Raises:
-            UnsupportedModel: where the model cannot be read or simulated, or the site is no process in time.
-            ValueError: where trajectories do not fit the process or are not finite, or parameters are unknown beside
-                them, or ``net`` does not fit the state.
+            UnsupportedModel: if the model cannot be read or simulated, or the site is not a process in time.
+            ValueError: if trajectories do not fit the process, are not finite or are given with unknown parameters, if
+                ``net`` does not fit the state, ``windows`` do not fit the process, or simulations are not finite.
         """
         for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
         reversal = read_reversal(self.physics, self.model, *args, observed=self.observed, **kwargs)
@@ -177,10 +183,10 @@ class SMDP:
         return PathPosterior(problem, end_problem, proposal, known, bank, _ends(answers, proposal, y), history)
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PathPosterior:
-        """Load a saved posterior of paths for the model it was fitted to.
+        """Load a saved posterior of paths for the model that it was fitted to, as `NPSE.load` does.
 
-        As `NPSE.load`. Of the options the physics (``site``, ``reverse``, ``waves``, ``separate``), which is code,
-        ``observed`` and ``net`` (one like that it was fitted with, trained or not) are looked at.
+        `load` uses these options only: the physics, which is code and not saved (``site``, ``reverse``, ``waves``,
+        ``separate``), ``observed`` and ``net`` (a module of the same structure, trained or not).
 
         Args:
             path: the folder that `PathPosterior.save` wrote.
@@ -188,9 +194,13 @@ class SMDP:
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            UnreadableFile: where the files are missing, truncated, changed, from a newer version or not ours.
-            ValueError: where sites, densities or physics of the model differ from those of the model that was learned
-                (the message says which), or a module of the user's own is needed.
+            UnsupportedModel: if the model cannot be read, or the site is not a process in time.
+            UnreadableFile: if the files are missing, truncated, changed, of another version, or were not written by
+                `PathPosterior.save`.
+            ValueError: if sites, densities or physics of the model differ from those of the learned model (the message
+                names them), or if a module of the user's own is needed.
+
+        Exactness: weights are always computed from the given model, never from the files.
         """
         reversal = read_reversal(self.physics, self.model, *args, observed=self.observed, **kwargs)
         built, parts = read_paths(Path(path), reversal, self.net)
@@ -201,14 +211,25 @@ class SMDP:
 
 
 class Simulated(NamedTuple):
-    """Paths in components, and what the kernels of each are conditioned on, encoded."""
+    """Simulated paths.
+
+    Args:
+        states: the paths, each state a vector of components.
+        conditions: what the kernels are conditioned on (parameters, observations), encoded, paths first.
+    """
 
     states: Float[Array, "num times dim"]
     conditions: Sites
 
 
 class Conditions(NamedTuple):
-    """Paths in components, what the kernels of each are conditioned on, as they see it, and what its noise tells."""
+    """Paths for training.
+
+    Args:
+        states: the paths, each state a vector of components.
+        context: standardised numbers that the kernels are conditioned on.
+        known: control variates (`scoreinfer.paths.path_controls`); zeros if there are none.
+    """
 
     states: Float[Array, "num times dim"]
     context: Float[Array, "num context"]
@@ -216,14 +237,14 @@ class Conditions(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where paths come from.
+    """The source of the paths.
 
     Args:
-        recorded: recorded paths; None: the model's own simulations.
-        draw: makes so many paths; of recorded ones, anew from their first states.
+        recorded: recorded paths. None means that the model is simulated.
+        draw: simulates the given number of paths, from the recorded first states if there are any.
         online: whether every epoch has fresh paths.
-        controlled: the physics that control variates come from; None: none.
-        room: most paths that the memory holds at once.
+        controlled: the physics for control variates. None means no control variates.
+        room: largest number of paths in memory at once.
     """
 
     recorded: Float[Array, "num times *state"] | None
@@ -234,7 +255,7 @@ class _Source(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """Paths to learn from, paths held out, and the scale of conditions."""
+    """Paths for training, held-out paths, and the standardiser of the conditions."""
 
     scale: Standardiser
     training: Conditions
@@ -242,12 +263,15 @@ class _Data(NamedTuple):
 
 
 def _read(options: SMDP, reversal: Reversal) -> _Source:
-    """Check recorded paths, and see where others come from."""
+    """Check the recorded paths, and set up the simulation of further ones."""
     problem, physics = reversal.problem, reversal.physics
     if problem.simulate is None:
-        raise UnsupportedModel(f"`fit` learns from simulations, and this model has none: {problem.not_simulable}")
+        raise UnsupportedModel(f"`fit` needs simulations, but this model cannot be simulated: {problem.not_simulable}")
     if reversal.num_parameters and options.trajectories is not None:
-        raise ValueError("`trajectories` say nothing of the parameters they came from: leave them out, or fix these.")
+        raise ValueError(
+            "`trajectories` need a model without unknown parameters, got one with "
+            f"{reversal.num_parameters} unknown dimensions. Leave `trajectories` out, or fix the parameters."
+        )
     recorded = None if options.trajectories is None else check_trajectories(options.trajectories, reversal.free)
     simulated = recorded is None or options.resimulate
 
@@ -263,7 +287,7 @@ def _read(options: SMDP, reversal: Reversal) -> _Source:
 
 
 def _pilot(options: SMDP, key: Key, reversal: Reversal, source: _Source) -> _Data:
-    """Make the paths that regression learns from, and those held out."""
+    """Make the paths for the regression (and for training on a fixed budget), and the held-out paths."""
     if source.recorded is None or options.resimulate:
         num = max(NUM_PILOT, PER_STEP * reversal.physics.num_steps)
         pilot = source.draw(key, options.num_simulations or min(num, source.room))
@@ -279,7 +303,7 @@ def _pilot(options: SMDP, key: Key, reversal: Reversal, source: _Source) -> _Dat
 
 
 def _start_from(options: SMDP, key: Key, reversal: Reversal, data: _Data) -> LearnedBackward:
-    """Make kernels of regression alone."""
+    """Make the kernels of the regression, with an untrained network."""
     physics, training = reversal.physics, data.training
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
     frame = linear_frame(physics, training.states, training.context, reversal.num_parameters, training.known)
@@ -289,7 +313,7 @@ def _start_from(options: SMDP, key: Key, reversal: Reversal, data: _Data) -> Lea
 def _learn(
     options: SMDP, key: Key, backward: LearnedBackward, data: _Data, source: _Source, windows: Windows
 ) -> tuple[LearnedBackward, History]:
-    """Train the network, one stage for each length of windows (1: single transitions alone)."""
+    """Train the network, one stage for each window length; length 1 means single transitions only."""
     training, online = data.training, source.online
     if options.num_steps == 0:
         return backward, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, FINISHED)
@@ -327,11 +351,11 @@ def _learn(
 
 
 def _learn_start(options: SMDP, key: Key, reversal: Reversal) -> AmortisedProposal | None:
-    """Learn to draw what has to be known before a path: unknown parameters, an unseen last state."""
+    """Learn the sampler of what is drawn before a path: unknown parameters, and the last state if it is not known."""
     beginnings = reversal.start_problem
     if beginnings is None:
         return None
-    by = default_sampler(beginnings.dim, weighed=True)  # within the weights of whole paths
+    by = default_sampler(beginnings.dim, weighed=True)  # its density is a factor of the weights of paths
     num_steps = max(options.num_steps, 1)
     return (
         NPSE(beginnings, num_steps=num_steps, sampler=by, progress_bar=options.progress_bar).fit(key).proposal.amortised
@@ -339,7 +363,7 @@ def _learn_start(options: SMDP, key: Key, reversal: Reversal) -> AmortisedPropos
 
 
 def _joined(histories: list[History]) -> History:
-    """Make one history of several stages."""
+    """Join the histories of several stages."""
     loss, validation = (np.concatenate([getattr(h, name) for h in histories]) for name in ("loss", "validation"))
     num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
     seconds = sum(h.seconds for h in histories)
@@ -348,7 +372,7 @@ def _joined(histories: list[History]) -> History:
 
 @eqx.filter_jit
 def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simulated) -> Conditions:
-    """Standardise conditions, and compute controls from the noise of ``physics`` (None: none)."""
+    """Standardise the conditions, and compute control variates from the noise of ``physics`` (zeros without it)."""
     context = jnp.zeros((len(drawn.states), 0), jnp.float32)
     if drawn.conditions:
         context = jax.vmap(partial(layout_conditions, scale))(drawn.conditions)
@@ -357,7 +381,7 @@ def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simul
 
 
 def _has_controls(reversal: Reversal) -> bool:
-    """Tell whether `path_controls` hold: for kernels given the next state alone, of physics with derivatives."""
+    """Say whether `path_controls` are valid: kernels depend on the next state only, and the physics has derivatives."""
     if reversal.num_parameters or reversal.conditioned:
         return False
     physics = reversal.free
@@ -369,7 +393,7 @@ def _has_controls(reversal: Reversal) -> bool:
 
 
 def _simulated(key: Key, reversal: Reversal, num: int) -> Simulated:
-    """Simulate paths, with the observation as their last state where the process ends in its noise."""
+    """Simulate paths. If the last step is the noise of an observation, the observation is the last state."""
     drawn, end = simulate_joint(key, reversal.problem, num), reversal.end
     check_finite(drawn)
     parameters, paths = jax.vmap(unknowns(reversal.problem, reversal.site).parts)(drawn.z)
@@ -386,19 +410,23 @@ def _with_ends(physics, z, ends):
 
 
 def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Array, "num times *state"]:
-    """Check recorded paths against the process (without the noise of an observation)."""
+    """Check recorded paths against the process without the noise of an observation.
+
+    Raises:
+        ValueError: if their shape is not that of the process, there are fewer than two, or they are not finite.
+    """
     paths = jnp.asarray(real_numbers("`trajectories`", trajectories).values, jnp.result_type(float))
     expected = (physics.num_steps + 1, *physics.shape)
     if paths.shape[1:] != expected or paths.shape[0] < 2:
         raise ValueError(
-            "`trajectories` must have shape (num, times, *state) like the model's process, that is (2 or more, "
-            f"{', '.join(map(str, expected))}), got {paths.shape}."
+            "`trajectories` must have the shape (num, times, *state) of the model's process, that is (2 or more, "
+            f"{', '.join(map(str, expected))}), got {paths.shape}. Record every state on the grid of the model."
         )
     finite = np.isfinite(paths).reshape(len(paths), -1).all(1)
     if not finite.all():
         raise ValueError(
             f"`trajectories` must be finite, but {np.sum(~finite)} of the {len(paths)} hold numbers that are not, "
-            f"first number {int(np.argmin(finite))}. Drop those in which the simulator or the record failed."
+            f"first number {int(np.argmin(finite))}. Leave out paths in which the simulator or the recording failed."
         )
     return paths
 
@@ -407,13 +435,13 @@ def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Arra
 def _rolled_forward(
     key: Key, physics: PhysicsProcess, starts: Float[Array, "recorded *state"], num: int
 ) -> Float[Array, "num times *state"]:
-    """Simulate paths anew from recorded first states, each as often as the others."""
+    """Simulate ``num`` paths from the recorded first states, which are used in turn."""
     starts = physics.flatten(starts)[jnp.arange(num) % len(starts)]
     return physics.unflatten(jax.vmap(physics.simulate)(jax.random.split(key, num), starts))
 
 
 def _recorded(key: Key, paths: Float[Array, "num times *state"], reversal: Reversal) -> Simulated:
-    """Observe the ends of paths, or else what the model observes of them."""
+    """Simulate the observations of recorded paths, if the last state or the conditions need them."""
     num, end = len(paths), reversal.end
     z, x = paths.reshape(num, -1), {}
     if end is not None or reversal.conditioned:
@@ -440,7 +468,7 @@ def _path_batch(backward: LearnedBackward, paths: Conditions) -> PathBatch:
 
 @eqx.filter_jit
 def _transition_rows(backward: LearnedBackward, paths: Conditions) -> Transitions:
-    """Whiten transitions by the frame, so that training need not run the physics."""
+    """Whiten transitions by the frame, so that training does not run the physics."""
     frame = backward.frame
 
     def whiten(factor: Array, x: Array) -> Array:
@@ -461,7 +489,7 @@ def _transition_rows(backward: LearnedBackward, paths: Conditions) -> Transition
 
 @eqx.filter_jit
 def _joint(key: Key, problem: Problem, paths: AbstractPaths) -> tuple[Float[Array, "num dim"], Sites]:
-    """Simulate paths and what is known of each."""
+    """Simulate `NUM_ENDS` latent vectors and their observations (or their last states, if nothing is observed)."""
     assert problem.simulate is not None
     z, y = jax.lax.map(problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
     if not problem.observed:
@@ -472,9 +500,9 @@ def _joint(key: Key, problem: Problem, paths: AbstractPaths) -> tuple[Float[Arra
 
 @eqx.filter_jit
 def _bank(key: Key, problem: Problem, paths: AbstractPaths, z: Float[Array, "num dim"], y: Sites) -> ForwardBank:
-    """Hold simulated paths against the proposals for their own observations.
+    """Compare the weight of each simulated path with the weights of proposals for its own observation.
 
-    Exactness: log_excess estimates log p(path | y) - log q(path | y); exact as proposals grow in number.
+    Exactness: log_excess estimates log p(path | y) - log q(path | y), consistently as the number of proposals grows.
     """
 
     def one(inputs: tuple[Key, Array, Sites]) -> tuple[Array, Array, Array]:

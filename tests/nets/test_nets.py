@@ -167,10 +167,10 @@ def test_networks_on_waves_move_fields():
 def test_bad_field_networks_are_refused():
     for options, message in (
         ({"padding": "open"}, "one of periodic, dirichlet, neumann, got 'open'"),
-        ({"kernel_size": 4}, "odd, got 4"),
-        ({"levels": 2}, r"divisible by 2\^\(levels - 1\), got 2 for \(5, 6\)"),
+        ({"kernel_size": 4}, "odd and positive, got 4"),
+        ({"levels": 2}, r"divisible by 2\^\(levels - 1\), got `levels` 2 for shape \(5, 6\)"),
         ({"levels": 0}, "at least 1"),
-        ({"num_space": 3}, r"num_space` of them, got \(5, 6\) and 3"),
+        ({"num_space": 3}, r"`num_space` must be .* number of axes of `shape`, got 3 for \(5, 6\)"),
     ):
         with pytest.raises(ValueError, match=message):
             si.nets.ConvNet(jax.random.key(0), (5, 6), **options)
