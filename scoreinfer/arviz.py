@@ -205,7 +205,7 @@ def _resampled_rows(key: Key, draws: Draws, num: int) -> Integer[np.ndarray, " n
 def _simulable(draws: Draws, asked: str) -> Problem:
     problem = draws.problem
     if problem is None or problem.simulate is None or problem.simulate_observation is None:
-        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.not_simulable
+        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.no_observation
         raise ValueError(f"`{asked}` needs a model that can be simulated: {why}")
     return problem
 

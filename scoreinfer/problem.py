@@ -103,6 +103,11 @@ class Problem:
     def __copy__(self) -> "Problem":
         return self
 
+    @property
+    def no_observation(self) -> str:
+        """Say why ``simulate_observation`` is None."""
+        return self.not_simulable or "this model draws latent sites after its data."
+
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""
         return self.log_prior(z) + self.log_likelihood(z, y)

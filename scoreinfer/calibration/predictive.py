@@ -67,7 +67,7 @@ def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepanc
     """
     problem = draws.problem
     if problem is None or problem.simulate_observation is None:
-        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.not_simulable
+        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.no_observation
         raise UnsupportedModel(
             "Predictive checks simulate data from parameters. Expected draws from the posterior of a model that can do "
             f"so, got others: {why}"

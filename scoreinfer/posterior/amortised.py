@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.agreement import misdrawn_latents, say_misdrawn
 from scoreinfer.draws import DrawInfo, Draws
-from scoreinfer.errors import TrainingWarning
+from scoreinfer.errors import TrainingWarning, warn
 from scoreinfer.evidence.bank import Outliers
 from scoreinfer.evidence.certificate import MAX_K_HAT, ForwardCheck, certify_weights
 from scoreinfer.evidence.witnesses import Judged, gather, judge
@@ -181,7 +180,7 @@ class Conditioned(AbstractConditioned):
                 refined, new_share = refine(for_score, focused, self.target, num_steps, progress_bar=progress_bar)
                 proposal = refined if new_share > share else focused
             except FloatingPointError as error:
-                warnings.warn(f"Only the affine map was adapted, not the score: {error}", TrainingWarning, stacklevel=3)
+                warn(f"Only the affine map was adapted, not the score: {error}", TrainingWarning)
         posterior = dataclasses.replace(self.posterior, proposal=proposal)
         return Conditioned(proposal, self.target, posterior)
 

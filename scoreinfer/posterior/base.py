@@ -2,7 +2,6 @@
 
 import abc
 import os
-import warnings
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import DrawInfo, Draws
-from scoreinfer.errors import MisspecificationWarning, UnsupportedModel
+from scoreinfer.errors import MisspecificationWarning, UnsupportedModel, warn
 from scoreinfer.evidence.certificate import MAX_OUTLYING, Certificate
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
@@ -53,7 +52,7 @@ class AbstractConditioned(eqx.Module):
         """
         problem = self.target.problem
         if problem.simulate_observation is None:
-            why = problem.not_simulable or "this model draws latent sites after its data."
+            why = problem.no_observation
             raise UnsupportedModel(f"`predict` simulates data from given parameters, which this model cannot do: {why}")
         for_draws, for_rows, for_data = jax.random.split(key, 3)
         draws = self.sample(for_draws, num) if draws is None else draws
@@ -112,7 +111,7 @@ def _simulated(key: Key, problem: Problem, rows: Array, z: Float[Array, "num dim
     return jax.vmap(lambda row, z: simulate(jax.random.fold_in(key, row), z))(rows, z)
 
 
-def warn_of_outlier(distance_rank: float, stacklevel: int = 5) -> None:
+def warn_of_outlier(distance_rank: float) -> None:
     """Issue a `MisspecificationWarning` if the distance rank of an observation is at most `MAX_OUTLYING`."""
     if distance_rank <= MAX_OUTLYING:
         message = (
@@ -121,4 +120,4 @@ def warn_of_outlier(distance_rank: float, stacklevel: int = 5) -> None:
             "this warning). The model may be misspecified, and the learned posterior is an extrapolation. Compare the "
             "data with simulations before you use the posterior."
         )
-        warnings.warn(message, MisspecificationWarning, stacklevel=stacklevel)
+        warn(message, MisspecificationWarning)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxtyping import Array, Int
 
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
-from scoreinfer.errors import TrainingWarning, UnsupportedModel
+from scoreinfer.errors import TrainingWarning, UnsupportedModel, warn
 from scoreinfer.evidence.bank import Outliers, outliers
 from scoreinfer.identity import describe_run
 from scoreinfer.model import problem_of
@@ -326,11 +325,10 @@ def _stored(options: NPSE, key: Key, prior: Problem) -> StoredSimulations:
             "posterior towards parameters at which the simulator works."
         )
     if num_bad and options.invalid == "drop":
-        warnings.warn(
+        warn(
             f"{num_bad} of {num} simulations failed or are not finite and are left out. This biases the posterior "
             "towards parameters at which the simulator works.",
             TrainingWarning,
-            stacklevel=6,
         )
     return stored
 

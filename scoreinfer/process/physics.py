@@ -28,7 +28,7 @@ Step = Callable[[Float[Array, ""], Float[Array, ""], Array], Array]
 
 
 class Physics(NamedTuple):
-    """Name the site of a NumPyro model that is a physical process, for ``fit(..., process=)``.
+    """Name the site of a NumPyro model that is a physical process, for `scoreinfer.SMDP`.
 
     Args:
         site: name of an ``EulerMaruyama`` or `PhysicsPath` site.

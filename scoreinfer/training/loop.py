@@ -1,7 +1,6 @@
 """The training loop: optax, averaged weights, validation and early stopping. Every run records why it ended."""
 
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from tqdm.auto import tqdm
 
 from scoreinfer._typing import Key
-from scoreinfer.errors import TrainingWarning
+from scoreinfer.errors import TrainingWarning, warn
 from scoreinfer.training.losses import mean_loss
 from scoreinfer.training.resume import Progress, keep_progress, resume_progress
 
@@ -227,7 +226,7 @@ def _history(task: _Task, progress: Progress, title: str) -> History:
                 f"{message} No epoch has a finite loss, so there are no weights to return. Check that the model's "
                 "simulations and density are finite."
             )
-        warnings.warn(f"{message} The best weights so far are returned.", TrainingWarning, stacklevel=3)
+        warn(f"{message} The best weights so far are returned.", TrainingWarning)
     return history
 
 
