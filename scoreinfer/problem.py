@@ -106,7 +106,7 @@ class Problem:
     @property
     def no_observation(self) -> str:
         """Say why ``simulate_observation`` is None."""
-        return self.not_simulable or "this model draws latent sites after its data."
+        return self.not_simulable or "this model draws latent sites after its data"
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""
@@ -134,6 +134,6 @@ def from_potential(potential_fn: Callable[[PyTree], Float[Array, ""]], example: 
         simulate_observation=None,
         encode=lambda y: y,
         read=lambda args, kwargs: {},
-        not_simulable="a bare density cannot be simulated.",
+        not_simulable="a bare density cannot be simulated",
         recipe=partial(from_potential, potential_fn, example),
     )

@@ -20,9 +20,9 @@ def path_controls(process: PhysicsProcess, paths: Float[Array, "num times dim"])
         delta_k = T_k + J^T xi_k / sqrt(Q),    T_{k+1} = -xi_k / sqrt(Q) + a delta_k      (2)
 
     S_k is the score, xi_k the noise of step k in units of its scale, and J the Jacobian of the physics at x_k. Equation
-    (1) follows by partial integration over p(x_k | x_{k+1}). It also holds with any T_k in place of S_k whose mean given
-    x_k is S_k. The noise of the step before is such a T_k, and so are the T_k of (2). The coefficient a minimises the
-    variance, so that T_{k+1} averages all noise so far.
+    (1) follows by partial integration over p(x_k | x_{k+1}). It remains true if S_k is replaced by any T_k whose mean
+    given x_k is S_k. The noise of the step before is such a T_k, and so are the T_k of (2). The coefficient a minimises
+    the variance, so that T_{k+1} averages all noise so far.
 
     The control variate is a multiple of delta_k, whose coefficient is found in the same way. It leaves the mean given
     x_{k+1} unchanged and removes most of the noise. (Toy process of 500 steps, from the twentieth step on: T - S is .03

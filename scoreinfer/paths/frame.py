@@ -84,7 +84,8 @@ class Frame(eqx.Module):
 
 
 FARTHEST = 10.0
-"""Bound of kernels' means, in standard deviations of the states; keeps the physics finite. Chosen by judgement."""
+"""Bound of kernels' means, in standard deviations of the simulated states. Paths beyond it have negligible weights, and
+the physics may not be finite there. Chosen by judgement."""
 MAX_DENSE = 64
 """Largest dimension in which every component is regressed on all components. Chosen by judgement."""
 ENOUGH_PATHS = 4000

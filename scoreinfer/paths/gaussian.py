@@ -198,4 +198,4 @@ def probability_flow(backward: AbstractBackward, end: State, num_steps: int | No
 
 
 NUM_FIXED_POINT = 20
-"""Fixed-point iterations per step of the probability flow; the error shrinks by 2^-20. Chosen by judgement."""
+"""Fixed-point iterations per step of the probability flow; 20 halvings of the error. Chosen by judgement."""

@@ -1,7 +1,7 @@
-"""Learned kernels and scores: regression at every step, and one network for all steps on top of it.
+"""Learned kernels and scores: a regression at every step, and one network that learns the residuals of all steps.
 
-The network sees standardised states and answers in units of what the regression leaves, so that its outputs are of
-order one at all times; its last layer starts at zero, so that what is untrained is the regression.
+The network sees standardised states. Its outputs are in units of the residuals of the regression, so that they are of
+order one at all times. Its last layer starts at zero, so that untrained kernels are the regression.
 """
 
 import dataclasses
@@ -22,24 +22,25 @@ from scoreinfer.process.physics import hartley
 
 
 class LearnedBackward(AbstractBackward):
-    """Kernels whose mean and variances a network has learned by likelihood, on top of physics and regression.
+    """Kernels whose means and variances are learned by likelihood: reverse physics, plus regression, plus a network.
 
-    With v the standardised state and L the regression's residual factor,
+        B_k = N(reverse physics + regression + L f(v, t, c), L diag(exp(2 h(v, t, c))) L^T)
 
-        B_k = N(reverse physics + regression + L f(v, t, c), L diag(exp(2 h(v, t, c))) L^T),
-
-    c being whatever else decides where the state came from: unknown parameters, observations of earlier states.
-    The likelihood of transitions is what the effective sample size depends on, and needs no inverse of the step.
+    v is the standardised state and L the factor of the regression's residuals. c are the other conditions: unknown
+    parameters and observations of earlier states. The effective sample size depends on the likelihood of transitions,
+    which is the training loss. It needs no inverse of the physics step.
 
     Args:
         process: the physics.
         frame: the regression.
         network: ``(v, log of elapsed time, (elapsed time in [-1, 1], *c)) -> 2 dim`` numbers, f and h.
-        context: c, of one observation and one value of the parameters (see `given`); none, or zeros: their mean.
-        physics: show the network, behind v, the plain state and the physics' increment in units of the noise, too.
-        separate: show the network the state after the physics backwards instead of before.
+        context: c for one observation and one value of the parameters (see `given`). Zeros mean the average
+            conditions; an empty vector means no conditions.
+        physics: whether the network also sees, after v, the centred state divided by one number for all components,
+            and the increment of the physics in units of the noise.
+        separate: whether the network sees the state after the backward physics step, instead of the one before.
 
-    Exactness: exact weights whatever was learned; without weights biased, as good as the training.
+    Exactness: weights are exact for any training. Unweighted paths are biased; the bias depends on the training.
 
     References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4 (the one-step loss, its mean); Bao et al. 2022,
     arXiv 2201.06503 (learned reverse variances).
@@ -53,7 +54,7 @@ class LearnedBackward(AbstractBackward):
     separate: bool = eqx.field(static=True, default=False)
 
     def given(self, context: Context) -> "LearnedBackward":
-        """Condition the kernels."""
+        """Return the kernels with the given conditions."""
         return dataclasses.replace(self, context=context)
 
     def __call__(self, k, x):
@@ -61,7 +62,7 @@ class LearnedBackward(AbstractBackward):
         log_time, time = elapsed(self.process, k)
         move, log_scale = heads(self.network, self.features(k, x), log_time, jnp.concatenate([time, self.context]))
         mean, factor = self.frame.mean(self.process, k, x, self.context), self.frame.factor[k]
-        # A reverse solver that blows up far out is stopped there, so that every density stays finite.
+        # A reverse solver may diverge far from the simulated states. The mean is bounded, so that densities are finite.
         mean = jnp.where(jnp.isfinite(mean), mean, self.frame.centre[k])
         mean = jnp.clip(mean + colour(factor, move), *self.frame.bounds(k))
         if factor.ndim == 1:
@@ -69,23 +70,23 @@ class LearnedBackward(AbstractBackward):
         return Kernel(mean, jnp.exp(log_scale).astype(mean.dtype), factor)
 
     def features(self, k: Int[Array, ""], x: State) -> Float[Array, " features"]:
-        """Compute what the network sees of the state at the end of step k."""
+        """Compute the network's input from the state at the end of step k."""
         x = self.process.reverse(k, x) if self.separate else x
         seen = [self.frame.standardise(k, x)]
         if self.physics:
             centre, spread = self.frame.centre[k], self.frame.spread[k]
             seen.append((x - centre) / jnp.sqrt((spread**2).mean()))
             seen.append((self.process.forward(k, x) - x) / self.process.scale[k])
-        # Physics may blow up where a runaway path takes it: what the network sees stays finite.
+        # The physics may diverge far from the simulated states. The input of the network is bounded.
         return jnp.clip(jnp.nan_to_num(jnp.concatenate(seen)), -MOST_SEEN, MOST_SEEN).astype(jnp.float32)
 
     def score(self, t: Float[Array, ""], x: State) -> State:
-        """Compute (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q, the score that the learned means stand for.
+        """Compute the score that follows from the learned means, (Phi(E[x_k | x_{k+1}]) - x_{k+1}) / Q.
 
-        Tweedie's E[Phi(x_k) | x_{k+1}] = x_{k+1} + Q S with the mean moved inside Phi, so that the error of whatever
-        reverse physics was learned on is no part of it.
+        This is Tweedie's E[Phi(x_k) | x_{k+1}] = x_{k+1} + Q S with the mean taken inside Phi. Errors of the reverse
+        physics do not enter.
 
-        Exactness: biased, as good as the training, and by O(t_{k+1} - t_k) where the physics is not linear.
+        Exactness: biased; the bias depends on the training, and is O(t_{k+1} - t_k) for nonlinear physics.
         """
         k = jnp.argmin(jnp.abs(self.process.ts[1:] - t))
         return (self.process.forward(k, self(k, x).mean) - x) / self.process.scale[k] ** 2
@@ -94,19 +95,23 @@ class LearnedBackward(AbstractBackward):
 def corrected_path(
     key: Key, backward: LearnedBackward, end: State, num_steps: int, num_corrections: int
 ) -> Float[Array, "times dim"]:
-    """Draw a path backwards, every state but the first moved by Langevin steps with the learned score.
+    """Draw a path backwards; move every state except the first by Langevin steps with the learned score.
 
-    The corrector of a state known to lead to x_{k+1} aims at p(x_k | x_{k+1}), whose gradient is the score at time k
-    and that of the transition,
+        grad log p(x_k | x_{k+1}) = score(t_k, x_k) + J^T (x_{k+1} - Phi(x_k)) / Q,    J = dPhi at x_k
 
-        score(t_k, x_k) + J^T (x_{k+1} - Phi(x_k)) / Q,    J = dPhi at x_k
+    The Langevin steps target p(x_k | x_{k+1}), so that the path still leads to its end. They are preconditioned by the
+    kernel B_k and leave B_k invariant if it is correct. The score of x_0 is not learned, so x_0 is not moved.
 
-    (the score alone would forget the end). Steps are preconditioned by the kernel B_k, such that they leave it alone
-    where it is right. Nothing is learned of the score of x_0, which is drawn from its kernel.
+    Args:
+        key: random key.
+        backward: the learned kernels.
+        end: the last state.
+        num_steps: number of steps backwards.
+        num_corrections: number of Langevin steps for each state.
 
-    Exactness: biased: steps of finite length, without a Metropolis test, and a learned score.
+    Exactness: biased: the Langevin steps have finite length and no Metropolis test, and the score is learned.
 
-    Good values: 2 to 10 corrections; none where the kernels are well trained.
+    Good values: 2 to 10 corrections; none if the kernels are well trained.
 
     References: Song et al. 2021, arXiv 2011.13456, algorithm 1; Cotter et al. 2013, arXiv 1202.0709, equation 4.6.
     """
@@ -135,26 +140,27 @@ def corrected_path(
 
 
 CORRECTION = 0.5
-"""Noise of a Langevin correction, in units of the backward kernel's own."""
+"""Noise of a Langevin correction, in units of the backward kernel's noise. Chosen by judgement."""
 MAX_LOG_SCALE = 4.0
+"""Bound of the learned log scales, in absolute value. Chosen by judgement."""
 MOST_SEEN = 1e4
-"""Largest number that a network is shown."""
+"""Bound of the network's inputs, in absolute value. Chosen by judgement."""
 
 
 def heads(network: Callable, seen: Array, log_time: Array, context: Context) -> tuple[State, State]:
-    """Compute the learned move of the mean and the log scale, in the frame."""
+    """Compute the learned move of the mean and the log scale, in the units of the frame."""
     move, log_scale = jnp.split(network(seen, log_time, context), 2)
     return move, MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
 
 
 class OnWaves(eqx.Module):
-    """Let a network of fields move their Hartley coefficients, as `Physics` with ``waves`` has them.
+    """Apply a network for fields to Hartley coefficients (`Physics` with ``waves``).
 
-    The network sees and moves fields; log scales are each wavenumber's own, functions of time and context alone.
+    The network sees and moves fields. Every wavenumber has a log scale, which depends on time and context only.
 
     Args:
-        network: a network of fields: the first half of what it returns is the move.
-        scales: network of log scales, of elapsed time, its logarithm and the context.
+        network: a network for fields; the first half of its output is the move.
+        scales: network of the log scales; its inputs are elapsed time, context and the logarithm of elapsed time.
         shape: shape of one state.
     """
 
@@ -165,7 +171,7 @@ class OnWaves(eqx.Module):
     def __call__(
         self, seen: Float[Array, " features"], log_time: Float[Array, ""], context: Float[Array, " context"]
     ) -> Float[Array, " outputs"]:
-        """Compute move and log scale of the coefficients."""
+        """Compute moves and log scales of the coefficients."""
         fields = hartley(seen.reshape(-1, *self.shape), len(self.shape))
         move = jnp.split(self.network(fields.ravel(), log_time, context), 2)[0]
         move = hartley(move.reshape(self.shape), len(self.shape)).ravel()
@@ -173,7 +179,7 @@ class OnWaves(eqx.Module):
 
 
 def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, " 1"]]:
-    """Compute the time at the end of step k as a network sees it: its logarithm, and on the scale from -1 to 1."""
+    """Compute the network's time inputs at the end of step k: log of the elapsed share, and time scaled to [-1, 1]."""
     share = (process.ts[k + 1] - process.ts[0]) / (process.ts[-1] - process.ts[0])
     return jnp.log(share).astype(jnp.float32), (2 * share[None] - 1).astype(jnp.float32)
 
@@ -184,17 +190,18 @@ def through_time(process: PhysicsProcess) -> tuple[Float[Array, " steps"], Float
 
 
 class LearnedScore(eqx.Module):
-    """A score on its own: that of the Gaussian with the state's mean and variances, plus a network.
+    """A learned score: the score of a Gaussian with the state's mean and variances, plus a network.
 
-    S = -(v - f(v, t)) / spread, v the standardised state. For `ReverseEuler` and `ThroughPhysics`, and for comparison:
-    `LearnedBackward` has the better weights.
+        S = -(v - f(v, t)) / spread,    v the standardised state
+
+    For `ReverseEuler` and `ThroughPhysics`, and for comparison. `LearnedBackward` has a larger effective sample size.
 
     Args:
         process: the physics.
-        frame: the regression, for its scales.
-        network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> dim`` numbers or more.
+        frame: the regression; only its centre and spread are used.
+        network: ``(v, log of elapsed time, elapsed time in [-1, 1]) -> dim`` numbers; further outputs are ignored.
 
-    Exactness: biased, as good as the training.
+    Exactness: biased; the bias depends on the training.
     """
 
     process: PhysicsProcess
@@ -202,7 +209,7 @@ class LearnedScore(eqx.Module):
     network: Callable[[Array, Array, Array], Array]
 
     def __call__(self, t: Float[Array, ""], x: State) -> State:
-        """Compute grad log p at a time of the grid."""
+        """Compute grad log p at the nearest time of the grid."""
         return self.at(jnp.argmin(jnp.abs(self.process.ts[1:] - t)), x)
 
     def at(self, k: Int[Array, ""], x: State) -> State:

@@ -1,7 +1,8 @@
-"""Losses of physics in reverse: functions ``(network, batch, key, ...) -> scalar`` for the one training loop.
+"""Losses of physics in reverse: functions ``(network, batch, key, ...) -> scalar`` for `scoreinfer.training.loop`.
 
-Kernels: the likelihood of single transitions, and the multi-step loss as its regulariser. Scores: transition denoising,
-and implicit and sliced score matching, which see single states alone, as baselines. All learn grad log p itself.
+Losses of kernels: the likelihood of single transitions, with the multi-step loss as a regulariser. Losses of scores:
+transition denoising, and implicit and sliced score matching as baselines, which use single states only. All losses
+learn grad log p itself, without a factor.
 """
 
 from collections.abc import Callable
@@ -20,15 +21,15 @@ class Windows(NamedTuple):
     """How the multi-step loss unrolls kernels, for ``SMDP(model, site, windows=Windows((2, 4, 8)))``.
 
     Args:
-        lengths: steps of a window, one stage of training for each.
-        noisy: draw from the kernels on the way instead of taking their means, for solvers that only noise shows to be
-            unstable. The states then are not the path's own, which biases more (two components of an
-            Ornstein-Uhlenbeck process, windows (2, 4): half of the draws count instead of nine tenths).
-        truncate: pass gradients back through this many steps at a time; None: through the whole window.
-        kept: states kept in memory for the way back of the gradient, of every window and at every level: segments
-            between them are unrolled again, and theirs. About ``kept`` log(length) / log(kept) states in all, for that
-            many more passes. None: every state.
-        share: weight of the multi-step loss beside the likelihood of single transitions.
+        lengths: numbers of steps of a window; each is one stage of training.
+        noisy: unroll draws of the kernels instead of their means, for solvers that are unstable only with noise. The
+            unrolled states then differ from the path, which increases the bias (Ornstein-Uhlenbeck process with two
+            components, windows (2, 4): ESS/N .5 instead of .9).
+        truncate: number of steps after which gradients are cut. None means gradients through the whole window.
+        kept: number of states that the backward pass of the gradient keeps in memory, per window and level. The
+            segments between them are unrolled again, recursively. This keeps about ``kept`` log(length) / log(kept)
+            states, for log(length) / log(kept) more passes. None means that every state is kept.
+        share: weight of the multi-step loss relative to the likelihood of single transitions.
 
     >>> Windows((2, 4, 8), kept=4).lengths
     (2, 4, 8)
@@ -42,12 +43,16 @@ class Windows(NamedTuple):
 
 
 def check_windows(windows: Windows | tuple[int, ...], num_steps: int) -> Windows:
-    """Check windows against the number of steps of a process."""
+    """Check windows against the number of steps of a process.
+
+    Raises:
+        ValueError: if a window is empty or longer than the process, or another option of `Windows` is out of range.
+    """
     windows = windows if isinstance(windows, Windows) else Windows(tuple(windows))
     if not all(1 <= length <= num_steps for length in windows.lengths):
         raise ValueError(
             "`windows` must have at least one step and not be longer than the process, "
-            f"{num_steps} steps, got {windows.lengths}."
+            f"{num_steps} steps, got {windows.lengths}. Choose other lengths."
         )
     for name, least in (("truncate", 1), ("kept", 2)):
         value = getattr(windows, name)
@@ -59,13 +64,13 @@ def check_windows(windows: Windows | tuple[int, ...], num_steps: int) -> Windows
 
 
 class Transitions(NamedTuple):
-    """Paths as the backward kernels' network sees them, one row per step.
+    """Transitions of paths, as inputs and targets of the backward kernels' network, one row per step.
 
     Args:
-        v: standardised state at the end of every step (and what else the network sees, see `LearnedBackward`).
-        rest: what regression leaves of the state before, in units of its residual factor.
-        context: what the kernels are conditioned on besides.
-        known: what is added to ``rest`` for less noise, of mean zero given v (see `path_controls`).
+        v: standardised state at the end of every step, and the other inputs of the network (see `LearnedBackward`).
+        rest: residual of the regression of the state before, in units of the frame's factor.
+        context: further conditions of the kernels.
+        known: control variates of ``rest``, in the same units; their mean given v is zero (see `path_controls`).
     """
 
     v: Float[Array, "num steps features"]
@@ -86,10 +91,19 @@ def transition_loss(
 ) -> Float[Array, ""]:
     """Compute minus the mean log density of single backward transitions, per component, without its constant.
 
-    Its mean part is the one-step loss of the reverse SDE in units of the step's noise (the loss divided by dt^2 where
-    noise and steps are uniform). ``num_pairs`` steps of each path are picked at random: never in the order of time, in
-    which training forgets all but the last. ``penalty`` times the mean squared log scale is added: learned variances
-    are what a fixed budget of paths is overfitted with first.
+    The part with the means is the one-step loss of the reverse SDE in units of the step's noise (the loss divided by
+    dt^2, if noise and steps are uniform). Steps are picked at random, because training in the order of time forgets all
+    steps except the last.
+
+    Args:
+        network: the trained network.
+        batch: the transitions.
+        key: random key.
+        times: `through_time` of the process.
+        num_pairs: number of steps picked from each path.
+        penalty: factor of the mean squared log scale, which is added. On a fixed budget of paths the learned variances
+            overfit first.
+        far_out: see `spread_weight`.
 
     References: Holzschuh et al. 2023, arXiv 2301.10250, equation 4.
     """
@@ -106,16 +120,18 @@ def transition_loss(
 
 
 def spread_weight(v: Float[Array, " dim"], far_out: float) -> Float[Array, ""]:
-    """Weigh a standardised state by its distance from the mean, in root mean square over components.
+    """Compute the weight of a standardised state in the loss, so that rare states are learned better.
 
-    As if the variance of a single normal component were 1 / (1 - ``far_out``), up to `RAREST`: its tails are learned
-    as if they were less rare. Of many components it makes no difference: their distances are all alike.
+        exp(far_out (r^2 - 1) / 2),    r = min(root mean square of v, RAREST)
+
+    For one normal component this is the same as training with the variance 1 / (1 - ``far_out``). With many components
+    all distances r are similar, and the weights have no effect.
     """
     return jnp.exp(0.5 * far_out * (jnp.minimum((v**2).mean(), RAREST**2) - 1))
 
 
 RAREST = 4.0
-"""Standard deviations beyond which states count for no more."""
+"""Distance, in standard deviations, above which the weight of a state does not increase. Chosen by judgement."""
 
 
 def rollout_loss(
@@ -129,24 +145,24 @@ def rollout_loss(
     how: Windows = Windows(),
     contexts: Float[Array, "num context"] | None = None,
 ) -> Float[Array, ""]:
-    """Compute the multi-step loss: kernels' means unrolled over windows, every state held against the path's own.
+    """Compute the multi-step loss: unroll the kernels' means over windows, compare every state with the path.
 
-    Squared errors are in units of the step's noise, averaged over the window, which starts from its true end. Steps
-    are recomputed on the way back of the gradient (checkpointed): what is kept of each is at most one state, whatever
-    the network's size.
+    Every window starts from its last state on the path. Squared errors are in units of the step's noise and averaged
+    over the window. Steps are recomputed in the backward pass of the gradient (checkpointing), which keeps at most one
+    state per step for any size of the network.
 
     Args:
-        network: what is trained.
+        network: the trained network.
         paths: simulated or recorded paths.
         key: random key.
-        backward: the kernels around the network.
-        window: number of steps unrolled.
-        num_windows: windows picked at random from each path.
+        backward: the kernels that contain the network.
+        window: number of unrolled steps.
+        num_windows: number of windows picked at random from each path.
         how: noise, truncation, memory.
-        contexts: what the kernels are conditioned on besides, for each path.
+        contexts: further conditions of the kernels for each path. None means no conditions.
 
-    Exactness: biased as a definition of the score: beyond one step its minimum drifts towards conditional means of
-        far states. It makes an unstable reverse solver stable; the score is what `transition_loss` learns.
+    Exactness: biased as a loss of the score: for more than one step its minimum moves towards conditional means of
+        distant states. It makes an unstable reverse solver stable; `transition_loss` learns the score.
 
     References: Holzschuh et al. 2023, arXiv 2301.10250, equation 6.
     """
@@ -165,7 +181,7 @@ def rollout_loss(
                 x = jnp.where((i + 1) % how.truncate == 0, jax.lax.stop_gradient(x), x)
             kernel = given(start + i, x)
             new = kernel.mean
-            if how.noisy:  # the noise has no gradient: it would teach the kernels to have none
+            if how.noisy:  # no gradient through the noise: it would train the kernels to have none
                 new = new + jax.lax.stop_gradient(kernel.draw(jax.random.fold_in(key, i))[0] - new)
             error = (((new - path[start + i]) / backward.process.scale[start + i]) ** 2).mean()
             return (new, total + error), None
@@ -179,7 +195,7 @@ def rollout_loss(
 
 
 def _unroll(back: Callable, carry: tuple, steps: Int[Array, " num"], kept: int | None) -> tuple:
-    """Scan, keeping ``kept`` carries of every level for the way back of the gradient (None: all).
+    """Scan, and keep ``kept`` carries per level for the backward pass of the gradient. None means all.
 
     References: Griewank 1992, "Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
     differentiation"; Chen et al. 2016, arXiv 1604.06174, section 4.2.
@@ -199,7 +215,7 @@ def _unroll(back: Callable, carry: tuple, steps: Int[Array, " num"], kept: int |
 
 
 class PathBatch(NamedTuple):
-    """Paths, and their transitions as the network sees them."""
+    """Paths and their transitions (see `Transitions`)."""
 
     transitions: Transitions
     paths: Float[Array, "num times dim"]
@@ -218,7 +234,7 @@ def multistep_loss(
     window: int,
     how: Windows,
 ) -> Float[Array, ""]:
-    """Compute the likelihood of single transitions plus the multi-step loss, as its regulariser."""
+    """Compute `transition_loss` plus `Windows.share` times `rollout_loss`, which is its regulariser."""
     for_pairs, for_windows = jax.random.split(key)
     single = transition_loss(
         network, batch.transitions, for_pairs, times=times, num_pairs=num_pairs, penalty=penalty, far_out=far_out
@@ -232,7 +248,7 @@ def multistep_loss(
 
 
 def _pairs(paths: Array, key: Key, num_pairs: int) -> tuple[Array, Array, Array]:
-    """Pick steps of each path at random: their numbers, the states before, the states after."""
+    """Pick steps of each path at random. Return their numbers, the states before them and the states after them."""
     k = jax.random.randint(key, (paths.shape[0], num_pairs), 0, paths.shape[1] - 1)
     rows = jnp.arange(paths.shape[0])[:, None]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
@@ -242,10 +258,12 @@ def _pairs(paths: Array, key: Key, num_pairs: int) -> tuple[Array, Array, Array]
 def transition_denoising_loss(
     network: Callable, paths: Float[Array, "num times dim"], key: Key, *, score: LearnedScore, num_pairs: int
 ) -> Float[Array, ""]:
-    """Compute denoising score matching on the process's own transitions.
+    """Compute the denoising score matching loss on the transitions of the process, per component.
 
-    E || sqrt(Q) S(x_{k+1}) + (x_{k+1} - Phi(x_k)) / sqrt(Q) ||^2: the gradient of a transition's log density is an
-    unbiased target of the score at its end, exactly, however long the step.
+        E || sqrt(Q) S(x_{k+1}) + (x_{k+1} - Phi(x_k)) / sqrt(Q) ||^2
+
+    Exactness: the gradient of a transition's log density is an unbiased target of the score at its end, for any length
+        of the step.
 
     References: Vincent 2011; Song et al. 2021, arXiv 2011.13456, equation 7.
     """
@@ -268,10 +286,14 @@ def implicit_score_loss(
     num_pairs: int,
     sliced: bool = False,
 ) -> Float[Array, ""]:
-    """Compute implicit score matching, E[ |S|^2 / 2 + div S ], in units of each component's spread.
+    """Compute the implicit score matching loss, per component and in units of each component's spread.
 
-    ``sliced``: the divergence by one random direction a state, E[ |S|^2 / 2 + v dS v ] (variance-reduced form), where
-    the whole Jacobian is too dear.
+        E[ |S|^2 / 2 + div S ],    with ``sliced``: E[ |S|^2 / 2 + v dS v ]
+
+    ``sliced`` estimates the divergence with one random direction v per state (variance-reduced form). It is for
+    dimensions in which the whole Jacobian is too expensive.
+
+    Exactness: both losses have the score as their minimum; the sliced one is an unbiased estimate of the other.
 
     References: Hyvarinen 2005, JMLR 6, theorem 1; Song et al. 2019, arXiv 1905.07088, equation 8.
     """

@@ -1,20 +1,22 @@
-r"""Particles: many paths drawn backwards at a time, resampled on the way, one of them kept.
+r"""Particles: draw many paths backwards at the same time, resample them on the way, and keep one of them.
 
-Where the weights of whole paths are poor, because small errors of many kernels add up, particles that drift from what
-is likely are replaced by copies of better ones before the path is complete. They are steered by the bridging densities
+The weights of whole paths are poor if small errors of many kernels accumulate. Resampling replaces unlikely particles
+by copies of better ones before the path is complete. Particles are weighed by the bridging densities
 
     gamma_k = q(theta, x_N) prod_{j >= k} p^_j(x_j | c_j) f_j(x_{j+1} | x_j; theta) / p^_j(x_{j+1} | c_j),
-    gamma_0 = p(path, theta, y),
+    gamma_0 = p(path, theta, y).
 
-f_j the transitions of the process at the particle's own unknown parameters theta, and p^_j Gaussians with the moments
-of simulated states, given the parameters and what the observation says of x_j beyond x_{j+1} (c_j, see
-`scoreinfer.paths.linear_frame`). By Bayes' formula the factors stand for p(x_j | x_{j+1}, theta, y), so that
-observations of earlier states need no likelihood on the way; without such, all p^ but the first and last cancel.
-Whatever they are, the last target is the model's own density, so that the product Z of the mean weights between
-resamplings is an unbiased estimate of the evidence, and the path kept (with its parameters), with weight Z, is exact in
-the same sense as a path with its own weight. Given a path, a run in which that path is one of the particles
-(conditional SMC) draws the rest of the run anew: a Gibbs step, with the weight Z that goes with it. So chains alternate
-exactly between both.
+- f_j are the transitions of the process, at the particle's unknown parameters theta.
+- p^_j are Gaussians with the moments of simulated states, given c_j: the parameters, and the information of the
+  observation on x_j that x_{j+1} does not contain (see `scoreinfer.paths.linear_frame`).
+
+By Bayes' formula the factors approximate p(x_j | x_{j+1}, theta, y). Observations of earlier states therefore need no
+likelihood factors on the way. Without such observations all p^ except the first and the last cancel.
+
+Exactness: for any bridging densities, the last target is the model's density. The product Z of the mean weights
+between resamplings is therefore an unbiased estimate of the evidence. The kept path (with its parameters) with weight Z
+is exact in the same sense as a path with its own weight. For a given path, conditional SMC draws the rest of the run
+around it. This is a Gibbs step and gives the weight Z of the given path. Chains may alternate between both.
 
 References: Del Moral, Doucet and Jasra 2006 (bridging densities); Andrieu, Doucet and Holenstein 2010, sections 4.2
 (particle independent Metropolis-Hastings) and 4.5 (conditional SMC).
@@ -37,54 +39,54 @@ from scoreinfer.process import PhysicsProcess
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
 LEAST_SHARE = 0.5
-"""Effective share of the particles below which they are resampled."""
+"""ESS/N of the particles below which they are resampled. Chosen by judgement."""
 
 
 class ResampledPaths(AbstractProposal):
-    """Paths of a particle smoother that runs backwards; an independent run for each draw.
+    """Paths of a particle smoother that runs backwards, with an independent run for each draw.
 
     Args:
         paths: the sampler of single paths.
-        num_particles: particles of each run.
+        num_particles: particles per run.
 
     Raises:
-        ValueError: where the kernels are not learned ones, or nobody has asked for the moments of the states.
+        ValueError: if the kernels are not learned ones, or their frame has no moments of the states.
 
-    Exactness: the weight of a path is the evidence Z of the run that it was drawn in, or (for a given path) of a
-        conditional run: weights are proper over runs, their mean an unbiased estimate of the evidence, whatever the
-        kernels and bridging densities are.
+    Exactness: the weight of a drawn path is the evidence estimate Z of its run; the weight of a given path is that of a
+        conditional run. For any kernels and bridging densities these weights are proper, and their mean is an unbiased
+        estimate of the evidence.
 
-    Good values: as many particles as make the effective share of the draws a half; it costs as many paths a draw.
-        Conditions are in the bridging densities where at least `scoreinfer.paths.frame.ENOUGH_PATHS` simulations,
-        and no more conditions than `scoreinfer.paths.frame.MAX_CONTEXT`, make a regression of it; elsewhere
-        resampling does not help kernels that are conditioned on earlier observations.
+    Good values: increase the number of particles until ESS/N of the draws is a half; a draw costs this number of paths.
+        Bridging densities contain the conditions of the kernels only if there are at least
+        `scoreinfer.paths.frame.ENOUGH_PATHS` simulations and at most `scoreinfer.paths.frame.MAX_CONTEXT` conditions.
+        Otherwise resampling does not help kernels that are conditioned on observations of earlier states.
     """
 
     paths: AbstractPaths
     num_particles: int = eqx.field(static=True)
 
     def __check_init__(self) -> None:
-        """Check that there are bridging densities."""
+        """Check that the frame has the moments for the bridging densities."""
         backward = self.paths.backward
         if not isinstance(backward, LearnedBackward) or backward.frame.before is None:
             raise ValueError(
                 "Resampling along the path needs learned kernels whose frame has the moments of every state (see "
-                f"`linear_frame`), got `{type(backward).__name__}`: use the plain weights."
+                f"`linear_frame`), got a `{type(backward).__name__}` without them. Use the weights of single paths."
             )
 
     def context(self, target: Target) -> Any:
-        """Embed one observation."""
+        """Compute the context of the single paths for one observation."""
         return self.paths.context(target)
 
     def sample(self, key, target, context):
-        """Draw a run and one path of it, with the evidence Z of the run as its weight."""
+        """Draw a run and one path of it. Its weight is the evidence estimate Z of the run."""
         for_run, for_pick = jax.random.split(key)
         z, log_weight, log_evidence = self._run(for_run, target, context, None)
         pick = jax.random.categorical(for_pick, log_weight)
         return Weighted(z[pick], log_evidence, target(z[pick]))
 
     def weigh(self, key, target, context, z):
-        """Draw a run around a given path; infinite where the path misses a known end, which no run reaches."""
+        """Draw a run around a given path; the weight is Z, or infinite if the path misses a known end (q is zero)."""
         log_weight = self._run(key, target, context, z)[2]
         meets = self.paths.meets(context, self.paths.parts(context, z)[0])
         return Weighted(z, jnp.where(meets, log_weight, jnp.inf), target(z))
@@ -92,7 +94,10 @@ class ResampledPaths(AbstractProposal):
     def _run(
         self, key: Key, target: Target, known: Any, given: Float[Array, " path"] | None
     ) -> tuple[Float[Array, "particles path"], Float[Array, " particles"], Float[Array, ""]]:
-        """Draw all particles' paths with the weights since the last resampling, and log Z; the first may be given."""
+        """Draw the paths of all particles, their weights since the last resampling, and log Z.
+
+        If ``given`` is not None, it is the path of the first particle.
+        """
         for_given, for_run = jax.random.split(key)
         model = Backwards(self.paths.num_steps, self.paths, target.problem, known)
         reference = None if given is None else model.states_of(for_given, given)
@@ -109,10 +114,10 @@ class BackwardState(NamedTuple):
     Args:
         x: the state.
         parameters: the unknown parameters of the whole path.
-        log_q: log density by which the state was drawn, given the later one; at the end of the path, the density by
-            which it was drawn with the parameters.
-        log_target: log of the factor that the state adds to the bridging density; log_q itself at the end of the path,
-            and at its beginning, where the model's own density takes over.
+        log_q: log proposal density of the state, given the later one; at the end of the path, that of end and
+            parameters.
+        log_target: log of the state's factor of the bridging density. It equals ``log_q`` for the last state, and for
+            the first state, whose target is the model's density.
     """
 
     x: Float[Array, " dim"]
@@ -122,16 +127,17 @@ class BackwardState(NamedTuple):
 
 
 class Backwards(AbstractFeynmanKac[BackwardState]):
-    """Paths drawn backwards as a Feynman-Kac model: its time k is the step num_steps - k of the process.
+    """Paths drawn backwards as a Feynman-Kac model, whose time k is the step num_steps - k of the process.
 
     Args:
-        num_steps: number of kernels from the end that is known to the beginning.
+        num_steps: number of kernels from the start of the kernels to the first state.
         paths: the sampler of single paths.
         problem: the problem of paths and parameters.
-        known: the observation, as ``paths`` embeds it.
+        known: the context of ``paths`` for the observation.
 
-    Exactness: the potentials are bridging density over proposal density, so the loop is exact for gamma_1 b_0, b_0 the
-        kernel of the first state. Whoever runs it multiplies by p(path, theta, y) / (gamma_1 b_0).
+    Exactness: a potential is the factor of the bridging density divided by the proposal density. A run is therefore
+        exact for gamma_1 b_0, with b_0 the kernel of the first state. The caller must multiply the last weights by
+        p(path, theta, y) / (gamma_1 b_0).
     """
 
     num_steps: int = eqx.field(static=True)
@@ -140,24 +146,24 @@ class Backwards(AbstractFeynmanKac[BackwardState]):
     known: Any
 
     def initial(self, key):
-        """Draw parameters, and the last state where it is not known."""
+        """Draw the parameters, and the last state if it is not known."""
         begun, log_q = self.paths.begin(key, self.known)
         return BackwardState(begun.end, begun.parameters, log_q, log_q)
 
     def log_initial(self, first):
-        """Return zero: the bridging density begins as what was drawn from."""
+        """Return zero, because the first bridging density equals the proposal density."""
         return jnp.zeros_like(first.log_q)
 
     def propagate(self, key, k, old):
-        """Draw the state before."""
+        """Draw the state before ``old``."""
         return self._before(k, old, lambda kernel: kernel.draw(key))
 
     def log_potential(self, k, old, new):
-        """Compute the gain of the bridging density over the proposal."""
+        """Compute the log of the bridging density's factor divided by the proposal density."""
         return new.log_target - new.log_q
 
     def states_of(self, key: Key, z: Float[Array, " path"]) -> BackwardState:
-        """Compute the states of a given path, times first; ``key`` serves the density of its end."""
+        """Compute the states of a given path from its end; ``key`` is for the density of the end."""
         begun, path = self.paths.parts(self.known, z)
         log_q = self.paths.log_begin(key, self.known, begun)
         first = BackwardState(begun.end, begun.parameters, log_q, log_q)
@@ -173,7 +179,7 @@ class Backwards(AbstractFeynmanKac[BackwardState]):
     def _before(
         self, k: Int[Array, ""], old: BackwardState, draw: Callable[[Kernel], tuple[Array, Array]]
     ) -> BackwardState:
-        """Make the state before an old one from what ``draw`` takes from its kernel, with its log density."""
+        """Make the state before ``old``; ``draw`` returns it and its log density, given its kernel."""
         backward, j = self.paths.kernels(self.known, old.parameters), self.num_steps - k
         assert isinstance(backward, LearnedBackward)
         x, log_q = draw(backward(j, old.x))

@@ -268,8 +268,8 @@ class Conditioned(AbstractConditioned):
             return None
         if problem.simulate is None:
             raise ValueError(
-                "`prior_fraction` needs draws from the prior, but the model cannot be simulated: "
-                f"{problem.not_simulable} Leave `prior_fraction` out."
+                f"`prior_fraction` must be 0 for a model that cannot be simulated, got {prior_fraction}. This model: "
+                f"{problem.not_simulable}"
             )
         if wrong := misdrawn_latents(problem):
             raise ValueError(

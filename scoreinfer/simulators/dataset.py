@@ -104,7 +104,7 @@ def _foreign(problem: Problem, **observed: Any) -> Problem:
     return dataclasses.replace(
         problem, log_likelihood=log_likelihood, constrain=problem.latent_sites, simulate=None,
         simulate_observation=None, has_density=False, is_foreign=True,
-        not_simulable="its simulator is foreign.", pointwise_log_likelihood=None, **observed,
+        not_simulable="its simulator is foreign", pointwise_log_likelihood=None, **observed,
     )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def test_bad_field_networks_are_refused():
             si.nets.ConvNet(jax.random.key(0), (5, 6), **options)
     model = ring(6, 2).path_model
     net = si.nets.ConvNet(jax.random.key(0), (5,))
-    with pytest.raises(ValueError, match=r"each of the state's 6, a vector of 12.*state's shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"a vector of 12 numbers, two for each component.*state's shape \(6,\)"):
         si.SMDP(model, "x", net=net, num_simulations=20).fit(jax.random.key(0))
 
 

@@ -169,7 +169,7 @@ def test_unknown_rate_seen_at_a_noisy_end():
     check(posterior.resampled(4).sample(jax.random.key(2), NUM, y=y), rate.truth(y), 0.3)
     with pytest.raises(ValueError, match="fit the model without its observed sites"):
         posterior.condition_on_end(y).sample(jax.random.key(1), 10)
-    with pytest.raises(ValueError, match="say nothing of the parameters"):
+    with pytest.raises(ValueError, match="need a model without unknown parameters"):
         si.SMDP(rate.model, "x", trajectories=np.zeros((9, 7, 1))).fit(jax.random.key(0))
 
 
