@@ -28,7 +28,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What may differ between versions of Python, JAX, NumPyro and ArviZ: reading models, kernels, saving, ArviZ, docstrings.
 WORLDS := scoreinfer tests/test_arviz.py tests/test_architecture.py tests/test_comparison.py tests/test_identity.py \
-	tests/test_names.py tests/test_pickling.py tests/calibration tests/mcmc tests/model tests/posterior/test_saving.py \
+	tests/test_names.py tests/test_pickling.py tests/calibration tests/mcmc/test_kernels.py tests/mcmc/test_langevin.py \
+	tests/model/test_model.py tests/posterior/test_saving.py \
 	tests/posterior/test_path_saving.py tests/posterior/test_surface.py
 
 .PHONY: help demo test test-worlds test-all lint format types bench setup clean

@@ -133,7 +133,7 @@ def test_order_of_constants_counts():
 
 def test_every_process_tells_the_same():
     """Sets come in another order there, and addresses are others."""
-    code = f"import json, sys\nexec(compile({BASE!r}, 'x', 'exec'))\nfrom scoreinfer.fingerprint import fingerprint\n"
+    code = f"import json, sys\nexec(compile({BASE!r}, 'x', 'exec'))\nfrom scoreinfer.identity import fingerprint\n"
     code += "print(json.dumps([fingerprint(f) for f in (simulator, solver, bound, part)], sort_keys=True))"
     told = [
         subprocess.run(

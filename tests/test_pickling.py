@@ -77,6 +77,7 @@ def test_problems_keep_the_arguments_they_were_read_with(dumps):
     assert posterior["problem"] is problem
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::scoreinfer.errors.MisspecificationWarning")  # nothing is learned here
 def test_posteriors_of_paths_draw_the_same():
     fitted = si.SMDP(MODES.model, "x", num_simulations=200, num_steps=0, **QUIET).fit(jax.random.key(0))

@@ -30,7 +30,9 @@ def run(kernel, *args, num=2, num_chains=2):
 
 
 STRICT = pytest.mark.parametrize(
-    "setting", [lambda: jax.debug_nans(True), lambda: jax.numpy_rank_promotion("raise")], ids=["nan", "rank"]
+    "setting",
+    [pytest.param(lambda: jax.debug_nans(True), marks=pytest.mark.slow), lambda: jax.numpy_rank_promotion("raise")],
+    ids=["nan", "rank"],
 )
 
 
@@ -50,6 +52,7 @@ def test_one_posterior_is_learned_under_strict_settings(setting):
         assert np.isfinite(run(si.ScoreSDE(model, progress_bar=False), X, Y, num=5)).all()
 
 
+@pytest.mark.slow
 def test_everything_runs_where_jit_is_disabled():
     posterior = si.NPSE(model, **TINY).fit(jax.random.key(0), X)
     with jax.disable_jit():
@@ -57,6 +60,7 @@ def test_everything_runs_where_jit_is_disabled():
         assert posterior.condition(X, Y).sample(jax.random.key(1), 2, batch_size=2).num == 2
 
 
+@pytest.mark.slow
 def test_models_with_run_time_checks():
     """Equinox's checks in diffrax fail where programs are traced with constants folded."""
 

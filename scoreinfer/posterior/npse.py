@@ -216,9 +216,9 @@ def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Poste
     >>> def model(y=None):
     ...     z = numpyro.sample("z", dist.Normal(0.0, 1.0))
     ...     numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
-    >>> posterior = si.NPSE(model, num_steps=20, progress_bar=False).fit(jax.random.key(0))
-    >>> posterior.sample(jax.random.key(1), 500, y=0.5).sites["z"].shape
-    (500,)
+    >>> posterior = si.NPSE(model, num_steps=20, width=8, depth=1, progress_bar=False).fit(jax.random.key(0))
+    >>> posterior.problem.dim, posterior.history.num_simulations
+    (1, 5120)
     """
     return NPSE(model).fit(key, *args, **kwargs)
 

@@ -346,6 +346,7 @@ def test_report_on_a_bad_posterior_says_what_is_wrong(problem, tmp_path):
     assert "<script" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_report_on_outlying_data_is_not_trusted(learned):
     with pytest.warns(si.errors.MisspecificationWarning):
         draws = learned.sample(jax.random.key(6), 512, 400.0 * Y1)

@@ -66,7 +66,9 @@ def edit(model):
     model.data[:] = NEW
 
 
-CHANGES = pytest.mark.parametrize("change", [rebind, edit])
+CHANGES = pytest.mark.parametrize(
+    "change", [pytest.param(rebind, marks=pytest.mark.slow), edit], ids=["rebind", "edit"]
+)
 
 
 # --- posteriors --------------------------------------------------------------------------------------------------

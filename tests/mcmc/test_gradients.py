@@ -130,7 +130,7 @@ def test_langevin_kernels_do_as_they_are_told():
     np.testing.assert_allclose(*draws, atol=1e-3)
 
 
-@pytest.mark.parametrize("model", [looped, called], ids=["loop", "call"])
+@pytest.mark.parametrize("model", [pytest.param(looped, marks=pytest.mark.slow), called], ids=["loop", "call"])
 def test_explorer_finds_the_evidence(model):
     centre, sd, log_evidence = exact()
     y = {"y": jnp.array(DATA, jnp.float32)}

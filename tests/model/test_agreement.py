@@ -73,6 +73,7 @@ def test_first_draws_come_from_a_density_that_describes_them():
     assert isinstance(flat, Overdispersed) and abs(float(flat.scale[0]) - 1.0) < 0.1
 
 
+@pytest.mark.slow
 def test_posteriors_follow_the_density_and_calibration_refuses():
     """The flat prior's posterior is N(y, 1), certified; the simulator's parameters are no draws of it."""
     posterior = si.NPSE(masked, num_steps=100, width=16, depth=1, progress_bar=False).fit(jax.random.key(0))

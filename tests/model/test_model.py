@@ -697,7 +697,7 @@ def test_reading_under_jit_and_vmap():
         jax.jit(lambda x: x + problem.read((*args, np.nan * data), {})["y"])(0.0)
 
 
-@pytest.mark.parametrize("name", ["hierarchical", "differential equation"])
+@pytest.mark.parametrize("name", ["hierarchical", pytest.param("differential equation", marks=pytest.mark.slow)])
 def test_problem_made_inside_jit(name):
     model, args, data = MODELS[name]
 

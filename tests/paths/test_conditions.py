@@ -81,6 +81,7 @@ def randomised(posterior, key):
     return eqx.tree_at(where, posterior, moved)
 
 
+@pytest.mark.slow
 def test_resampled_paths_with_an_unknown_rate(unknown_rate):
     """Every particle with a rate of its own; resampling repairs what broad kernels spoil."""
     spoilt = broadened(unknown_rate, 2.0)

@@ -318,6 +318,7 @@ def test_model_without_data_is_its_prior():
     assert abs(w @ np.asarray(draws.sites["b"]) - 3.0) < 5 * np.sqrt(3.0 / cert.ess)
 
 
+@pytest.mark.slow
 def test_stochastic_simulator_has_draws_but_no_weights_and_no_certificate():
     """Noise drawn inside the model: the learned posterior marginalises it, and nothing can correct it."""
 

@@ -135,6 +135,7 @@ def far_mode(x):
     return -jax.nn.logsumexp(-0.5 * jnp.sum((x - jnp.array([[0.0, 0.0], [40.0, 0.0]])) ** 2, axis=1))
 
 
+@pytest.mark.slow
 def test_far_mode_is_refused(few_witnesses):
     """The weights look perfect, the wider explorers know."""
     mcmc = run_bare(far_mode, 2, num_warmup=60, start_scale=1.0, num_local_steps=0)

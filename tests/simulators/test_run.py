@@ -145,7 +145,10 @@ REFUSED = {
     "exact numbers": ([Decimal(1)], "got Decimal"),
     "dates of a calendar": ([dt.date(2020, 1, 1)], "got date"),
     "records": (np.zeros(2, [("a", float)]), "got [('a', '<f8')]"),
-    "ragged": ([[1.0], [1.0, 2.0]], "must be an array of real numbers: setting an array element"),
+    "ragged": (
+        [[1.0], [1.0, 2.0]],
+        "must be an array of real numbers, but NumPy cannot make one: setting an array element",
+    ),
 }
 
 
