@@ -16,15 +16,12 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = """
 _typing errors _pickling
 _tree files
-_program
-problem nets process bijections
-identity
-score agreement
+_program problem nets process bijections
+identity score agreement
 montecarlo
 model training arviz
-draws
-samplers simulators
-evidence paths
+draws samplers
+simulators evidence paths
 posterior
 mcmc
 calibration comparison
