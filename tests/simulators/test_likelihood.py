@@ -131,7 +131,7 @@ def test_runs_on_draws_may_be_made_elsewhere(conditioned, draws, tmp_path):
 
 def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tmp_path):
     posterior.save(tmp_path / "p")
-    with pytest.raises(ValueError, match=r"load it with `NPSE\(model, likelihood="):
+    with pytest.raises(ValueError, match=r"Load it with `NPSE\(model, likelihood="):
         si.load(tmp_path / "p", problem)
 
     def narrower(parameters, outputs, y=None):
@@ -179,7 +179,7 @@ def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
 
 
 def test_wrong_use_is_named(posterior, conditioned, problem, draws, store, tmp_path):
-    with pytest.raises(ValueError, match="needs draws from the prior; there are none: its simulator is foreign"):
+    with pytest.raises(ValueError, match="must be 0 for a model that cannot be simulated, got 0.5. This model: its simulator is foreign"):
         conditioned.sample(jax.random.key(2), 10, prior_fraction=0.5)
     unknown = dataclasses.replace(posterior.problem, observation=None)
     plain = si.Posterior(unknown, posterior.proposal, None).condition(y=Y)

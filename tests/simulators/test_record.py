@@ -69,7 +69,7 @@ def test_rows_without_numbers_count_as_failed(problem, arrays, tmp_path):
     broken[[3, 7]] = np.nan, np.inf
     store = si.simulators.record(problem, parameters, outputs | {"level": broken}, store=tmp_path)
     assert np.flatnonzero(~store.read().valid).tolist() == [3, 7]
-    with pytest.raises(ValueError, match="2 of 200 simulations failed"):
+    with pytest.raises(ValueError, match="without failures, but 2 of 200 failed"):
         si.NPSE(problem, simulations=store, invalid="raise", progress_bar=False).fit(jax.random.key(0))
 
 
