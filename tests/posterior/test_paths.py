@@ -212,7 +212,7 @@ def test_linear_fields_need_regression_alone():
         field.path().step, jnp.linspace(0.1, 0.2, 12), modes.ts, dist.Normal(jnp.zeros(12)).to_event(1)
     )
     uneven = lambda: numpyro.sample("x", path)  # noqa: E731
-    with pytest.raises(ValueError, match="same noise everywhere"):
+    with pytest.raises(ValueError, match="the same noise"):
         si.SMDP(uneven, "x", **physics, num_steps=0).fit(jax.random.key(0))
 
 

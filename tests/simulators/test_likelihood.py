@@ -179,11 +179,11 @@ def test_learned_draws_are_calibrated_on_other_runs(problem, store, tmp_path):
 
 
 def test_wrong_use_is_named(posterior, conditioned, problem, draws, store, tmp_path):
-    with pytest.raises(ValueError, match="must be 0 for a model that cannot be simulated, got 0.5. This model: its simulator is foreign"):
+    with pytest.raises(ValueError, match=r"must be 0 .* got 0\.5\. This model: its simulator is foreign"):
         conditioned.sample(jax.random.key(2), 10, prior_fraction=0.5)
     unknown = dataclasses.replace(posterior.problem, observation=None)
     plain = si.Posterior(unknown, posterior.proposal, None).condition(y=Y)
-    with pytest.raises(ValueError, match="fit with `likelihood=`"):
+    with pytest.raises(ValueError, match=r"fitted with a likelihood, got one without.*NPSE\(\.\.\., likelihood="):
         plain.weigh(jax.random.key(3), draws, store)
     with pytest.raises(ValueError, match="one run of the simulator for each of the 2000 draws, got 1500 of 1500"):
         conditioned.weigh(jax.random.key(3), draws, store)

@@ -416,7 +416,9 @@ def test_invalid_rows_are_never_dropped_silently(problem, failing):
     tiny = SMALL | {"num_steps": 10}
     with pytest.raises(ValueError, match=r"without failures, but \d+ of 6000 failed"):
         si.NPSE(problem, simulations=failing, invalid="raise", **tiny).fit(jax.random.key(0))
-    with pytest.warns(si.errors.TrainingWarning, match="biased towards where the simulator works"):
+    with pytest.warns(
+        si.errors.TrainingWarning, match="biases the posterior towards parameters at which the simulator works"
+    ):
         posterior = si.NPSE(problem, simulations=failing.path, invalid="drop", **tiny).fit(jax.random.key(0))
     assert posterior.validity is None
     other = si.from_numpyro(lambda: numpyro.sample("b", dist.Normal(0.0, 1.0)))
