@@ -61,7 +61,7 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     scale = _constant_noise(physics.site, scale_of, ts, paths).reshape(len(ts) - 1, -1)
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
         raise ValueError(
-            "`Physics(waves=True)` needs a field with the same noise in all components, because the Fourier transform "
+            "`SMDP(waves=True)` needs a field with the same noise in all components, because the Fourier transform "
             "mixes components. Got a scalar state, or noise that differs. Use `waves=False`, or one noise for all."
         )
     usual = np.asarray(paths).mean(0)[:-1]
