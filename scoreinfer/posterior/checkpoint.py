@@ -215,7 +215,8 @@ def read_run(part: dict[str, Any]) -> History:
     """Make the history from the record by `run_record`."""
     rows = {name: np.array([np.nan if v is None else v for v in part[name]], float)
             for name in ("loss", "validation")}  # fmt: skip
-    return History(**part | rows)
+    shares = {name: tuple(part.get(name, ())) for name in ("shares", "share_steps", "share_seconds")}
+    return History(**part | rows | shares)
 
 
 def training_record(history: TrainingHistory | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from scoreinfer.errors import UnreadableFile
 from scoreinfer.files import read_arrays, read_record, remove_leftovers, write_arrays, write_record
 from scoreinfer.identity import key_bits
 
-FORMAT, SCHEMA = "scoreinfer training", 1
+FORMAT, SCHEMA = "scoreinfer training", 2
 """Name of the file format, and its version."""
 IDENTITY = "fit.json"
 """Name of the file that describes the run."""
@@ -28,31 +28,41 @@ class Progress(NamedTuple):
 
     Args:
         state: weights, averaged weights, state of the optimiser, and number of steps.
-        best: the best averaged weights so far.
-        best_value: validation loss of the best weights; infinite before any epoch has a finite loss.
+        best: the best averaged weights of this leg.
+        chosen: the best averaged weights of all legs before.
+        best_value: validation loss of the best weights; infinite before any epoch of the leg has a finite loss.
         best_epoch: epoch of the best weights.
+        chosen_value: validation loss of the chosen weights or, with a judge, minus their share.
         loss: mean training loss of each epoch.
         validation: validation loss of each epoch.
         num_simulations: number of simulations in all pools so far.
         seconds: wall time so far, in seconds.
         stopped: why training ended; empty while it goes on.
+        shares: what the judge said.
+        share_steps: optimiser steps before each of the shares.
+        share_seconds: seconds before each of the shares.
     """
 
     state: PyTree
     best: PyTree
+    chosen: PyTree
     best_value: float = math.inf
     best_epoch: int = 0
+    chosen_value: float = math.inf
     loss: tuple[float, ...] = ()
     validation: tuple[float, ...] = ()
     num_simulations: int = 0
     seconds: float = 0.0
     stopped: str = ""
+    shares: tuple[float, ...] = ()
+    share_steps: tuple[int, ...] = ()
+    share_seconds: tuple[float, ...] = ()
 
 
 def keep_progress(path: Path, progress: Progress) -> None:
     """Write the state of a run atomically."""
     told = progress._asdict()
-    arrays = arrays_by_name((told.pop("state"), told.pop("best")))
+    arrays = arrays_by_name(tuple(told.pop(name) for name in ("state", "best", "chosen")))
     note = {name: _plain(value) for name, value in told.items()}
     write_arrays(path, {name: np.asarray(array) for name, array in arrays.items()}, note)
 
@@ -65,16 +75,16 @@ def resume_progress(path: Path, start: Progress) -> Progress:
     """
     if not path.exists():
         return start
-    own = arrays_by_name((start.state, start.best))
+    own = arrays_by_name((start.state, start.best, start.chosen))
     arrays, note = read_arrays(path, sum(leaf.nbytes for leaf in own.values()))
     shapes = [{name: (leaf.shape, str(leaf.dtype)) for name, leaf in tree.items()} for tree in (own, arrays)]
     if shapes[0] != shapes[1]:
         raise UnreadableFile(path, "names, shapes or types of its arrays are not those of this run's networks")
-    state, best = put_arrays((start.state, start.best), arrays)
+    trees = put_arrays((start.state, start.best, start.chosen), arrays)
     try:
         told = {name: getattr(start, name).__class__(value) for name, value in note.items()}
-        rows = {name: tuple(map(float, note[name])) for name in ("loss", "validation")}
-        return Progress(state, best, **told | rows)
+        rows = {name: tuple(map(float, note[name])) for name in ("loss", "validation", "shares", "share_seconds")}
+        return Progress(*trees, **told | rows)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnreadableFile(path, f"it does not hold the state of a training run ({error!r})") from error
 
