@@ -32,6 +32,10 @@ class Reversal(NamedTuple):
         free: the physics, without the noise of an observation.
         end: the observed site, if it is the only one and observes the last state with Gaussian noise; otherwise None.
         conditioned: whether the observation depends on earlier states, so that the kernels are conditioned on it.
+        physics: the physics; the noise of ``end``, if there is one, is its last step. It is static data of compiled
+            functions, so it is made once.
+        start_problem: the problem of what is drawn before the path (parameters, last state). None means that nothing
+            is.
     """
 
     problem: Problem
@@ -39,11 +43,8 @@ class Reversal(NamedTuple):
     free: PhysicsProcess
     end: NoisyEnd | None
     conditioned: bool
-
-    @property
-    def physics(self) -> PhysicsProcess:
-        """The physics; the noise of ``end``, if there is one, is its last step."""
-        return self.free if self.end is None else add_noise_stage(self.free, self.end.scale)
+    physics: PhysicsProcess
+    start_problem: Problem | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -56,14 +57,6 @@ class Reversal(NamedTuple):
         if not self.problem.observed:
             return END_STATE
         return None if self.end is None else self.end.site
-
-    @property
-    def start_problem(self) -> Problem | None:
-        """The problem of what is drawn before the path (parameters, last state). None means that nothing is."""
-        whole = self.problem if self.problem.observed else pinned(self.problem)
-        if not self.num_parameters and (self.end is not None or not self.problem.observed):
-            return None
-        return beginning(whole, self.physics, self.site, self.start_site)
 
 
 class Samplers(NamedTuple):
@@ -87,11 +80,21 @@ def read_reversal(
         UnsupportedModel: if the model cannot be read, or its physics is not a process in time.
     """
     problem = from_numpyro(model, *args, observed=observed, **kwargs)
-    physics = read_physics(process, model, *args, **kwargs)
+    free = read_physics(process, model, *args, **kwargs)
     simulable = problem.simulate is not None
     end = noisy_end(process.site, model, *args, **kwargs) if simulable and len(problem.observed) == 1 else None
-    conditioned = simulable and end is None and sees_path(problem, process.site, physics.num_steps + 1)
-    return Reversal(problem, process.site, physics, end, conditioned)
+    conditioned = simulable and end is None and sees_path(problem, process.site, free.num_steps + 1)
+    physics = free if end is None else add_noise_stage(free, end.scale)
+    reversal = Reversal(problem, process.site, free, end, conditioned, physics)
+    return reversal._replace(start_problem=_start_problem(reversal))
+
+
+def _start_problem(reversal: Reversal) -> Problem | None:
+    problem = reversal.problem
+    if not reversal.num_parameters and (reversal.end is not None or not problem.observed):
+        return None
+    whole = problem if problem.observed else pinned(problem)
+    return beginning(whole, reversal.physics, reversal.site, reversal.start_site)
 
 
 def samplers(

@@ -12,10 +12,13 @@ from numpyro.infer import MCMC
 from scipy import stats
 
 import scoreinfer as si
+from compilations import Compilations
 from modes import heat, ornstein_uhlenbeck, ring
 from scoreinfer.model import read_physics
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.paths import linear_frame
+from scoreinfer.paths.build import read_reversal
+from scoreinfer.posterior import smdp
 from scoreinfer.process import Physics
 from scoreinfer.process.physics import hartley
 
@@ -130,6 +133,18 @@ def test_resimulated_trajectories_need_their_first_states_alone():
     assert MODES.disagreement(draws.sites["x"], draws.log_weight, END) < 5.5
     with pytest.raises(ValueError, match="there are none"):
         si.SMDP(MODES.model, "x", resimulate=True, **options)
+
+
+@pytest.mark.parametrize("resimulate", [False, True], ids=["simulated", "resimulated"])
+def test_fresh_paths_of_a_second_epoch_cost_no_compilation(resimulate):
+    """The physics is static data of compiled functions, so it has to be the same object in every epoch."""
+    paths = MODES.path().sample(jax.random.key(3), (100,)) if resimulate else None
+    options = si.SMDP(MODES.model, "x", trajectories=paths, resimulate=resimulate, **SMALL)
+    draw = smdp._read(options, read_reversal(options.physics, MODES.model)).draw
+    draw(jax.random.key(0), 64)
+    with Compilations() as compilations:
+        draw(jax.random.key(1), 64)
+    assert compilations.count == 0
 
 
 @pytest.mark.slow
