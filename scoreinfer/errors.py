@@ -62,13 +62,13 @@ class UnreadableFile(ValueError):
         super().__init__(f"`{os.fspath(path)}` cannot be read: {reason}. {way_out}.")
 
 
-PACKAGE = os.path.dirname(__file__)
-"""Folder of this package."""
+BETWEEN = {"scoreinfer", "beartype", "contextlib", "equinox", "functools", "jax", "jaxtyping", "numpyro"}
+"""This package, and those whose wrappers and loops stand between its functions and their caller."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line that called this package, however deep inside it the reason was found."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
-from scoreinfer.errors import UnsupportedModel
+from scoreinfer.errors import UnsupportedModel, warn
 from scoreinfer.files import digest
 from scoreinfer.identity import Version, describe_sites, fingerprint, key_bits, moved
 from scoreinfer.model import problem_of
@@ -176,10 +175,10 @@ def simulate(
                 if counting := moved(version, simulator):
                     leave_out(path, counting)
     if faults and all(faults) and not done.valid.any():
-        warnings.warn(
+        warn(
             f"None of the {len(faults)} simulations of this run succeeded with finite numbers. Correct the simulator. "
             f"The first: {faults[0]}",
-            stacklevel=2,
+            UserWarning,
         )
     return opened
 

@@ -1,6 +1,7 @@
 """The amortised posterior end to end, on models with known answers."""
 
 import dataclasses
+import os
 import pickle
 
 import equinox as eqx
@@ -266,6 +267,37 @@ def test_far_observation_is_warned_of(mixture, monkeypatch):
     monkeypatch.setattr(scoreinfer.evidence.witnesses, "MIN_INFORMATIVE", 0.0)  # no second attempt, which costs most
     with pytest.warns(si.errors.MisspecificationWarning):
         assert not posterior.sample(jax.random.key(1), 4000, **nowhere).certificate.certified
+
+
+def test_warnings_name_the_line_of_the_caller(mixture, monkeypatch):
+    """Not one of Equinox, which wraps the methods, nor the caller's own file where its name begins with ours."""
+    oracle, posterior = mixture
+    far = {name: np.full_like(value, 1e6) for name, value in oracle.data.items()}
+    monkeypatch.setattr(scoreinfer.evidence.witnesses, "MIN_INFORMATIVE", 0.0)
+    study = f"{os.path.dirname(si.__file__)}_study.py"
+    own = {"__name__": "scoreinfer_study"}
+    exec(compile("def draw(posterior, **data): posterior.sample(KEY, 64, **data)", study, "exec"), own)
+    own["KEY"] = jax.random.key(1)
+    for call in (posterior.sample, lambda key, num, **data: posterior.condition(**data).sample(key, num)):
+        with pytest.warns(si.errors.MisspecificationWarning) as caught:
+            call(jax.random.key(1), 64, **far)
+        assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(si.errors.MisspecificationWarning) as caught:
+        own["draw"](posterior, **far)
+    assert {warning.filename for warning in caught} == {study}
+
+
+def test_failed_refinement_warns_at_the_line_of_the_caller(mixture, monkeypatch):
+    oracle, posterior = mixture
+
+    def fails(*args, **kwargs):
+        raise FloatingPointError("nothing is finite")
+
+    monkeypatch.setattr(scoreinfer.posterior.amortised, "focus", lambda key, proposal, target: (proposal, 0.1))
+    monkeypatch.setattr(scoreinfer.posterior.amortised, "refine", fails)
+    with pytest.warns(si.errors.TrainingWarning, match="nothing is finite") as caught:
+        posterior.condition(**oracle.data).focus(jax.random.key(1))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_distance_rank_is_uniform_on_data_from_the_model(mixture):
