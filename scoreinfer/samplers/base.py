@@ -107,4 +107,5 @@ class AbstractDensityProposal(AbstractProposal):
 
 def _weighted(target: Target, z: Float[Array, " dim"], log_q: Float[Array, ""]) -> Weighted:
     log_target = target(z)
-    return Weighted(z, log_target - log_q, log_target)
+    impossible = (log_target == -jnp.inf) & (log_q == -jnp.inf)
+    return Weighted(z, jnp.where(impossible, -jnp.inf, log_target - log_q), log_target)

@@ -72,7 +72,8 @@ def mixed(defence: Defence, drawn: Weighted) -> Weighted:
     density, share = defence
     log_other = jax.vmap(density.log_density)(drawn.z) - drawn.log_target
     inverse = jnp.logaddexp(jnp.log1p(-share) - drawn.log_weight, jnp.log(share) + log_other)
-    return drawn._replace(log_weight=-inverse)
+    impossible = drawn.log_target == -jnp.inf  # weight zero, where the proposal's density is zero too
+    return drawn._replace(log_weight=jnp.where(impossible, -jnp.inf, -inverse))
 
 
 def weighted_draws(
