@@ -34,6 +34,8 @@ from scoreinfer.problem import Problem, from_potential
 from scoreinfer.samplers.base import AbstractProposal, Target
 from scoreinfer.samplers.single import Effort, Evidence, learn
 
+NO_DENSITY = "ScoreSDE needs a density, but the model has no density: use `posterior.sample`."
+
 
 class Fit(NamedTuple):
     """A learned sampler and the problem that it was learned for.
@@ -174,12 +176,17 @@ class ScoreSDE(MCMCKernel):
             **kwargs: keyword arguments of the model.
 
         Raises:
-            ValueError: if ``init_params`` is missing for a ``potential_fn``.
+            ValueError: if ``num_warmup`` is not positive, or ``init_params`` is missing for a ``potential_fn``.
+            UnsupportedModel: if the model has no density.
             FloatingPointError: if the density is finite at no draw of the explorer's start.
 
         Exactness: exact sampling does not depend on this learning (see the class).
         """
+        if num_warmup < 1:
+            raise ValueError(f"`num_warmup` must be at least 1, got {num_warmup}: it is the budget of the learning.")
         problem = self._read(args, kwargs, init_params)
+        if not problem.has_density:
+            raise UnsupportedModel(NO_DENSITY)
         target = Target(problem, observe(problem, args, kwargs))
         num_particles = min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192)
         effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
@@ -281,7 +288,7 @@ class ScoreSDE(MCMCKernel):
         example = init_params if one else jax.tree.map(lambda leaf: leaf[0], init_params)
         fit, target = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
         if not fit.problem.has_density:
-            raise UnsupportedModel("ScoreSDE needs a density, but the model has no density: use `posterior.sample`.")
+            raise UnsupportedModel(NO_DENSITY)
         check_density(target.problem, target.y, gradient=self.num_local_steps > 0)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
         begin = partial(start, fit.proposal, target, *sizes, self.num_local_steps > 0)

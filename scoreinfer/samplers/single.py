@@ -18,6 +18,7 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.bijections.base import Chain, Change, pull, spread
 from scoreinfer.bijections.normalise import fit_shape, has_tails
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.montecarlo.first_draws import draw_first, first_power, resample_first
 from scoreinfer.montecarlo.langevin import LogDensity
 from scoreinfer.montecarlo.moves import LangevinMoves
@@ -156,6 +157,7 @@ def learn(
         The sampler of the best round (see `choose`), and the explorer's results.
 
     Raises:
+        UnsupportedModel: if the model has no density.
         FloatingPointError: if the density or its gradient is finite at no particle, if the explorer does not reach the
             posterior, or if a round of training ends before any epoch has a finite loss.
 
@@ -167,6 +169,8 @@ def learn(
     """
     for_explorer, for_net, for_rounds = jax.random.split(key, 3)
     problem, y = target.problem, target.y
+    if not problem.has_density:
+        raise UnsupportedModel("One posterior is learned from its density, but the model has no density: use `fit`.")
     reference = reference_of(problem, start_scale)
     try:
         particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
