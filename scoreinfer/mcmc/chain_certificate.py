@@ -90,21 +90,24 @@ class ChainCertificate(NamedTuple):
         )
 
 
-def certify(drawn: Draws | MCMC) -> Certificate | ChainCertificate:
+def certify(drawn: Draws | MCMC, **options: Any) -> Certificate | ChainCertificate:
     """Return the certificate of draws, or certify the last run of an `MCMC` object with a `ScoreSDE` kernel.
 
-    Draws were already certified when they were made. Chains are certified by `certify_chains`.
+    Draws were already certified when they were made. Chains are certified by `certify_chains`, which takes the
+    ``options``.
 
     Raises:
-        TypeError: if ``drawn`` is neither.
+        TypeError: if ``drawn`` is neither, or ``options`` are given with draws.
         ValueError: as `certify_chains`.
 
     Exactness: see `Certificate` and `ChainCertificate`.
     """
     if isinstance(drawn, Draws):
+        if options:
+            raise TypeError(f"Expected no options with draws, got {', '.join(options)}: draws are already certified.")
         return drawn.certificate
     if isinstance(drawn, MCMC):
-        return certify_chains(drawn)
+        return certify_chains(drawn, **options)
     raise TypeError(f"Expected the draws of a posterior or an `MCMC` object, got {type(drawn).__name__}.")
 
 

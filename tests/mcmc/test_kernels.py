@@ -13,10 +13,12 @@ import pytest
 import scipy.stats
 from jax import random
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, Predictive, log_likelihood
+from numpyro.infer import MCMC, NUTS, Predictive, log_likelihood
 
 import doubles
+import scoreinfer as si
 from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
+from scoreinfer.errors import UnsupportedModel
 from scoreinfer.mcmc import ScoreSDE, score_sde, transition
 from scoreinfer.mcmc.transition import ScoreSDEState
 from scoreinfer.model import from_numpyro
@@ -395,6 +397,25 @@ def test_no_density_is_refused():
     problem = doubles.Problem(**vars(location_scale_problem()) | {"has_density": False})
     with pytest.raises(ValueError, match="no density"):
         run(ScoreSDE(posterior=fake_posterior(problem)), Y1)
+
+
+def test_no_density_is_refused_before_learning(monkeypatch):
+    """And so is a budget of nothing."""
+    problem = doubles.Problem(**vars(location_scale_problem()) | {"has_density": False})
+    kernel = ScoreSDE(doubles.location_scale, progress_bar=False)
+    with pytest.raises(ValueError, match="`num_warmup` must be at least 1, got 0"):
+        kernel.learn(random.key(0), 0, Y1)
+    monkeypatch.setattr(kernel, "_read", lambda *_: problem)
+    with pytest.raises(UnsupportedModel, match=r"no density: use `posterior\.sample`"):
+        kernel.learn(random.key(0), 10, Y1)
+
+
+def test_certify_takes_the_options_of_the_kind():
+    draws = si.Draws({}, np.zeros((1, 1)), None, np.zeros(1), None, {})
+    with pytest.raises(TypeError, match="no options with draws, got num"):
+        si.certify(draws, num=10)
+    with pytest.raises(ValueError, match="ScoreSDE"):
+        si.certify(MCMC(NUTS(doubles.location_scale), num_warmup=1, num_samples=1), num=10)
 
 
 def test_constructor_errors(posterior):
