@@ -210,7 +210,8 @@ class Conditioned(AbstractConditioned):
             number.
 
         Raises:
-            ValueError: if the posterior was fitted without a likelihood, or ``runs`` do not belong to the draws.
+            ValueError: if the posterior was fitted without a likelihood, ``draws`` are of other data, or ``runs`` are
+                not runs on the draws.
 
         Exactness: exact importance weights for any training, for the model in which failure has probability zero. This
             holds for random simulators too: their outputs are drawn, so that their density is not needed.
@@ -221,6 +222,7 @@ class Conditioned(AbstractConditioned):
                 "`weigh` needs a posterior that was fitted with a likelihood, got one without. Fit it with "
                 "`NPSE(..., likelihood=...)` if the density of the data given the outputs is known."
             )
+        self._check_data(draws)
         runs = runs if isinstance(runs, Store) else Store(runs)
         z, log_likelihood = explained(problem, runs, y)
         if not np.array_equal(z, draws.unconstrained):

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._tree import in_batches, own_broadcasting
@@ -46,7 +47,7 @@ class AbstractConditioned(eqx.Module):
 
         Raises:
             UnsupportedModel: if data cannot be simulated from given parameters.
-            ValueError: if no draw has a positive weight.
+            ValueError: if ``draws`` are draws of other data, or no draw has a positive weight.
 
         Exactness: consistent as the number of draws grows.
         """
@@ -54,10 +55,25 @@ class AbstractConditioned(eqx.Module):
         if problem.simulate_observation is None:
             why = problem.no_observation
             raise UnsupportedModel(f"`predict` simulates data from given parameters, which this model cannot do: {why}")
+        if draws is not None:
+            self._check_data(draws)
         for_draws, for_rows, for_data = jax.random.split(key, 3)
         draws = self.sample(for_draws, num) if draws is None else draws
         numbered = draws._replace(sites={"z": draws.unconstrained}).resample(for_rows, num)
         return in_batches(lambda i: _simulated(for_data, problem, i, numbered["z"][i]), num, PREDICTED)
+
+    def _check_data(self, draws: Draws) -> None:
+        """Refuse draws of other data; missing values (NaN) are equal."""
+        ours, theirs = self.target.y, draws.observed
+        differ = [
+            name for name in sorted(ours.keys() | theirs.keys())
+            if name not in ours or name not in theirs or not np.array_equal(ours[name], theirs[name], equal_nan=True)
+        ]  # fmt: skip
+        if differ:
+            raise ValueError(
+                f"`draws` must be draws of this posterior, got draws of other data: {', '.join(differ)} of "
+                "`draws.observed` differ. Condition on the data of the draws, or draw again."
+            )
 
     def to_arviz(self, key: Key, num: int, **options: Any) -> Any:
         """Make ``num`` draws and convert them for ArviZ; `scoreinfer.to_arviz` lists the options and errors."""

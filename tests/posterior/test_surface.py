@@ -93,6 +93,15 @@ def test_samples_are_the_weighted_draws(draws):
     assert disagreement(ORACLE.truth(ORACLE.data), theta, ess=draws.certificate.ess) < 5
 
 
+def test_draws_of_other_data_are_refused(posterior, conditioned, draws):
+    other = posterior.condition(**OWN, y=ORACLE.data["y"] + 1.0)
+    with pytest.raises(ValueError, match=r"draws of other data: y of `draws\.observed` differ"):
+        other.predict(jax.random.key(0), 10, draws=draws)
+    missing = draws._replace(observed={})
+    with pytest.raises(ValueError, match="other data: y of"):
+        conditioned.predict(jax.random.key(0), 10, draws=missing)
+
+
 def test_samples_without_weights_are_the_draws(draws):
     plain = draws._replace(log_weight=None)
     np.testing.assert_array_equal(plain.get_samples()["theta"], draws.sites["theta"])
