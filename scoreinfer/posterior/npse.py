@@ -79,8 +79,9 @@ class NPSE:
             are concatenated.
         sampler: the sampler of the draws. None means the probability flow up to 16 dimensions and the reverse SDE
             above.
-        target_score: whether training uses gradients of the joint density. None means: if they exist, are finite and
-            pass a test by Stein's identity.
+        target_score: whether training uses gradients of the joint density. None means: if they exist, are finite, pass
+            a test by Stein's identity, and their mean square in the whitened space is below 10,000 in every dimension
+            (larger ones have almost no share in the loss).
         observed: names of the observed sites. Necessary if the model does not show them without data.
         simulations: a store of the runs of a foreign simulator (`scoreinfer.simulators.simulate`), or its folder.
             ``model`` is then the prior of the runs. Data are passed by the names of the outputs:
@@ -200,7 +201,8 @@ class NPSE:
         """
         problem = problem_of(self.model, args, kwargs, self.observed)
         if self.likelihood is not None:
-            problem = _stored(self, jax.random.key(0), problem).problem
+            options = dataclasses.replace(self, invalid="learn")  # the probability of success is in the folder
+            problem = _stored(options, jax.random.key(0), problem).problem
         else:
             outputs = foreign_outputs(Path(path))
             problem = problem if outputs is None else with_outputs(problem, outputs)

@@ -129,6 +129,20 @@ def test_runs_on_draws_may_be_made_elsewhere(conditioned, draws, tmp_path):
         si.simulators.record(draws, turned, {"field": fields}, store=tmp_path / "turned")
 
 
+def test_draws_of_other_data_are_not_weighed(posterior, draws, tmp_path):
+    with pytest.raises(ValueError, match=r"draws of other data: y of `draws\.observed` differ"):
+        posterior.condition(y=2 * Y).weigh(jax.random.key(3), draws, tmp_path)
+
+
+def test_loading_does_not_mind_runs_that_failed(problem, posterior, tmp_path):
+    posterior.save(tmp_path / "p")
+    store = si.simulators.simulate(jax.random.key(0), problem, fragile, 50, store=tmp_path / "runs", **QUIET)
+    assert not store.read().valid.all()
+    for invalid in ("raise", "drop"):
+        options = si.NPSE(problem, simulations=store, likelihood=likelihood, invalid=invalid)
+        assert options.load(tmp_path / "p").problem.observed
+
+
 def test_saved_posteriors_are_weighed_again(posterior, problem, draws, store, tmp_path):
     posterior.save(tmp_path / "p")
     with pytest.raises(ValueError, match=r"Load it with `NPSE\(model, likelihood="):
