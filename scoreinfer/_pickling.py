@@ -37,6 +37,17 @@ def by_recipe(recipe: Callable[[], Any]) -> tuple[Callable[..., Any], tuple[Any]
     return _follow, (recipe,)
 
 
+def can_be_pickled(value: Any) -> bool:
+    """Say whether the pickler among the callers can pickle a value that `by_recipe` reduces."""
+    if _pickles_by_value():
+        return True
+    try:
+        pickle.dumps(value)
+    except Exception:  # a user's objects may raise anything
+        return False
+    return True
+
+
 def _follow(recipe: Callable[[], Any]) -> Any:
     return recipe()
 

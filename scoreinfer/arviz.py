@@ -26,7 +26,7 @@ from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.identity import versions
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
-from scoreinfer.problem import Problem
+from scoreinfer.problem import NO_PROBLEM, Problem
 
 _BLOCK = 256
 """Draws that are processed at once. It limits the memory if every draw solves an ODE. Chosen by judgement."""
@@ -56,9 +56,9 @@ def to_arviz(
     r"""Convert draws to an ArviZ `InferenceData` (ArviZ 0.x) or `DataTree` (ArviZ 1.x).
 
     Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``) and
-    ``observed_data``. On request: ``log_likelihood``, ``posterior_predictive``, ``prior`` and ``prior_predictive``. The
-    attributes of ``posterior`` hold the versions, the `DrawInfo`, the certificate (``certificate_*``), and the
-    ``renamed`` sites.
+    ``observed_data``. ``log_q`` is NaN where ``lp`` is minus infinity. On request: ``log_likelihood``,
+    ``posterior_predictive``, ``prior`` and ``prior_predictive``. The attributes of ``posterior`` hold the versions, the
+    `DrawInfo`, the certificate (``certificate_*``), and the ``renamed`` sites.
 
     Args:
         key: random key. Resampling, predictions and prior draws use independent random numbers. The same key gives
@@ -158,8 +158,9 @@ def _of_likelihood(
         return _chains(log_likelihood, rows, num_chains)
     problem = draws.problem
     if problem is None or problem.pointwise_log_likelihood is None:
+        why = NO_PROBLEM if problem is None else "this problem has none"
         raise ValueError(
-            "`log_likelihood=True` needs a pointwise likelihood, which this problem does not have. "
+            f"`log_likelihood=True` needs a pointwise likelihood: {why}. "
             "Pass a dictionary of arrays with the draw axis first, such as "
             "`log_likelihood=numpyro.infer.log_likelihood(model, draws.sites, *args)`."
         )
@@ -205,7 +206,7 @@ def _resampled_rows(key: Key, draws: Draws, num: int) -> Integer[np.ndarray, " n
 def _simulable(draws: Draws, asked: str) -> Problem:
     problem = draws.problem
     if problem is None or problem.simulate is None or problem.simulate_observation is None:
-        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.no_observation
+        why = NO_PROBLEM if problem is None else problem.no_observation
         raise ValueError(f"`{asked}` needs a model that can be simulated: {why}")
     return problem
 

@@ -1,5 +1,6 @@
 """Draws: the weighted draws that a sampler returns."""
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._pickling import can_be_pickled
 from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.arviz import to_arviz
 from scoreinfer.montecarlo.resampling import resample_indices, stratified_indices
@@ -48,13 +50,14 @@ class Draws(NamedTuple):
             deterministic site may be a tree of arrays, as in NumPyro.
         unconstrained: flat unconstrained vectors.
         log_weight: log p(z, y) - log q(z). None means that the model has no density.
-        log_q: log density of the proposal (the density of a path, if the weights are over paths). NaN if p(z, y) is
-            zero.
+        log_q: log density of the proposal (the density of a path, if the weights are over paths), as log_joint -
+            log_weight. NaN where p(z, y) is zero.
         log_joint: log p(z, y) in the unconstrained space. None means that the model has no density.
         observed: the observation that the posterior is conditioned on.
         certificate: the verdict on this batch (`scoreinfer.Certificate`).
         info: how the batch was made.
-        problem: the problem of the model. None means that it is not known.
+        problem: the problem of the model. None means that it is not known. Pickled draws leave it out where it cannot
+            be pickled (a model in a function, a lambda, a problem made by hand).
 
     Exactness: the weighted draws are consistent as their number grows. Without a density they are the raw learned
         draws, and biased.
@@ -69,6 +72,16 @@ class Draws(NamedTuple):
     certificate: Any = None
     info: DrawInfo | None = None
     problem: Problem | None = None
+
+    def __reduce__(self) -> Any:
+        problem = self.problem if can_be_pickled(self.problem) else None
+        return Draws, (*self[:-1], problem)
+
+    def __copy__(self) -> "Draws":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Draws":
+        return Draws._make(copy.deepcopy(part, memo) for part in self)
 
     @property
     def num(self) -> int:

@@ -18,6 +18,12 @@ from jaxtyping import Array, Float, PyTree
 from scoreinfer._pickling import by_recipe
 from scoreinfer._typing import Key, Sites, Values
 
+NO_PROBLEM = (
+    "these draws hold no problem (`draws.problem` is None, as after pickling where the problem cannot be pickled; "
+    "put it back with `draws._replace(problem=posterior.problem)`)"
+)
+"""Reason why draws that hold no problem cannot be used."""
+
 
 class Site(NamedTuple):
     """One site of a model.

@@ -1,6 +1,7 @@
 """Pickled posteriors and problems: read from their model again, the same draws to the last bit, or a way out named."""
 
 import copy
+import dataclasses
 import pickle
 
 import jax
@@ -105,6 +106,25 @@ def test_foreign_problems_come_back():
     y = again.read((), {"y": np.zeros(2)})
     assert again.observation.log_likelihood(row, y) == known.observation.log_likelihood(row, y)
     assert again.observed == known.observed and not again.has_density
+
+
+def test_draws_are_pickled_without_a_problem_that_cannot_be():
+    """Models in functions, lambdas, problems made by hand; what needs the problem then says so."""
+    kept = si.from_numpyro(location_scale)
+    problems = (
+        kept,
+        si.from_numpyro(lambda y=None: location_scale(y)),
+        kept.__class__(**vars(kept) | {"recipe": None}),
+    )
+    for problem in problems:
+        problem = dataclasses.replace(problem, constrain=lambda z: z) if problem is problems[2] else problem
+        draws = si.Draws({"a": jnp.arange(3.0)}, jnp.ones((3, 2)), None, jnp.zeros(3), None, {"y": Y1}, problem=problem)
+        again = pickle.loads(pickle.dumps(draws))
+        assert (again.problem is None) == (problem is not kept)
+        jax.tree.map(np.testing.assert_array_equal, again[:6], draws[:6])
+        assert copy.deepcopy(draws).problem is problem and copy.copy(draws).problem is problem
+    with pytest.raises(ValueError, match=r"as after pickling.*draws\._replace\(problem=posterior\.problem\)"):
+        again.to_arviz(jax.random.key(0), log_likelihood=True)
 
 
 def test_models_that_cannot_be_imported_are_named():

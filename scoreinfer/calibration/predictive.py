@@ -15,7 +15,7 @@ from scoreinfer.draws import Draws
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
-from scoreinfer.problem import Problem
+from scoreinfer.problem import NO_PROBLEM, Problem
 
 STATISTICS: dict[str, Callable[[Array], Array]] = {"mean": jnp.mean, "sd": jnp.std, "min": jnp.min, "max": jnp.max}
 """Statistics of a site that are compared. A site of size one has the mean only. Chosen by judgement."""
@@ -67,7 +67,7 @@ def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepanc
     """
     problem = draws.problem
     if problem is None or problem.simulate_observation is None:
-        why = "these draws hold no problem (`draws.problem` is None)" if problem is None else problem.no_observation
+        why = NO_PROBLEM if problem is None else problem.no_observation
         raise UnsupportedModel(
             "Predictive checks simulate data from parameters. Expected draws from the posterior of a model that can do "
             f"so, got others: {why}"
