@@ -358,5 +358,6 @@ def pinned(problem: Problem) -> Problem:
     Its likelihood is one. Its evidence is the density of the process at the known end.
     """
     return dataclasses.replace(
-        problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype), recipe=partial(pinned, problem)
-    )
+        problem, observed=(), log_likelihood=lambda z, y: jnp.zeros((), z.dtype), pointwise_log_likelihood=None,
+        recipe=partial(pinned, problem),
+    )  # fmt: skip

@@ -89,19 +89,19 @@ class ConditionedPaths(AbstractConditioned):
             by = with_particles(self.proposal, num_particles)
             return weighted_draws(key, by, self.target, max(batch_size // num_particles, 1), defence, 0, num)
 
-        num_particles = asked or 1
+        num_particles, num_left = asked or 1, 0
         drawn = draw(key, num_particles)
         share = effective_sample_size(drawn.log_weight) / num
         if asked is None and 0.0 < share < 1 / NUM_PARTICLES:
-            resampled = draw(for_again, NUM_PARTICLES)
+            resampled, num_left = draw(for_again, NUM_PARTICLES), num * NUM_PARTICLES
             if effective_sample_size(resampled.log_weight) / num > share:
-                drawn, num_particles = resampled, NUM_PARTICLES
+                drawn, num_particles, num_left = resampled, NUM_PARTICLES, num
         # Paths to a known end have no density in the space of all paths, so no density can be fitted to them.
         again = None if self._known else partial(draw, for_mended, num_particles)
         judged = self._judge(for_checks, with_particles(self.proposal, num_particles), drawn, again, thorough)
         warn_of_outlier(judged.certificate.distance_rank)
         info = DrawInfo(
-            judged.num_proposals * num_particles,
+            num_left + judged.num_proposals * num_particles,
             num_simulations=self.posterior.history.num_simulations,
             num_particles=num_particles,
             witnessed=judged.witnessed,

@@ -12,6 +12,7 @@ from numpyro.infer import MCMC
 from scipy import stats
 
 import scoreinfer as si
+import scoreinfer.posterior.paths
 from compilations import Compilations
 from modes import heat, ornstein_uhlenbeck, ring
 from scoreinfer.model import read_physics
@@ -47,6 +48,21 @@ def test_draws_do_not_depend_on_the_batch_size(posterior):
     conditioned = posterior.condition(y=END)
     one, two = (conditioned.sample(jax.random.key(1), 700, batch_size=size) for size in (512, 1024))
     np.testing.assert_allclose(one.unconstrained, two.unconstrained, atol=1e-5)
+
+
+def test_all_paths_that_were_drawn_are_counted(posterior, monkeypatch):
+    """Poor weights: single paths first, 32 particles for each path then, and the better of the two."""
+    for shares, kept in (((0.01, 0.005), 1), ((0.01, 0.02), 32)):
+        left = iter(shares)
+        monkeypatch.setattr(scoreinfer.posterior.paths, "effective_sample_size", lambda _, left=left: 64 * next(left))
+        info = posterior.condition(y=END).sample(jax.random.key(1), 64).info
+        assert (info.num_particles, info.witnessed) == (kept, 0.0) and info.num_proposals == 64 * 33
+
+
+def test_known_ends_have_no_pointwise_likelihood(posterior):
+    draws = posterior.condition_on_end(END).sample(jax.random.key(1), 64)
+    with pytest.raises(ValueError, match="needs a pointwise likelihood: this problem has none"):
+        draws.to_arviz(jax.random.key(0), log_likelihood=True)
 
 
 def test_predictions_are_those_of_the_last_state(posterior):
