@@ -192,6 +192,6 @@ def check_shape(got: tuple[int, ...], expected: tuple[int, ...], what: str) -> N
     """
     if got != expected:
         raise ValueError(
-            f"`Physics` {what} must return shape {expected} like the state, got {got}. Remove any batch axis that the "
-            "simulator adds."
+            f"The physics' {what} must return shape {expected} like the state, got {got}. Remove any batch axis that "
+            "the simulator adds."
         )

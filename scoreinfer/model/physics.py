@@ -16,12 +16,10 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import Offence, UnsupportedModel
 from scoreinfer.model.path import PhysicsPath, check_noise, check_shape, check_times
 from scoreinfer.model.replay import Open, fixed_key, layers
+from scoreinfer.model.survey import NUM_PROBES
 from scoreinfer.problem import Problem
 from scoreinfer.process import Physics, PhysicsProcess
 from scoreinfer.process.physics import Step, components_of, minus_drift, states_of
-
-NUM_PROBES = 8
-"""Joint draws on which properties of physics are measured. Chosen by judgement."""
 
 
 def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwargs: Any) -> PhysicsProcess:
@@ -159,8 +157,8 @@ def _check_finite(process: PhysicsProcess, paths: Float[Array, "num times dim"])
     if not finite.all():
         first = int(np.argmin(finite))
         raise ValueError(
-            f"`Physics` step {first}, from t = {float(process.ts[first]):g}, returns numbers that are not finite on "
-            f"paths simulated from the model (first of {np.sum(~finite)} such steps). Use smaller solver steps "
+            f"The physics' step {first}, from t = {float(process.ts[first]):g}, returns numbers that are not finite "
+            f"on paths simulated from the model (first of {np.sum(~finite)} such steps). Use smaller solver steps "
             "(substeps inside `step`), or bound the state."
         )
 

@@ -20,7 +20,10 @@ from scoreinfer.model.survey import NUM_PROBES, map_probes
 from scoreinfer.montecarlo.langevin import Differentiation, derivatives, differentiate
 from scoreinfer.problem import Problem, Site
 
-_WITHOUT_GRADIENT = "Langevin kernels and `ScoreSDE(model)` need a gradient; `fit` and weighted draws do not"
+_WITHOUT_GRADIENT = (
+    "Langevin kernels need a gradient. `ScoreSDE(model)` makes random-walk moves instead. `fit` and weighted draws "
+    "need none"
+)
 """Advice for a model without a usable gradient."""
 _SOME_GRADIENT = "Langevin kernels may get stuck at such points; write the density so that it can be differentiated"
 """Advice for a model whose gradient is not finite at some draws."""

@@ -53,10 +53,10 @@ class DeepSet(eqx.Module):
     outer: eqx.nn.Linear
 
     def __init__(self, key: Key, num_entry: int, *, width: int = 64, num_out: int = 64):
-        first, second = jax.random.split(key)
+        first, last, outer = jax.random.split(key, 3)
         inner = ResidualMLP(first, num_entry, width, width=width, depth=2)
-        self.inner = eqx.tree_at(lambda net: net.last, inner, linear(second, width, width))
-        self.outer = linear(second, 2 * width, num_out)
+        self.inner = eqx.tree_at(lambda net: net.last, inner, linear(last, width, width))
+        self.outer = linear(outer, 2 * width, num_out)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

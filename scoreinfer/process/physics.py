@@ -38,7 +38,7 @@ class Physics(NamedTuple):
             a step is part transport and part dissipation, reverse the transport alone.
         waves: learn in Fourier space, one wavenumber at a time. For fields on periodic grids whose laws are the same
             everywhere. If the physics is linear, regression alone then gives the answer, for a field of any size. If
-            it is not, give `fit` a `ConvNet` as ``net``.
+            it is not, give `SMDP` a `ConvNet` as ``net``.
         separate: whether the network sees the state after the physics backwards (separate updates: first the physics,
             then a learned correction of its result), or the state before it (joint updates). What it corrects is the
             same. Separate updates are better if the physics backwards is good.

@@ -126,9 +126,11 @@ def target_precision(batch: ScoreBatch, wanted: bool | None = None) -> Float[Arr
 
     Args:
         batch: the simulations.
-        wanted: None applies both tests. Any other value applies neither, and the result is None only if a mean squared
-            gradient is not finite.
+        wanted: None applies both tests. True applies neither, and the result is None only if a mean squared gradient is
+            not finite. False always gives None.
     """
+    if wanted is False:
+        return None
     error, precision = _stein(batch)
     if wanted is None and not bool(((error < 5.0) & (precision < USELESS)).all()):
         return None
