@@ -24,6 +24,7 @@ from scoreinfer.process import (
     VP,
     AbstractLinearSDE,
     AbstractProcess,
+    Angular,
     LinearGaussian,
     Noising,
     PhysicsProcess,
@@ -119,8 +120,15 @@ def power_law(t: Any, low: float = 0.002, high: float = 10.0, power: float = 7.0
     return 2 * power * (b - a) * (a + t * (b - a)) ** (2 * power - 1)
 
 
+def turning(t: Any, low: float = 0.002, high: float = 10.0, power: float = 2.0) -> Any:
+    """Compute d tan(angle)^2 / dt, with the angle on a power law."""
+    a, b = np.arctan(low) ** (1 / power), np.arctan(high) ** (1 / power)
+    root = a + t * (b - a)
+    return 2 * jnp.tan(root**power) / jnp.cos(root**power) ** 2 * power * (b - a) * root ** (power - 1)
+
+
 def processes() -> dict[str, ProcessCase]:
-    """Name every linear SDE; drift and noise of the first three are equations 9, 11, 12 of Song et al. 2021."""
+    """Name every linear SDE; drift and noise of VE and the VPs are equations 9, 11, 12 of Song et al. 2021."""
     beta, integral = (lambda t, n=n: linear_rate(t)[n] for n in (0, 1))
     first, damped = float(integral(0.0)), CriticallyDamped()
     b, m, friction = damped.beta, damped.mass, damped.friction
@@ -130,6 +138,7 @@ def processes() -> dict[str, ProcessCase]:
     sub_noise = lambda t: beta(t) * (1 - jnp.exp(-2 * integral(t)))  # noqa: E731
     return {
         "VE": ProcessCase(Noising(VE()), lambda t: 0.0 * t, power_law, 1.0, 0.002**2),
+        "angular": ProcessCase(Noising(Angular()), lambda t: 0.0 * t, turning, 1.0, 0.002**2),
         "VP": ProcessCase(Noising(VP()), lambda t: -0.5 * beta(t), beta, keep, lost),
         "sub-VP": ProcessCase(Noising(SubVP()), lambda t: -0.5 * beta(t), sub_noise, keep, lost**2),
         "critically damped": ProcessCase(

@@ -8,13 +8,13 @@ import jax
 
 from scoreinfer.nets import Concatenate, ConditionalMLP, ConvNet, DeepSet, Embedding, Series
 from scoreinfer.nets.convnet import PADDING_MODES
-from scoreinfer.process import VE, VP, Noising, SubVP
+from scoreinfer.process import VE, VP, Angular, Noising, SubVP
 from scoreinfer.samplers.amortised import Size
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 
 MAX_SIZE, MAX_DEPTH, MAX_STEPS = 65_536, 64, 100_000
 """Largest size, number of blocks and number of sampler steps that a file may contain. Chosen by judgement."""
-SCHEDULES = (VE, VP, SubVP)
+SCHEDULES = (VE, Angular, VP, SubVP)
 """Noise schedules that can be saved."""
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
 """Samplers that can be saved."""

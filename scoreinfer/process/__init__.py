@@ -1,7 +1,7 @@
 """Forward processes: how a draw is turned into noise, or a state into a later one."""
 
 from scoreinfer.process.base import AbstractLinearSDE, AbstractProcess, Gaussian, LinearGaussian
-from scoreinfer.process.noising import VE, VP, AbstractSchedule, Noising, SubVP
+from scoreinfer.process.noising import VE, VP, AbstractSchedule, Angular, Noising, SubVP
 from scoreinfer.process.physics import Physics, PhysicsProcess
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "AbstractLinearSDE",
     "AbstractProcess",
     "AbstractSchedule",
+    "Angular",
     "Gaussian",
     "LinearGaussian",
     "Noising",
