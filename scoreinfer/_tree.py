@@ -68,10 +68,15 @@ def in_batches(
     parts = []
     for start in range(0, num, size):
         count = min(size, num - start)
-        part = function(jnp.asarray(np.minimum(start + np.arange(size), num - 1)))
-        parts.append(part if count == size else jax.tree.map(lambda leaf, count=count: leaf[:count], part))
+        parts.append(function(jnp.asarray(np.minimum(start + np.arange(size), num - 1))))
         done(count)
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return parts[0] if num == size else _joined(tuple(parts), num)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(parts: tuple[PyTree, ...], num: int) -> PyTree:
+    """Concatenate batches and cut off the padding; one program instead of one for every array."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *parts)
 
 
 def is_array(leaf: Any) -> bool:

@@ -223,7 +223,8 @@ def training_record(history: TrainingHistory | None) -> dict[str, Any]:
     """Make a plain record of the training of an amortised posterior."""
     if history is None:
         return {"history": None, "budget": None}
-    runs = {"whitening": run_record(history.whitening), "score": run_record(history.score)}
+    runs = {name: None if run is None else run_record(run)
+            for name, run in history._asdict().items() if name != "budget"}  # fmt: skip
     return {"history": runs, "budget": None if history.budget is None else history.budget._asdict()}
 
 
@@ -232,5 +233,8 @@ def read_training(training: dict[str, Any]) -> TrainingHistory | None:
     stored, budget = training["history"], training["budget"]
     if stored is None:
         return None
-    runs = read_run(stored["whitening"]), read_run(stored["score"])
-    return TrainingHistory(*runs, None if budget is None else Budget(**budget))
+    smaller = stored.get("smaller")  # files of earlier versions have none
+    return TrainingHistory(
+        read_run(stored["whitening"]), read_run(stored["score"]), None if budget is None else Budget(**budget),
+        None if smaller is None else read_run(smaller),
+    )  # fmt: skip

@@ -27,11 +27,12 @@ from scoreinfer.posterior.checkpoint_amortised import read_posterior
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AmortisedProposal, Architecture, Size, default_sampler, untrained
 from scoreinfer.samplers.diffusion import AbstractSampler
+from scoreinfer.samplers.judge import NUM_OBSERVATIONS, Judge
 from scoreinfer.score.network import ConditionalScore
 from scoreinfer.simulators.dataset import StoredSimulations, stored_simulations, with_outputs
 from scoreinfer.simulators.store import Store
 from scoreinfer.simulators.validity import Validity, learn_validity
-from scoreinfer.training.loop import Budget, History, TrainingHistory, train
+from scoreinfer.training.loop import EARLY, FINISHED, FLAT, GOOD, Budget, History, Loss, TrainingHistory, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision, whitening_loss
 from scoreinfer.training.resume import open_run
 from scoreinfer.training.simulations import (
@@ -42,6 +43,7 @@ from scoreinfer.training.simulations import (
     encoded,
     has_gradient,
     simulate_joint,
+    simulate_with_data,
     standardiser,
 )
 from scoreinfer.training.whitening import Whitening, regressed
@@ -52,6 +54,14 @@ NUM_OUTLIERS = 512
 """Number of simulations that the posterior keeps to detect outliers. Chosen by judgement."""
 POOL = 32_768
 """Largest number of fresh simulations in one epoch. Chosen by judgement."""
+FIRST = Size(32, 2)
+"""Size of the first score network, if the posterior has a density to judge it by. Chosen by judgement."""
+FIRST_STEPS = 0.5
+"""Share of the steps that the first network may take. Chosen by judgement: its steps are several times cheaper."""
+NUM_LEGS = 5
+"""Legs of every training: it may end after a sixteenth of its steps, an eighth, and so on. Chosen by judgement."""
+WHITENING_TIME = 1 / 3
+"""Share of ``max_seconds`` that the whitening map may take. Chosen by judgement."""
 PATIENCE = 30
 """Epochs without a better validation loss after which training on a fixed budget stops. Chosen by judgement."""
 
@@ -64,21 +74,27 @@ class NPSE:
     learns the score in the whitened space by denoising score matching. If the joint density has a usable gradient, the
     second stage also uses target-score matching.
 
+    Outcomes end the training. A judge draws for held-out observations and computes the effective share of the exact
+    weights. A ladder of proposals is climbed until the share reaches ``target_share``: the regression, the whitening
+    map, a small score network, the large one. Each of them is trained until the share is reached, or neither share nor
+    validation loss improve, and the next one is learned only if it falls short. Without a density the validation loss
+    decides alone, and there is no small network. ``print(posterior.history)`` says what ended the training.
+
     Args:
         model: a NumPyro model, or a `Problem`.
         num_simulations: fixed budget of simulations. A tenth of them is held out for validation and early stopping.
             None means fresh simulations in every epoch.
-        num_steps: optimiser steps of the score. The whitening map takes the same number of steps before
-            (a quarter of it on a fixed budget).
+        num_steps: largest number of optimiser steps of the score. The whitening map takes at most as many before
+            (a quarter of it on a fixed budget), the small score network half as many.
         batch_size: simulations per step.
         learning_rate: peak learning rate.
-        width: width of the score network. The network of the whitening map is twice as wide (as wide on a fixed
+        width: width of the large score network. The network of the whitening map is twice as wide (as wide on a fixed
             budget).
-        depth: number of residual blocks of the score network.
+        depth: number of residual blocks of the large score network.
         embedding: module that maps the standardised observed sites (a dictionary) to one vector. None means that they
             are concatenated.
-        sampler: the sampler of the draws. None means the probability flow up to 16 dimensions and the reverse SDE
-            above.
+        sampler: the sampler of the draws. None means the probability flow up to 16 dimensions, with the fewest steps
+            that keep 95 % of the largest effective share, and the reverse SDE above.
         target_score: whether training uses gradients of the joint density. None means: if they exist, are finite, pass
             a test by Stein's identity, and their mean square in the whitened space is below 10,000 in every dimension
             (larger ones have almost no share in the loss).
@@ -98,6 +114,9 @@ class NPSE:
             it. A run that is killed and started again with the same arguments ends with the same weights to the last
             bit as an uninterrupted run (on the same machine, on the CPU). An interrupt (Ctrl-C) stores the training
             and is raised again; without a folder, an interrupted training keeps the best weights so far.
+        target_share: effective share of exact weights, of a typical held-out observation, at which training stops.
+        max_seconds: seconds of training after which it stops. None means no limit. With a limit the weights depend on
+            the clock.
         progress_bar: show progress bars on a terminal.
 
     Raises:
@@ -125,6 +144,8 @@ class NPSE:
     likelihood: Callable[..., Any] | None = None
     invalid: Literal["learn", "drop", "raise"] = "learn"
     checkpoint: str | os.PathLike[str] | None = None
+    target_share: float = 0.8
+    max_seconds: float | None = None
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -161,19 +182,16 @@ class NPSE:
         """
         streams = _Streams(*jax.random.split(key, len(_Streams._fields)))
         data = _read(self, streams.pilot, problem_of(self.model, args, kwargs, self.observed))
-        budget = _budget(self, data)
         embedding = Concatenate() if self.embedding is None else self.embedding
-        stages = _open_checkpoint(self, key, data, embedding)
+        course = _Course(
+            self, streams, data, embedding, _open_checkpoint(self, key, data, embedding), _judge(streams, data)
+        )
+        proposal, history = _learn(course)
         problem, stored = data.problem, data.stored
-        proposal = untrained(streams.white, streams.net, problem, _architecture(self, data), embedding)
-        proposal = dataclasses.replace(proposal, standardiser=data.scale)
-        proposal, white_history = _learn_whitening(self, streams.train, data, budget, proposal, stages[0])
-        proposal, score_history = _learn_score(self, streams.score, data, budget, proposal, stages[1])
-        history = TrainingHistory(white_history, score_history, budget)
-        if stored is None:
+        if stored is None and data.validation.num < NUM_OUTLIERS:
             usual = _standardise(data.scale, simulate_joint(streams.bank, problem, NUM_OUTLIERS)).x
         else:
-            usual = _rows(data.validation.x, slice(None, NUM_OUTLIERS))
+            usual = _first(data.validation.x, min(NUM_OUTLIERS, data.validation.num))
         validity = _validity(self, streams.validity, stored)
         return Posterior(problem, proposal, _outliers(usual), history, validity)
 
@@ -220,7 +238,7 @@ def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Poste
     ...     numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
     >>> posterior = si.NPSE(model, num_steps=20, width=8, depth=1, progress_bar=False).fit(jax.random.key(0))
     >>> posterior.problem.dim, posterior.history.num_simulations
-    (1, 5120)
+    (1, 7373)
     """
     return NPSE(model).fit(key, *args, **kwargs)
 
@@ -240,6 +258,8 @@ class _Streams(NamedTuple):
     score: Key
     bank: Key
     validity: Key
+    judge: Key
+    large: Key
 
 
 class _Data(NamedTuple):
@@ -254,6 +274,7 @@ class _Data(NamedTuple):
             in every epoch.
         online: whether every epoch has fresh simulations, without a budget.
         stored: the rows of the store. None means that there is no store.
+        y: observations of the first held-out simulations.
     """
 
     problem: Problem
@@ -263,10 +284,57 @@ class _Data(NamedTuple):
     renew: Callable[[Key, bool], Simulations] | None
     online: bool
     stored: StoredSimulations | None
+    y: Sites
 
     def pool(self, key: Key, gradient: bool) -> Simulations:
         """Make the simulations of one epoch, with gradients of the log density if ``gradient`` is true."""
         return self.training if self.renew is None else self.renew(key, gradient)
+
+
+class _Course(NamedTuple):
+    """What all stages of one training share.
+
+    Args:
+        options: the options.
+        streams: the random streams.
+        data: the simulations.
+        embedding: the untrained embedding.
+        folder: folder in which the stages are stored. None means that they are not.
+        judge: judge of the proposals. None means that the posterior has no density.
+    """
+
+    options: NPSE
+    streams: _Streams
+    data: _Data
+    embedding: Embedding
+    folder: Path | None
+    judge: Judge | None
+
+    def untrained(self, key: Key, size: Size) -> AmortisedProposal:
+        """Make an untrained proposal with a score network of this size."""
+        architecture = _architecture(self.options, self.data, size)
+        proposal = untrained(self.streams.white, key, self.data.problem, architecture, self.embedding)
+        return dataclasses.replace(proposal, standardiser=self.data.scale)
+
+    def train(
+        self,
+        title: str,
+        key: Key,
+        module: Any,
+        loss: Loss,
+        pools: Callable[[Key], Any],
+        validation: Any,
+        budget: Budget,
+        proposal_of: Callable[[Any], AmortisedProposal],
+    ) -> tuple[AmortisedProposal, History]:
+        """Train one stage; return the proposal with the trained module, and the record."""
+        judge = self.judge
+        module, history = train(
+            key, module, loss, pools, validation, budget, title=title, progress_bar=self.options.progress_bar,
+            judge=None if judge is None else lambda _, module: judge.share(proposal_of(module)),
+            checkpoint=None if self.folder is None else self.folder / f"{title.replace(' ', '_')}.safetensors",
+        )  # fmt: skip
+        return proposal_of(module), history
 
 
 def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
@@ -281,8 +349,8 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
             "`target_score=True` needs the gradient of the joint density, but this model has none (it has no density, "
             "or a loop or call that cannot be differentiated). Leave `target_score` out to learn without gradients."
         )
-    pilot = simulate_joint(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
-    if pilot.gradient is not None and options.target_score is None and not jnp.isfinite(pilot.gradient).all():
+    pilot, y = simulate_with_data(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
+    if pilot.gradient is not None and options.target_score is None and not _all_finite(pilot.gradient):
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
     scale = standardiser(pilot.x)
@@ -292,8 +360,9 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
     def renew(key: Key, gradient: bool) -> Simulations:
         return _standardise(scale, simulate_joint(key, problem, size, gradient=gradient))
 
-    training, validation = _held_out(_standardise(scale, pilot), max(pilot.num // 10, 1))
-    return _Data(problem, scale, training, validation, renew if online else None, online, None)
+    training, validation = _held_out(scale, pilot, max(pilot.num // 10, 1))
+    y = _first(y, min(NUM_OBSERVATIONS, validation.num))
+    return _Data(problem, scale, training, validation, renew if online else None, online, None, y)
 
 
 def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
@@ -311,8 +380,8 @@ def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
         assert renew_rows is not None
         return _standardise(scale, encoded(problem, *renew_rows(key)))
 
-    training, validation = _held_out(_standardise(scale, pilot), stored.num_held_out)
-    return _Data(problem, scale, training, validation, None if renew_rows is None else renew, False, stored)
+    training, validation = _held_out(scale, pilot, stored.num_held_out)
+    return _Data(problem, scale, training, validation, None if renew_rows is None else renew, False, stored, {})
 
 
 def _stored(options: NPSE, key: Key, prior: Problem) -> StoredSimulations:
@@ -340,52 +409,97 @@ def _budget(options: NPSE, data: _Data) -> Budget:
     passes = -(-2 * data.training.num // batch_size)
     epoch_steps = min(250, options.num_steps) if data.online else min(250, options.num_steps, passes)
     patience = None if data.online else PATIENCE
-    return Budget(options.num_steps, batch_size, epoch_steps, options.learning_rate, patience)
+    return Budget(
+        options.num_steps, batch_size, epoch_steps, options.learning_rate, patience, NUM_LEGS, options.target_share,
+        options.max_seconds,
+    )  # fmt: skip
 
 
-def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding) -> tuple[Path | None, Path | None]:
-    """Open the checkpoint folder; return the files of the two training stages (None without a folder)."""
+def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding) -> Path | None:
+    """Open the checkpoint folder for the files of the training stages."""
     if options.checkpoint is None:
-        return None, None
+        return None
     folder = Path(options.checkpoint)
     settings = {
         "num_simulations": None if data.online else data.training.num + data.validation.num,
         "num_steps": options.num_steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate,
         "width": options.width, "depth": options.depth, "sampler": str(options.sampler),
-        "target_score": options.target_score,
+        "target_score": options.target_score, "target_share": options.target_share, "max_seconds": options.max_seconds,
     }  # fmt: skip
     all_z = None if data.stored is None else data.stored.all_z
     simulated = [(part.z, part.x) for part in (data.validation, data.training)]
     start = (all_z, simulated, data.scale, embedding)
     open_run(folder, key, settings | describe_run(data.problem, embedding, start))
-    return folder / "whitening.safetensors", folder / "score.safetensors"
+    return folder
 
 
-def _architecture(options: NPSE, data: _Data) -> Architecture:
+def _judge(streams: _Streams, data: _Data) -> Judge | None:
+    """Make the judge, whose observations are held out of the training; None without a density."""
+    problem, num = data.problem, min(NUM_OBSERVATIONS, data.validation.num)
+    judged = problem.has_density and problem.simulate is not None
+    return Judge(streams.judge, problem, data.y, num) if judged else None
+
+
+def _architecture(options: NPSE, data: _Data, score: Size) -> Architecture:
     """Choose the hyperparameters. The whitening map is small on a fixed budget, so that it does not overfit."""
     problem, width = data.problem, options.width
     weighed = problem.has_density or problem.observation is not None
     sampler = options.sampler or default_sampler(problem.dim, weighed=weighed)
     whitening = Size(2 * width, 3) if data.online else Size(width, 2)
-    return Architecture(whitening, Size(width, options.depth), sampler)
+    return Architecture(whitening, score, sampler)
 
 
-def _learn_whitening(
-    options: NPSE, key: Key, data: _Data, budget: Budget, proposal: AmortisedProposal, checkpoint: Path | None
-) -> tuple[AmortisedProposal, History]:
-    short = budget._replace(num_steps=options.num_steps if data.online else options.num_steps // 4)
-    whitening, history = train(
-        key, regressed(proposal.whitening, data.training.z, data.training.x), whitening_loss,
-        lambda key: data.pool(key, False), data.validation, short, progress_bar=options.progress_bar,
-        title="whitening", checkpoint=checkpoint,
+def _learn(course: _Course) -> tuple[AmortisedProposal, TrainingHistory]:
+    """Climb the ladder: the whitening map, a small score network, the large one; choose the number of sampler steps."""
+    options, streams, judge, budget = course.options, course.streams, course.judge, _budget(course.options, course.data)
+    own = Size(options.width, options.depth)
+    two = judge is not None and options.width > FIRST.width
+    start, whitening = _learn_whitening(course, budget, course.untrained(streams.net, FIRST if two else own))
+    if whitening.share >= options.target_share:
+        proposal = start if judge is None or options.sampler is not None else judge.fewest_steps(start)
+        return proposal, TrainingHistory(whitening, _nothing_to_learn(whitening.share), budget)
+    first = budget._replace(num_steps=max(int(FIRST_STEPS * budget.num_steps), 1)) if two else budget
+    proposal, score = _learn_score(course, "small score" if two else "score", _left(first, whitening), start)
+    smaller = None
+    if two and score.stopped in (FLAT, FINISHED, EARLY):
+        smaller, large = score, dataclasses.replace(course.untrained(streams.large, own), whitening=start.whitening)
+        larger, score = _learn_score(course, "score", _left(budget, whitening, smaller), large)
+        proposal = larger if score.share > smaller.share else proposal
+    if judge is not None and options.sampler is None:
+        proposal = judge.fewest_steps(proposal)
+    return proposal, TrainingHistory(whitening, score, budget, smaller)
+
+
+def _nothing_to_learn(share: float) -> History:
+    """Make the record of a training that did not need to begin."""
+    return History(np.zeros(0), np.zeros(0), 0, 0, 0.0, GOOD, (share,), (0,), (0.0,))
+
+
+def _left(budget: Budget, *before: History) -> Budget:
+    """Subtract the seconds of the stages before."""
+    if budget.max_seconds is None:
+        return budget
+    return budget._replace(max_seconds=max(budget.max_seconds - sum(run.seconds for run in before), 0.0))
+
+
+def _learn_whitening(course: _Course, budget: Budget, proposal: AmortisedProposal) -> tuple[AmortisedProposal, History]:
+    options, data = course.options, course.data
+    short = budget._replace(
+        num_steps=options.num_steps if data.online else max(options.num_steps // 4, 1),
+        max_seconds=None if budget.max_seconds is None else WHITENING_TIME * budget.max_seconds,
+    )
+    whitening = regressed(proposal.whitening, data.training.z, data.training.x)
+    proposal, history = course.train(
+        "whitening", course.streams.train, whitening, whitening_loss, lambda key: data.pool(key, False),
+        data.validation, short, lambda module: dataclasses.replace(proposal, whitening=module),
     )  # fmt: skip
-    return dataclasses.replace(proposal, whitening=whitening), history
+    return proposal, history._replace(num_simulations=history.num_simulations + data.training.num)  # the regression's
 
 
 def _learn_score(
-    options: NPSE, key: Key, data: _Data, budget: Budget, proposal: AmortisedProposal, checkpoint: Path | None
+    course: _Course, title: str, budget: Budget, proposal: AmortisedProposal
 ) -> tuple[AmortisedProposal, History]:
-    whitening = proposal.whitening
+    options, data, whitening = course.options, course.data, proposal.whitening
     whitened = _whiten(whitening, data.training)
     use_gradient = data.training.gradient is not None
     precision = target_precision(whitened, options.target_score) if use_gradient else None
@@ -393,12 +507,14 @@ def _learn_score(
     def pool(key: Key) -> ScoreBatch:
         return whitened if data.renew is None else _whiten(whitening, data.pool(key, precision is not None))
 
-    module, history = train(
-        key, ConditionalScore(proposal.embedding, proposal.score),
+    def proposal_of(module: ConditionalScore) -> AmortisedProposal:
+        return dataclasses.replace(proposal, embedding=module.embedding, score=module.score)
+
+    return course.train(
+        title, course.streams.score, ConditionalScore(proposal.embedding, proposal.score),
         jax.tree_util.Partial(denoising_loss, precision=precision), pool, _whiten(whitening, data.validation), budget,
-        progress_bar=options.progress_bar, title="score", checkpoint=checkpoint,
+        proposal_of,
     )  # fmt: skip
-    return dataclasses.replace(proposal, embedding=module.embedding, score=module.score), history
 
 
 def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Validity | None:
@@ -409,13 +525,26 @@ def _validity(options: NPSE, key: Key, stored: StoredSimulations | None) -> Vali
     return learn_validity(key, stored.all_z, success, progress_bar=options.progress_bar)
 
 
-def _held_out(simulations: Simulations, num: int) -> tuple[Simulations, Simulations]:
-    """Split simulations into training simulations and ``num`` held-out ones."""
+@eqx.filter_jit
+def _held_out(scale: Standardiser, simulations: Simulations, num: int) -> tuple[Simulations, Simulations]:
+    """Standardise simulations; split them into training simulations and ``num`` held-out ones."""
+    simulations = simulations._replace(x=jax.vmap(scale)(simulations.x))
     return _rows(simulations, slice(num, None)), _rows(simulations, slice(None, num))
 
 
+@eqx.filter_jit
 def _outliers(x: Sites) -> Outliers:
     return outliers(jax.vmap(flatten)(x))
+
+
+@eqx.filter_jit
+def _first(tree, num: int):
+    return _rows(tree, slice(None, num))
+
+
+@eqx.filter_jit
+def _all_finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
 
 
 def _rows(tree, where):

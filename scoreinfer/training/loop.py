@@ -2,7 +2,7 @@
 
 The learning rate warms up and decays in every leg. Every leg after the first doubles the steps taken so far. At its end
 a *judge* says how good the weights are: for samplers, the effective share of exact weights. Training stops where that
-is good enough, or where a leg gained next to nothing.
+is good enough, or where a leg gained next to nothing, neither in share nor in validation loss.
 """
 
 import math
@@ -67,6 +67,16 @@ class History(NamedTuple):
     share_steps: tuple[int, ...] = ()
     share_seconds: tuple[float, ...] = ()
 
+    @property
+    def share(self) -> float:
+        """Largest share that the judge saw; NaN without a judge."""
+        return max(self.shares, default=math.nan)
+
+    def __str__(self) -> str:
+        """Say what stopped the run, when, and how good it was then."""
+        judged = f", effective share {self.share:.2f}" if self.shares else ""
+        return f"{self.stopped} after {self.num_steps:,} steps, {self.seconds:.1f} s{judged}"
+
 
 class Budget(NamedTuple):
     """Length and settings of a training run.
@@ -105,22 +115,29 @@ class Budget(NamedTuple):
 
 
 class TrainingHistory(NamedTuple):
-    """The two training runs behind a posterior: the whitening map, then the score.
+    """The training runs behind a posterior: the whitening map, then the score.
 
     Args:
         whitening: record of the training of the whitening map.
         score: record of the training of the score.
         budget: planned training of the score. None means it is not known.
+        smaller: record of the training of a smaller score network, which fell short. None means there was none.
     """
 
     whitening: History
     score: History
     budget: Budget | None = None
+    smaller: History | None = None
 
     @property
     def num_simulations(self) -> int:
-        """Number of simulations that trained the score."""
-        return self.score.num_simulations
+        """Number of simulations in all runs."""
+        return sum(run.num_simulations for run in (self.whitening, self.smaller, self.score) if run is not None)
+
+    def __str__(self) -> str:
+        """Say of every run what stopped it, when, and how good it was then."""
+        runs = {"whitening": self.whitening, "smaller score": self.smaller, "score": self.score}
+        return "\n".join(f"{name}: {run}" for name, run in runs.items() if run is not None)
 
 
 class _State(NamedTuple):
@@ -198,7 +215,8 @@ def train(
 
     Returns:
         ``module`` with the best averaged weights, and the record of the run. In a leg the weights of the smallest
-        validation loss are best; among legs those of the largest share. A run that ends too early returns the best
+        validation loss are best; among legs those of the largest share, or later ones of a smaller loss and about the
+        same share. A run that ends too early returns the best
         weights so far, with a `TrainingWarning`.
 
     Raises:
@@ -292,17 +310,21 @@ def _end_leg(task: _Task, progress: Progress) -> Progress:
     """Compare the best weights of the leg with the best so far; stop if that is what they say."""
     if not math.isfinite(progress.best_value):
         return progress
+    fall = progress.least_value - progress.best_value
+    better, gained = fall > 0, fall >= LEAST_FALL
     if task.judge is not None:
+        before = max(progress.shares)
         progress = _judged(task, progress)
-    else:
-        fall = progress.chosen_value - progress.best_value
-        if fall > 0:
-            progress = progress._replace(chosen=progress.best, chosen_value=progress.best_value)
-        if len(progress.loss) > _flat_from(task.budget) and fall < LEAST_FALL:
-            progress = progress._replace(stopped=progress.stopped or FLAT)
+        gain = progress.shares[-1] / before - 1.0 if before > 0 else math.inf
+        better, gained = gain > -LEAST_GAIN if gained else gain > 0, gained or gain >= LEAST_GAIN
+    if better:
+        progress = progress._replace(chosen=progress.best)
+    if len(progress.loss) > _flat_from(task.budget) and not gained:
+        progress = progress._replace(stopped=progress.stopped or FLAT)
     if len(progress.loss) >= task.budget.leg_ends[-1]:
         progress = progress._replace(stopped=progress.stopped or FINISHED)
-    return progress._replace(best_value=math.inf, best_epoch=len(progress.loss))
+    least = min(progress.least_value, progress.best_value)
+    return progress._replace(least_value=least, best_value=math.inf, best_epoch=len(progress.loss))
 
 
 def _judged(task: _Task, progress: Progress) -> Progress:
@@ -310,19 +332,12 @@ def _judged(task: _Task, progress: Progress) -> Progress:
     assert task.judge is not None
     _, _, for_judge = _keys(task.key, np.array(0), np.array(task.budget.leg_ends[-1] + 1))
     share = float(np.nan_to_num(task.judge(for_judge, eqx.combine(progress.best, task.module))))
-    before = max(progress.shares, default=-math.inf)
-    progress = progress._replace(
+    return progress._replace(
         shares=(*progress.shares, share),
         share_steps=(*progress.share_steps, len(progress.loss) * task.budget.epoch_steps),
         share_seconds=(*progress.share_seconds, progress.seconds),
+        stopped=progress.stopped or (GOOD if share >= task.budget.target_share else ""),
     )
-    if share > before:
-        progress = progress._replace(chosen=progress.best, chosen_value=-share)
-    if share >= task.budget.target_share:
-        return progress._replace(stopped=progress.stopped or GOOD)
-    if len(progress.loss) > _flat_from(task.budget) and share < (1.0 + LEAST_GAIN) * before:
-        return progress._replace(stopped=progress.stopped or FLAT)
-    return progress
 
 
 def _flat_from(budget: Budget) -> int:

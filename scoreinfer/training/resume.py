@@ -32,7 +32,7 @@ class Progress(NamedTuple):
         chosen: the best averaged weights of all legs before.
         best_value: validation loss of the best weights; infinite before any epoch of the leg has a finite loss.
         best_epoch: epoch of the best weights.
-        chosen_value: validation loss of the chosen weights or, with a judge, minus their share.
+        least_value: smallest validation loss of all legs before.
         loss: mean training loss of each epoch.
         validation: validation loss of each epoch.
         num_simulations: number of simulations in all pools so far.
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
     chosen: PyTree
     best_value: float = math.inf
     best_epoch: int = 0
-    chosen_value: float = math.inf
+    least_value: float = math.inf
     loss: tuple[float, ...] = ()
     validation: tuple[float, ...] = ()
     num_simulations: int = 0

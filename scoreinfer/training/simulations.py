@@ -46,10 +46,18 @@ def simulate_joint(key: Key, problem: Problem, num: int, *, gradient: bool = Fal
 
     Exactness: exact draws from the model's joint distribution.
     """
+    return simulate_with_data(key, problem, num, gradient=gradient)[0]
+
+
+def simulate_with_data(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> tuple[Simulations, Sites]:
+    """Draw as `simulate_joint` does; return the observations, as the model draws them, too.
+
+    Exactness: as for `simulate_joint`.
+    """
 
     def rows(i):
         z, y, x = _simulate_rows(key, problem, i)
-        return Simulations(z, x, _gradients(problem, z, y) if gradient else None)
+        return Simulations(z, x, _gradients(problem, z, y) if gradient else None), y
 
     return in_batches(rows, num, BATCH)
 
@@ -113,6 +121,7 @@ def _parts(problem: Problem, y: Sites) -> dict[str, LogDensity]:
     return {"the prior": problem.log_prior, **sites}
 
 
+@eqx.filter_jit
 def finite_rows(simulations: Simulations) -> Bool[Array, " num"]:
     """Flag the joint draws in which every number is finite."""
     flags = [jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(1) for leaf in jax.tree.leaves(simulations)]
@@ -126,11 +135,11 @@ def check_finite(simulations: Simulations) -> None:
         ValueError: if some are not finite. The message names the sites and the share of such draws.
     """
     finite = finite_rows(simulations._replace(gradient=None))
-    if bool(finite.all()):
+    if bool(np.all(finite)):
         return
     sites = {"latent values": simulations.z, **simulations.x}
     bad = [name for name, value in sites.items() if not bool(jnp.isfinite(value).all())]
-    share = 1.0 - float(finite.mean())
+    share = 1.0 - float(np.mean(finite))
     raise ValueError(
         f"Simulations must be finite, but the model's are not finite in {', '.join(bad)}: {share:.2%} of "
         f"{simulations.num} draws. Leaving these draws out would bias the posterior. Restrict the prior to values for "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compilations import Compilations
-from scoreinfer.training.loop import Budget, train
+from scoreinfer.training.loop import LEAST_FALL, Budget, train
 
 BUDGET = Budget(320, 8, 10, 0.05, num_legs=5)
 
@@ -41,8 +41,8 @@ def scripted(*shares):
     [
         ((0.9,), "good enough", 0),
         ((0.1, 0.2, 0.9), "good enough", 40),
-        ((0.1, 0.1, 0.5, 0.51), "flat", 80),
-        ((0.1, 0.2, 0.1), "flat", 40),
+        ((0.1, 0.1, 0.5, 0.51, 0.52), "flat", 160),
+        ((0.1, 0.2, 0.1, 0.1, 0.1), "flat", 160),
         ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "finished", 320),
         ((0.1, 0.2, 0.3, 0.4, 0.5, 0.5), "flat", 320),
         ((float("nan"), 0.0, 0.9), "good enough", 40),
@@ -56,6 +56,14 @@ def test_the_judge_ends_training(shares, stopped, steps):
     assert history.share_steps == (0, 20, 40, 80, 160, 320)[: len(shares)]
     assert list(history.share_seconds) == sorted(history.share_seconds)
     assert weight == seen[int(np.argmax(np.nan_to_num(shares)))][1]
+
+
+def test_a_smaller_loss_goes_on_where_the_share_is_flat():
+    """Shares say little where they are very small; among equal ones the later weights are kept."""
+    judge, seen = scripted(0.1, 0.1, 0.1, 0.099, 0.09)
+    weight, history = run(judge)
+    assert history.stopped == "flat" and history.validation[3] - history.validation[7] > LEAST_FALL
+    assert weight == seen[3][1]
 
 
 def test_without_a_judge_a_flat_loss_ends_training():

@@ -31,13 +31,10 @@ def problem():
     return si.from_numpyro(location_scale)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(problem):
-    return si.NPSE(problem, sampler=SAMPLER, **SMALL).fit(jax.random.key(0))
-
-
-def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp_path, monkeypatch):
-    """Interrupted in every epoch of both stages: each call gets one epoch further."""
+def test_interrupted_fit_goes_on_to_the_same_weights(problem, tmp_path, monkeypatch):
+    """Interrupted in every epoch of all stages: each call gets one epoch further."""
+    options = SMALL | {"sampler": SAMPLER, "width": 33, "target_share": 1.1}  # a ladder of two networks
+    uninterrupted = si.NPSE(problem, **options).fit(jax.random.key(0))
     real, calls = training._run_epoch, []
 
     def interrupted(*args):
@@ -51,18 +48,19 @@ def test_interrupted_fit_goes_on_to_the_same_weights(problem, uninterrupted, tmp
     posterior = None
     for _ in range(40):
         try:
-            posterior = si.NPSE(problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL).fit(jax.random.key(0))
+            posterior = si.NPSE(problem, checkpoint=tmp_path, **options).fit(jax.random.key(0))
             break
         except KeyboardInterrupt:
             continue
     assert calls.count("interrupt") >= 4
     assert bits((posterior.proposal, posterior.outliers)) == bits((uninterrupted.proposal, uninterrupted.outliers))
-    for stage in ("whitening", "score"):
+    for stage in ("whitening", "smaller", "score"):
         ours, theirs = (getattr(p.history, stage) for p in (posterior, uninterrupted))
         assert np.array_equal(ours.loss, theirs.loss) and np.array_equal(ours.validation, theirs.validation)
         assert (ours.num_steps, ours.num_simulations) == (theirs.num_steps, theirs.num_simulations)
+        assert ours.shares == theirs.shares and len(ours.shares) > 1
     monkeypatch.setattr(training, "_run_epoch", None)  # a finished run is not trained again
-    again = si.NPSE(problem, sampler=SAMPLER, checkpoint=tmp_path, **SMALL).fit(jax.random.key(0))
+    again = si.NPSE(problem, checkpoint=tmp_path, **options).fit(jax.random.key(0))
     assert bits(again.proposal) == bits(uninterrupted.proposal)
 
 
