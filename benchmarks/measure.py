@@ -27,13 +27,15 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 class Times(NamedTuple):
     """Seconds of a measured block, and the number of programs compiled in it.
 
-    Tracing of nested functions is counted at every level, so ``compile`` is an upper bound.
+    Tracing of nested functions is counted at every level, so ``compile`` is an upper bound. ``backend`` is what XLA
+    alone took.
     """
 
     wall: float
     cpu: float
     compile: float
     num_compilations: int
+    backend: float
 
 
 class Clock:
@@ -52,4 +54,5 @@ class Clock:
             time.process_time() - cpu,
             sum(_compile_times[first:]),
             len(_compilations) - count,
+            sum(_compilations[count:]),
         )

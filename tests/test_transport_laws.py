@@ -93,8 +93,6 @@ def test_parts_of_a_score_agree(name):
         laws.inverse_is_off,
         laws.log_det_is_off,
         laws.pull_is_off,
-        laws.push_is_off,
-        laws.return_is_off,
         laws.batch_is_off,
         laws.vmap_is_off,
     ],

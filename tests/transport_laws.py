@@ -16,7 +16,7 @@ from jax.scipy.stats import multivariate_normal
 from laws import disturbed, standard_errors
 from scoreinfer.bijections.affine import Affine, identity
 from scoreinfer.bijections.asinh import Tails
-from scoreinfer.bijections.base import Chain, Change, pull, push
+from scoreinfer.bijections.base import Chain, Change, pull
 from scoreinfer.bijections.noncentring import Scales
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.process import (
@@ -484,33 +484,10 @@ def pull_is_off(change: Change) -> float:
     return worst_input(law)
 
 
-def push_is_off(change: Change) -> float:
-    """`push` gives the gradient of log p(w(z)) + log |dw/dz|."""
-
-    def law(w: jax.Array) -> tuple[Any, Any]:
-        z = change.forward(w)
-        jacobian = lambda z: jnp.linalg.slogdet(jax.jacfwd(change.inverse)(z))[1]  # noqa: E731
-        expected = jax.grad(lambda z: log_density(change.inverse(z)) + jacobian(z))(z)
-        return push(change, w, jax.grad(log_density)(w)), expected
-
-    return worst_input(law)
-
-
-def return_is_off(change: Change) -> float:
-    """`push` undoes `pull`, and `pull` undoes `push`."""
-
-    def law(w: jax.Array) -> tuple[Any, Any]:
-        gradient = jax.grad(log_density)(w)
-        there = pull(change, w, push(change, w, gradient)), push(change, w, pull(change, w, gradient))
-        return there, (gradient, gradient)
-
-    return worst_input(law)
-
-
 def everything(change: Change, w: jax.Array) -> tuple[jax.Array, ...]:
     """Compute all that can be asked of a bijection."""
     maps = change.forward(w), change.inverse(w), change.log_det(w)
-    return *maps, pull(change, w, jnp.cos(w)), push(change, w, jnp.cos(w))
+    return *maps, pull(change, w, jnp.cos(w))
 
 
 def batch_is_off(change: Change) -> float:

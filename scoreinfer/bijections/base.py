@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -62,13 +63,6 @@ def pull(change: Change, w: Float[Array, "*num dim"], gradient: Float[Array, "*n
     return transpose((gradient, jnp.ones_like(log_det)))[0]
 
 
-def push(change: Change, w: Float[Array, "*num dim"], gradient: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:
-    """Compute grad_z log p_z at z = T(w) from ``gradient``, which is grad_w log p_w at ``w``: the inverse of `pull`."""
-    log_det, transpose = jax.vjp(change.log_det, w)
-    _, transposed_inverse = jax.vjp(change.inverse, change.forward(w))
-    return transposed_inverse(gradient - transpose(jnp.ones_like(log_det))[0])[0]
-
-
 def fisher_product(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]) -> Float[Array, " dim"]:
     """Compute Var[z_i] E[(d log p / d z_i)^2] of each coordinate: its variance times its Fisher information.
 
@@ -83,7 +77,9 @@ def fisher_product(values: Float[Array, "num dim"], gradient: Float[Array, "num 
     return values.var(0) * (gradient**2).mean(0)
 
 
-def spread(values: Float[Array, "num dim"], ridge: float = 1e-4) -> Float[Array, "dim dim"]:
+def spread(
+    values: Float[Array, "num dim"], ridge: float | Float[Array | np.ndarray, ""] = 1e-4
+) -> Float[Array, "dim dim"]:
     """Compute the Cholesky factor of C + ridge diag(C) + 1e-12 I, where C is the covariance of draws.
 
     Args:

@@ -5,7 +5,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, pareto_smooth
+from scoreinfer.montecarlo.weights import (
+    effective_sample_size,
+    log_evidence,
+    missed_share,
+    pareto_smooth,
+    unseen_excess,
+)
 
 MAX_K_HAT = 0.7
 """k-hat from which a batch is refused. Vehtari et al. 2024, arXiv 1507.02646."""
@@ -21,8 +27,6 @@ CONFIDENCE = 0.95
 """Probability with which a mode of the stated mass is seen. Chosen by judgement."""
 MAX_OUTLYING = 0.01
 """Largest distance rank of an outlier: 1 % of the model's own data have such a rank. Chosen by judgement."""
-UNSEEN = 60.0
-"""With relative weights above num / 60, a region of 5 % posterior mass expects fewer than 3 of num draws. Judgement."""
 
 
 class ForwardCheck(NamedTuple):
@@ -159,8 +163,8 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
         faults.append(f"k-hat {k_hat:.2f} >= {MAX_K_HAT}: a few draws carry the weights")
     if not ess >= needed:
         faults.append(f"effective sample size {ess:.0f} < {needed:.0f}")
-    unseen = max(log_weight.max() - evidence + 1.0, np.log(num / UNSEEN))
-    shares = [missed_share(check, unseen) for check in checks]
+    unseen = unseen_excess(log_weight)
+    shares = [missed_share(check.log_excess, unseen) for check in checks]
     for check, share in zip(checks, shares, strict=True):
         if np.size(check.log_excess) and np.isnan(share):
             faults.append(f"none of {check.source} can show whether the proposal misses a mode")
@@ -182,10 +186,3 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     return Certificate(
         not faults, reason, num, ess, k_hat, evidence, error, missed, rank, seen_mass, seen_prior_mass
     )  # fmt: skip
-
-
-def missed_share(check: ForwardCheck, unseen: float) -> float:
-    """Compute the share of points whose ``log_excess`` is above ``unseen``; NaN if no point has information."""
-    excess = np.asarray(check.log_excess)
-    told = ~np.isnan(excess)
-    return float(np.mean(excess[told] > unseen)) if told.any() else np.nan

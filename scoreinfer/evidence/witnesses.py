@@ -19,12 +19,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._tree import in_batches
+from scoreinfer._keys import keys_of
 from scoreinfer._typing import Key
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.montecarlo.first_draws import (
@@ -40,11 +39,11 @@ from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
 from scoreinfer.montecarlo.langevin import LogDensity
 from scoreinfer.montecarlo.moves import DifferenceMoves
 from scoreinfer.montecarlo.population import num_ancestors
-from scoreinfer.montecarlo.reference import AbstractReference, Overdispersed
-from scoreinfer.montecarlo.tempering import KEPT_SHARE, Tempered, advance
+from scoreinfer.montecarlo.reference import AbstractReference
+from scoreinfer.montecarlo.tempering import KEPT_SHARE, advance, begin
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
-from scoreinfer.samplers.batches import Defence, batch_shape, mixed, weigh_rows
+from scoreinfer.samplers.batches import Defence, mixed, spaced, weigh_places
 
 MIN_DIRECT = 400.0
 """Effective sample size of the first draws from which no tempering is needed. Chosen by judgement."""
@@ -94,14 +93,14 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
 
     Exactness: consistent as the numbers of first draws and of moves grow. No gradient is needed.
     """
-    for_first, for_rows, *for_attempts = jax.random.split(key, 4)
+    for_first, for_rows, *for_attempts = keys_of(key)
     first, dim = draw_first(for_first, reference, target, times=THOROUGH if thorough else 1), dim_of(reference)
-    of_prior = 0 if isinstance(reference, Overdispersed) else first.num
+    of_prior = first.num if reference.is_prior else 0
     ess = effective_sample_size(first.log_ratio)
     if ess == 0.0:
         return Witnesses(jnp.zeros((0, dim)), 0.0, of_prior, -math.inf)
     if ess >= MIN_DIRECT or dim > MAX_DIM:
-        drawn = resample_first(for_rows, reference, first, jnp.ones_like(first.log_ratio[0]), NUM_WITNESSES)
+        drawn = resample_first(for_rows, first, np.array(1.0), NUM_WITNESSES)
         return Witnesses(drawn.values, ess, of_prior, float(drawn.log_evidence))
     num_moves = (20 + 2 * dim) * (3 if thorough else 1)
     witnesses = _temper(for_attempts[0], reference, target, first, num_moves)
@@ -111,16 +110,16 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
 
 
 def _temper(key: Key, reference: AbstractReference, target: LogDensity, first: FirstDraws, num_moves: int) -> Witnesses:
-    key, for_first = jax.random.split(key)
-    moves, power = DifferenceMoves(reference, target, jnp.asarray(num_moves)), first_power(first, NUM_WITNESSES)
-    drawn = Tempered(resample_first(for_first, reference, first, power, NUM_WITNESSES), power, None)
-    kept_share = 1.0  # first the copies of the same draws are moved apart
+    key, for_first, *_ = keys_of(key)
+    moves, power = DifferenceMoves(reference, target, np.array(num_moves)), first_power(first, NUM_WITNESSES)
+    drawn = begin(moves, resample_first(for_first, first, power, NUM_WITNESSES), power)
+    kept_share = np.array(1.0)  # first the copies of the same draws are moved apart
     for _ in range(MAX_TEMPERATURES):
-        key, for_pass = jax.random.split(key)
-        drawn = advance(for_pass, moves, drawn, jnp.asarray(kept_share))
+        key, for_pass, *_ = keys_of(key)
+        drawn = advance(for_pass, moves, drawn, kept_share)
         if drawn.power == 1.0:
             return Witnesses(drawn.values, num_ancestors(drawn.ancestors), first.num, float(drawn.log_evidence))
-        kept_share = KEPT_SHARE
+        kept_share = np.array(KEPT_SHARE)
     return Witnesses(drawn.values, 0.0, first.num, float(drawn.log_evidence))
 
 
@@ -147,17 +146,15 @@ def hold_against(
     source = "the witnesses at the observation"
     if witnesses.num_informative == 0.0:  # tempering has not reached the target
         return ForwardCheck(jnp.zeros(0), np.nan, source, 0.0, witnesses.num_first)
-    values = held(witnesses)
-    size = batch_shape(len(values), NUM_HELD)
-    weighed = in_batches(lambda i: weigh_rows(key, proposal, target, i, values[i]), len(values), size)
+    weighed = weigh_places(key, proposal, target, held(witnesses))
     weighed = weighed if defence is None else mixed(defence, weighed)
-    log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
+    log_excess = np.asarray(weighed.log_weight) - log_evidence(drawn.log_weight)[0]
     return ForwardCheck(log_excess, np.nan, source, witnesses.num_informative, witnesses.num_first)
 
 
-def held(witnesses: Witnesses) -> Float[Array, "held dim"]:
-    """Select the witnesses that are weighed: evenly spaced, about `NUM_HELD` of them."""
-    return witnesses.values[:: max(len(witnesses.values) // NUM_HELD, 1)]
+def held(witnesses: Witnesses) -> Float[np.ndarray, "held dim"]:
+    """Select the witnesses that are weighed: evenly spaced, at most `NUM_HELD` of them."""
+    return spaced(witnesses.values, NUM_HELD)
 
 
 class Judged(NamedTuple):
@@ -223,7 +220,7 @@ def _standing(judged: Judged) -> tuple[bool, float]:
     return certificate.certified, -np.nan_to_num(certificate.missed, nan=1.0)
 
 
-def repair(values: Float[Array, "held dim"], log_excess: Float[Array | np.ndarray, " held"]) -> Defence | None:
+def repair(values: Float[np.ndarray, "held dim"], log_excess: Float[Array | np.ndarray, " held"]) -> Defence | None:
     """Fit a density to the missed witnesses: those that a proposal draws less than half as often as it should.
 
     None means there are fewer than `MIN_FITTED` of them, or more than `MAX_FITTED_DIM` dimensions.

@@ -5,29 +5,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import random
 from jaxtyping import Float, PyTree
 from numpyro.diagnostics import split_gelman_rubin
 from numpyro.infer import MCMC
 from numpyro.util import is_prng_key
 
+from scoreinfer._keys import keys_of
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.evidence.witnesses import gather, hold_against
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
+from scoreinfer.montecarlo.first_draws import draw_first
 from scoreinfer.montecarlo.population import num_ancestors
-from scoreinfer.montecarlo.reference import Overdispersed, reference_draws, reference_of
+from scoreinfer.montecarlo.reference import overdispersed, start_of
 from scoreinfer.montecarlo.tempering import Tempered
 from scoreinfer.montecarlo.weights import log_evidence
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.samplers.amortised import AbstractAmortised
 from scoreinfer.samplers.base import Target, Weighted
-from scoreinfer.samplers.batches import weigh_rows, weighted_draws
-from scoreinfer.samplers.single import Effort, explore
+from scoreinfer.samplers.batches import BATCH, spaced, weigh_places, weighted_draws
+from scoreinfer.samplers.explorer import Effort, explore
+from scoreinfer.samplers.single import NUM_PLACES
 
 MAX_R_HAT = 1.05
 """Largest accepted split or nested R-hat. Chosen by judgement."""
@@ -37,14 +38,8 @@ MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
 A larger excess means that the proposals miss mass. A deficit is no evidence against the proposals, but an explorer that
 loses most of the mass cannot check them.
 """
-CROSS_CHECK = Effort(num_moves=100, kept_share=0.8)
-"""Effort of the wider explorers. Chosen by judgement.
-
-Their particles start further away, so they need more moves. Smaller changes of temperature keep their log evidence
-precise.
-"""
-NUM_PLACES = 512
-"""Number of particles of each explorer that are compared with the proposals. Chosen by judgement."""
+CROSS_CHECK = Effort(max_passes=10)
+"""Effort of the wider explorers. Chosen by judgement: their particles start further away, so they need more moves."""
 WIDER, WIDEST = 10.0, 100.0
 """Start scales of the second and the third explorer. Chosen by judgement.
 
@@ -65,6 +60,8 @@ class ChainCertificate(NamedTuple):
         r_hat: largest split R-hat of any component. Infinite if a component never moved.
         nested_r_hat: largest nested R-hat of any component, with chains in pairs. NaN for fewer than four chains.
         explorer_log_evidence: log evidences of the explorers. Empty for an amortised posterior.
+        learning: why the learning stopped, and the effective shares that its rounds reached. Empty for an amortised
+            posterior.
 
     Exactness: evidence, not proof. A mode that neither the explorers nor the proposals find is not detected.
     """
@@ -77,6 +74,7 @@ class ChainCertificate(NamedTuple):
     r_hat: float
     nested_r_hat: float
     explorer_log_evidence: tuple[float, ...]
+    learning: str = ""
 
     def __str__(self) -> str:
         head = "certified" if self.certified else "not certified"
@@ -87,7 +85,7 @@ class ChainCertificate(NamedTuple):
             f"{w.log_evidence:.3f} +- {w.log_evidence_se:.3f} (explorers: {explorers}), missed share {w.missed:.3f}\n"
             f"  acceptance: global {self.accept_prob:.2f}, local {self.local_accept_prob:.2f}; "
             f"R-hat {self.r_hat:.3f}, nested {self.nested_r_hat:.3f}\n  {w.resolution}"
-        )
+        ) + (f"\n  {self.learning}" if self.learning else "")
 
 
 def certify(drawn: Draws | MCMC, **options: Any) -> Certificate | ChainCertificate:
@@ -149,13 +147,13 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     if state is None:
         raise ValueError("Expected an `MCMC` object after `run`, this one has not been run: call `mcmc.run`.")
     key = state.rng_key if is_prng_key(state.rng_key) else state.rng_key[0]
-    for_draws, for_explorer, for_places, for_witnesses = random.split(random.fold_in(key, 0), 4)
+    for_draws, for_explorer, for_places, for_witnesses, *_ = keys_of(key)
     fit = kernel.fit_of(state)
     target = fit.target(mcmc._args, mcmc._kwargs)
     y = target.y
     if not all(np.allclose(y[name], state.y[name], rtol=1e-5, atol=1e-6, equal_nan=True) for name in y):
         raise ValueError("The data have changed since this run, and its chains are for the old data: run it again.")
-    drawn = weighted_draws(for_draws, fit.proposal, target, 1024, None, 0, num)
+    drawn = weighted_draws(for_draws, fit.proposal, target, BATCH, None, 0, num)
     checks = [_witnessed(for_witnesses, for_places, kernel, fit, target, drawn)]
     evidences: tuple[float, ...] = ()
     if fit.evidence is not None:
@@ -163,7 +161,7 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
         checks.append(explored)
     if fit.outliers is not None and isinstance(fit.proposal, AbstractAmortised):
         rank = float(fit.outliers.rank(flatten(fit.proposal.features(target))))
-        checks.append(ForwardCheck(jnp.zeros(0), rank))
+        checks.append(ForwardCheck(np.zeros(0), rank))
     weights = certify_weights(drawn.log_weight, *checks)
     samples = mcmc.get_samples(group_by_chain=True)
     latent = {site.name for site in fit.problem.latents}
@@ -173,7 +171,7 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     if mcmc.num_chains >= 4:
         nested = _largest(nested_r_hat, samples)
     accept = mcmc.get_extra_fields().get("accept_prob", np.nan)
-    local = float(np.mean(state.adapt_state.accept_prob)) if kernel.num_local_steps else np.nan
+    local = float(np.mean(state.adapt_state.accept_prob)) if kernel.moves_of(fit)[1] else np.nan
     faults = [] if weights.certified else [weights.reason]
     faults += [f"{name} {value:.3f} > {MAX_R_HAT}" for name, value in (("R-hat", r_hat), ("nested R-hat", nested))
                if not (value <= MAX_R_HAT or np.isnan(value))]  # fmt: skip
@@ -181,14 +179,15 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     faults += [f"an explorer's log evidence is {abs(gap):.2f} {'above' if gap > 0 else 'below'} the proposals'"
                for gap in gaps if not -MAX_DEFICIT <= gap <= MAX_EXCESS]  # fmt: skip
     reason = "; ".join(faults) or weights.reason
-    return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences)
+    learning = "" if fit.taught is None else str(fit.taught)
+    return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences, learning)
 
 
 def _witnessed(
     for_witnesses: Key, for_weights: Key, kernel: ScoreSDE, fit: Fit, target: Target, drawn: Weighted
 ) -> ForwardCheck:
     """Compare the proposals with witnesses from the prior, or from the explorer's start if there is no prior."""
-    reference = reference_of(fit.problem, kernel.start_scale)
+    reference = start_of(fit.problem, kernel.start_scale)
     return hold_against(for_weights, fit.proposal, target, drawn, gather(for_witnesses, reference, target))
 
 
@@ -199,42 +198,41 @@ def _explored(
     assert fit.evidence is not None
     informative = fit.evidence.num_informative
     first = fit.evidence.places
-    for_start, for_second, for_third = random.split(for_explorer, 3)
-    start = reference_of(fit.problem, kernel.start_scale)
-    began = reference_draws(for_start, start, CROSS_CHECK.num_particles)
-    seen = jnp.concatenate([first, began])
+    for_start, for_second, for_third, *_ = keys_of(for_explorer)
+    start = start_of(fit.problem, kernel.start_scale)
+    seen = np.concatenate([first, draw_first(for_start, start, target).values])
 
     def explore_from(key: Key, times: float) -> Tempered:
-        reference = Overdispersed(seen.mean(0), times * seen.std(0), degrees=1.0)
-        return explore(key, reference, target, CROSS_CHECK, progress_bar=False)[0]
+        reference = overdispersed(start, seen.mean(0), times * seen.std(0), 1.0)
+        return explore(key, reference, target, CROSS_CHECK, progress_bar=False)
 
-    parts, evidences = [first[:NUM_PLACES]], [fit.evidence.log_evidence]
+    parts, evidences = [spaced(first, NUM_PLACES)], [fit.evidence.log_evidence]
     try:
         second = explore_from(for_second, WIDER)
-        parts.append(second.values[:NUM_PLACES])
+        parts.append(spaced(second.values, NUM_PLACES))
         evidences.append(float(second.log_evidence))
         informative = max(informative, num_ancestors(second.ancestors))
     except FloatingPointError:  # the second explorer did not reach the posterior
         evidences.append(-np.inf)
     num_trusted = sum(len(part) for part in parts)
     with contextlib.suppress(FloatingPointError):  # far away, the density may overflow or be unreachable
-        parts.append(explore_from(for_third, WIDEST).values[:NUM_PLACES])
-    places = jnp.concatenate(parts)
-    weighed = weigh_rows(for_places, fit.proposal, target, jnp.arange(places.shape[0]), places)
-    log_excess = weighed.log_weight - log_evidence(drawn.log_weight)[0]
+        parts.append(spaced(explore_from(for_third, WIDEST).values, NUM_PLACES))
+    weighed = weigh_places(for_places, fit.proposal, target, np.concatenate(parts))
+    log_excess = np.asarray(weighed.log_weight) - log_evidence(drawn.log_weight)[0]
     # Some particles of the third explorer get stuck far away, so its log evidence is not used. Its particles count only
     # if their density is high enough.
-    counts = (weighed.log_target >= _floor(drawn)) | (jnp.arange(places.shape[0]) < num_trusted)
-    log_excess = jnp.where(counts, log_excess, jnp.nan)
+    counts = (np.asarray(weighed.log_target) >= _floor(drawn)) | (np.arange(len(log_excess)) < num_trusted)
+    log_excess = np.where(counts, log_excess, np.nan)
     return ForwardCheck(log_excess, np.nan, "the explorers' particles", informative), tuple(evidences)
 
 
 def _floor(drawn: Weighted) -> float:
     """Compute the log density that 99 % of the draws' weight exceeds."""
     log_weight = np.nan_to_num(np.asarray(drawn.log_weight, np.float64), nan=-np.inf)
-    order = np.argsort(drawn.log_target)
+    log_target = np.asarray(drawn.log_target)
+    order = np.argsort(log_target)
     below = np.cumsum(np.exp(log_weight[order] - log_weight.max()))
-    return float(drawn.log_target[order[np.searchsorted(below, 0.01 * below[-1])]])
+    return float(log_target[order[np.searchsorted(below, 0.01 * below[-1])]])
 
 
 def nested_r_hat(draws: Float[np.ndarray, "chains draws"]) -> float:

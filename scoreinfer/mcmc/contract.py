@@ -142,7 +142,7 @@ def check_density(problem: Problem, y: Sites, *, gradient: bool) -> None:
     """
     if problem.simulate is None or is_traced(y):
         return
-    with jax.ensure_compile_time_eval():
+    with evaluated_at_once():
         z, bad = _prior_draws(problem, y, gradient)
         if bool(bad.all()):
             raise RuntimeError(f"{NO_START} at any of {bad.size} draws from the prior.{blame(problem, z[0], y)}")

@@ -32,8 +32,15 @@ from scoreinfer.model import from_numpyro
 from scoreinfer.posterior.npse import NPSE
 from scoreinfer.problem import Problem, from_potential
 from scoreinfer.samplers.base import AbstractProposal, Target
-from scoreinfer.samplers.single import Effort, Evidence, learn
+from scoreinfer.samplers.explorer import Effort
+from scoreinfer.samplers.single import Evidence, Taught, learn
 
+PROPOSALS, ENOUGH = (1, 2, 4, 8), 0.8
+"""Numbers of proposals in each iteration that the kernel chooses from by itself: the smallest one that makes this many
+effective proposals. Chosen by judgement."""
+LOCAL_SHARE, NUM_LOCAL_STEPS = 0.1, 5
+"""Below this effective share the kernel makes this number of local steps by itself. Above, eight proposals are nearly
+one effective one, and are cheaper than weighing a moved state. Chosen by judgement."""
 NO_DENSITY = "ScoreSDE needs a density, but the model has no density: use `posterior.sample`."
 
 
@@ -46,12 +53,14 @@ class Fit(NamedTuple):
         evidence: results of the explorer, for a sampler of one observation. None means that the sampler is amortised.
         outliers: simulations by which an outlying observation is detected, for an amortised sampler. None means that
             there are none.
+        taught: the rounds of the training, for a sampler of one observation.
     """
 
     problem: Problem
     proposal: AbstractProposal
     evidence: Evidence | None = None
     outliers: Outliers | None = None
+    taught: Taught | None = None
 
     def target(self, args: tuple, kwargs: dict[str, Any]) -> Target:
         """Read the observation in these model arguments.
@@ -75,9 +84,9 @@ class ScoreSDE(MCMCKernel):
 
     *With only a* ``model`` *or a* ``potential_fn`` the kernel learns this one posterior before its first iteration.
     Particles explore the posterior by tempering, and they train the score (`scoreinfer.samplers.single.learn`).
-    ``num_warmup`` sets the budget: eight particles (rounded up to a power of two, 256 to 8192) and ten optimiser steps
-    for each iteration. All chains share the learned sampler. Other data need new learning. Sampling then uses a fixed,
-    exact kernel. `certify` judges the result.
+    ``num_warmup`` sets the budget: 16 particles (rounded up to a power of two, 512 to 8192) and at most ten optimiser
+    steps for each iteration. Training stops when the weights are good enough. All chains share the learned sampler.
+    Other data need new learning. Sampling then uses a fixed, exact kernel. `certify` judges the result.
 
     A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` are given. A run on
     other data than those of the warm-up also starts from a proposal.
@@ -86,8 +95,10 @@ class ScoreSDE(MCMCKernel):
         model: NumPyro model. With a ``posterior``, the model that ArviZ and a pickled kernel use.
         potential_fn: minus the log density, a function of a pytree like ``init_params``.
         posterior: the fitted posterior (`scoreinfer.fit`).
-        num_proposals: number of fresh proposals in each iteration.
-        num_local_steps: MALA steps after each global move. None means none with a ``posterior``, else five.
+        num_proposals: number of fresh proposals in each iteration. None means one with a ``posterior``, else 1, 2, 4 or
+            8: about one effective proposal, by the effective share that the learning has reached.
+        num_local_steps: MALA steps after each global move. None means none with a ``posterior`` or where the effective
+            share is at least .1, else five.
         step_size: initial step size of MALA, in units of the proposals' standard deviation.
         bank_size: number of proposals that are drawn at once. A multiple of ``num_proposals``.
         start_scale: scale of the t distribution from which the explorer starts, in the unconstrained space. It is used
@@ -120,7 +131,7 @@ class ScoreSDE(MCMCKernel):
         potential_fn: Callable | None = None,
         *,
         posterior: Any = None,
-        num_proposals: int = 1,
+        num_proposals: int | None = None,
         num_local_steps: int | None = None,
         step_size: float = 1.0,
         bank_size: int = 128,
@@ -132,12 +143,11 @@ class ScoreSDE(MCMCKernel):
             raise ValueError("Expected a `model`, a `potential_fn` or a fitted `posterior`, got none: give one.")
         if potential_fn is not None and not (model is None and posterior is None):
             raise ValueError("Expected only `potential_fn`, got it with a `model` or a `posterior`: leave one out.")
-        if num_proposals < 1 or bank_size < num_proposals or bank_size % num_proposals:
-            raise ValueError(f"`bank_size` must be a positive multiple of {num_proposals=}, got {bank_size}.")
+        each = 1 if num_proposals is None else num_proposals
+        if each < 1 or bank_size < each or bank_size % each:
+            raise ValueError(f"`bank_size` must be a positive multiple of num_proposals={each}, got {bank_size}.")
         self.model = posterior.problem.model if model is None and posterior is not None else model
         self.potential_fn = potential_fn
-        if num_local_steps is None:
-            num_local_steps = 5 if posterior is None else 0
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
         self.key, self.progress_bar = key, progress_bar
@@ -188,13 +198,11 @@ class ScoreSDE(MCMCKernel):
         if not problem.has_density:
             raise UnsupportedModel(NO_DENSITY)
         target = Target(problem, observe(problem, args, kwargs))
-        num_particles = min(max(1 << (8 * num_warmup - 1).bit_length(), 256), 8192)
+        num_particles = min(max(1 << (16 * num_warmup - 1).bit_length(), 512), 8192)
         effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
         with evaluated_at_once():
-            proposal, evidence = learn(
-                key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar
-            )
-        self._keep(Fit(problem, proposal, evidence))
+            learned = learn(key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar)
+        self._keep(Fit(problem, learned.proposal, learned.evidence, taught=learned.taught))
 
     def _keep(self, fit: Fit) -> None:
         self._latest = len(self._fits)
@@ -289,13 +297,14 @@ class ScoreSDE(MCMCKernel):
         fit, target = self._find_or_learn(model_args, model_kwargs, rng_key, num_warmup, example)
         if not fit.problem.has_density:
             raise UnsupportedModel(NO_DENSITY)
-        check_density(target.problem, target.y, gradient=self.num_local_steps > 0)
+        local = self.moves_of(fit)[1] > 0
+        check_density(target.problem, target.y, gradient=local)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
-        begin = partial(start, fit.proposal, target, *sizes, self.num_local_steps > 0)
+        begin = partial(start, fit.proposal, target, *sizes, local)
         if self._is_block and init_params is not None:
             init_params = unconstrain(fit.problem, rng_key, init_params)
         state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
-        if init_params is not None and not is_traced(state.log_weight) and not np.isfinite(state.log_weight).all():
+        if init_params is not None and not is_traced(state.z) and not np.isfinite(state.potential_energy).all():
             raise RuntimeError(f"{NO_START} at the start that is given by `init_params`.")
         self._sample_fn = self.sample
         arrays = jax.tree.leaves(eqx.filter(fit.proposal, eqx.is_array))
@@ -307,7 +316,7 @@ class ScoreSDE(MCMCKernel):
         """Move one chain, or all chains of a vectorised state, by one iteration."""
         model_kwargs = model_kwargs or {}
         proposal, target = self._restore(state, model_args, model_kwargs)
-        return _each_chain(partial(transition, proposal, target, self.num_proposals, self.num_local_steps), state)
+        return _each_chain(partial(transition, proposal, target, *self.moves_of(self.fit_of(state))), state)
 
     def _restore(self, state: ScoreSDEState, args: tuple, kwargs: dict[str, Any]) -> tuple[AbstractProposal, Target]:
         """Put the network weights in the state back into their sampler, and read the observation."""
@@ -345,6 +354,18 @@ class ScoreSDE(MCMCKernel):
         """Return the fit whose sampler moved a state."""
         return self._fits[state.weights.fit]
 
+    def moves_of(self, fit: Fit) -> tuple[int, int]:
+        """Return the numbers of fresh proposals and of local steps in each iteration with a fit."""
+        share = 1.0 if fit.taught is None else fit.taught.best.share
+        share = 0.0 if self._is_block else share  # it was measured at other data
+        num_proposals, num_local_steps = self.num_proposals, self.num_local_steps
+        if num_proposals is None:
+            able = [n for n in PROPOSALS if self.bank_size % n == 0]
+            num_proposals = 1 if self._is_block else next((n for n in able if n * share >= ENOUGH), able[-1])
+        if num_local_steps is None:
+            num_local_steps = NUM_LOCAL_STEPS if share < LOCAL_SHARE else 0
+        return num_proposals, num_local_steps
+
     def postprocess_fn(self, args: tuple, kwargs: dict | None) -> Callable[[Sites], Sites]:
         """Make the function from unconstrained values to constrained latent and deterministic sites.
 
@@ -363,17 +384,18 @@ class ScoreSDE(MCMCKernel):
     def get_diagnostics_str(self, state: ScoreSDEState) -> str:
         """Describe the chain for the progress bar."""
         text = f"acc. prob={state.mean_accept_prob:.2f}"
-        if self.num_local_steps:
+        if self.moves_of(self.fit_of(state))[1]:
             tuned = state.adapt_state
             text += f", local step size {tuned.step_size:.2e}, acc. prob={tuned.accept_prob:.2f}"
         return text
 
     def num_evaluations(self, num_iterations: int, state: ScoreSDEState) -> float:
         """Count evaluations of the density in ``num_iterations`` iterations and in the learning before them."""
-        evidence = self.fit_of(state).evidence
-        local = self.num_local_steps + 2 if self.num_local_steps else 0
-        learning = 0 if evidence is None else evidence.num_gradients
-        return float(num_iterations * (self.num_proposals + local) + learning)
+        fit = self.fit_of(state)
+        num_proposals, num_local_steps = self.moves_of(fit)
+        local = num_local_steps + 2 if num_local_steps else 0
+        learning = 0 if fit.evidence is None else fit.evidence.num_gradients
+        return float(num_iterations * (num_proposals + local) + learning)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the attributes that are valid in this process only."""

@@ -40,6 +40,10 @@ from scoreinfer.mcmc.contract import Origin, any_chain, flatten_sites, layout, s
 from scoreinfer.montecarlo.langevin import TARGET_ACCEPT_PROB, differentiate, metropolis_langevin_step
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
+NUM_LAST = 10
+"""Iterations of warm-up in which a chain without local steps moves, besides the first. Chosen by judgement: the first
+move picks a draw by weight, and a few more forget it."""
+
 
 class Bank(NamedTuple):
     """Unused proposals of one chain. They are valid only if the chain's random key has the bits ``key_bits``."""
@@ -233,19 +237,29 @@ def transition(
 ) -> ScoreSDEState:
     """Move one chain by one iteration: a global move, then ``num_local_steps`` local steps.
 
+    Without local steps there is nothing to adapt, and the chain rests in warm-up: it makes the first move and the last
+    `NUM_LAST` of it.
+
     Exactness: exact: both moves leave the posterior invariant.
     """
-    rng_key, key_global, key_local = random.split(state.rng_key, 3)
-    new = global_move(key_global, proposal, target, state, num_proposals)
+
+    def move(state: ScoreSDEState) -> ScoreSDEState:
+        rng_key, key_global, key_local = random.split(state.rng_key, 3)
+        new = global_move(key_global, proposal, target, state, num_proposals)
+        if num_local_steps:
+            new = local_move(key_local, proposal, target, new, num_local_steps)
+        count = 1 + jnp.where(state.i < state.num_warmup, state.i, state.i - state.num_warmup)
+        return new._replace(
+            mean_accept_prob=state.mean_accept_prob + (new.accept_prob - state.mean_accept_prob) / count,
+            bank=new.bank._replace(key_bits=random.key_data(rng_key)),
+            rng_key=rng_key,
+        )
+
     if num_local_steps:
-        new = local_move(key_local, proposal, target, new, num_local_steps)
-    count = 1 + jnp.where(state.i < state.num_warmup, state.i, state.i - state.num_warmup)
-    return new._replace(
-        i=state.i + 1,
-        mean_accept_prob=state.mean_accept_prob + (new.accept_prob - state.mean_accept_prob) / count,
-        bank=new.bank._replace(key_bits=random.key_data(rng_key)),
-        rng_key=rng_key,
-    )
+        return move(state)._replace(i=state.i + 1)
+    awake = (state.i == 0) | (state.i >= state.num_warmup - NUM_LAST)
+    moved = lax.cond(any_chain(awake), move, lambda state: state, state)
+    return moved._replace(i=state.i + 1)
 
 
 @eqx.filter_jit
@@ -268,7 +282,7 @@ def start(
     if sites is not None:
         draw = weigh_anew(key_path, proposal, target, flatten_sites(target.problem, sites).astype(empty.z.dtype))
         lost = draw.log_weight == jnp.inf  # zero proposal density: the chain starts from a proposal instead
-        draw = draw._replace(log_weight=jnp.where(lost, -jnp.inf, draw.log_weight))
+        draw = draw._replace(log_weight=jnp.where(lost, nothing, draw.log_weight))
     factor = preconditioner(key_factor, proposal, target) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)
     state = ScoreSDEState(
         i=jnp.zeros((), jnp.int32),

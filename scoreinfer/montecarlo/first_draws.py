@@ -5,12 +5,13 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.langevin import LogDensity
-from scoreinfer.montecarlo.moves import densities
+from scoreinfer.montecarlo.moves import seen_at
 from scoreinfer.montecarlo.population import Population
 from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
 from scoreinfer.montecarlo.resampling import next_power, systematic
@@ -29,14 +30,14 @@ NUM_WITNESSES = 2048
 
 
 class FirstDraws(NamedTuple):
-    """Many draws of a reference. Their weights alone are kept: draw i is made again from ``key`` and i.
+    """Many draws of a reference, weighed by a target.
 
     Args:
-        key: random key.
+        values: the draws.
         log_ratio: log density of the target at each draw, less that of the reference.
     """
 
-    key: Key
+    values: Float[Array, "num dim"]
     log_ratio: Float[Array, " num"]
 
     @property
@@ -55,7 +56,7 @@ def draw_first(key: Key, reference: AbstractReference, target: LogDensity, times
         times: how many times as many draws to take.
     """
     num = max(min(NUM_FIRST * times, MAX_NUMBERS // dim_of(reference)), 4 * NUM_WITNESSES)
-    return FirstDraws(key, in_batches(lambda rows: _log_ratios(key, reference, target, rows), num, BATCH))
+    return in_batches(lambda rows: _draw_and_weigh(key, reference, target, rows), num, BATCH)
 
 
 def dim_of(reference: AbstractReference) -> int:
@@ -63,27 +64,25 @@ def dim_of(reference: AbstractReference) -> int:
     return jax.eval_shape(reference.sample, jax.random.key(0)).size
 
 
-def resample_first(
-    key: Key, reference: AbstractReference, first: FirstDraws, power: Float[Array, ""], num: int
-) -> Population:
+@eqx.filter_jit
+def resample_first(key: Key, first: FirstDraws, power: Float[Array | np.ndarray, ""], num: int) -> Population:
     """Resample ``num`` of the first draws by a power of their weights.
 
     Exactness: draw i is taken in proportion to its weight on average (systematic resampling), and the log evidence is
         the log of the mean weight, which is unbiased.
     """
-    log_weight = power * first.log_ratio
+    log_weight = jnp.asarray(power) * first.log_ratio
     rows = systematic(key, log_weight, num)
-    values = reference_rows(first.key, reference, rows)
-    return Population(values, jnp.zeros(num, log_weight.dtype), rows, log_mean_weight(log_weight))
+    return Population(first.values[rows], jnp.zeros(num, log_weight.dtype), rows, log_mean_weight(log_weight))
 
 
+@eqx.filter_jit
 def first_power(first: FirstDraws, num: int) -> Float[Array, ""]:
     """Find the largest power of the weights, at most 1, with an effective sample size of ``num``."""
     return next_power(first.log_ratio, num / first.num)
 
 
 @eqx.filter_jit
-def _log_ratios(
-    key: Key, reference: AbstractReference, target: LogDensity, rows: Int[Array, " num"]
-) -> Float[Array, " num"]:
-    return jax.vmap(lambda z: densities(reference, target, z)[1])(reference_rows(key, reference, rows))
+def _draw_and_weigh(key: Key, reference: AbstractReference, target: LogDensity, rows: Int[Array, " num"]) -> FirstDraws:
+    values = reference_rows(key, reference, rows)
+    return FirstDraws(values, jax.vmap(lambda z: seen_at(reference, target, z).log_ratio)(values))

@@ -56,7 +56,7 @@ class KernelEstimate(AbstractReference):
     @property
     def _standard(self) -> Overdispersed:
         zeros = jnp.zeros_like(self.centres[0])
-        return Overdispersed(zeros, zeros + 1.0, DEGREES)
+        return Overdispersed(zeros, zeros + 1.0, np.array(DEGREES))
 
 
 def kernel_estimate(values: Float[Array | np.ndarray, "num dim"]) -> KernelEstimate:

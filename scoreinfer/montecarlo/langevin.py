@@ -12,7 +12,7 @@ References: Roberts and Tweedie 1996, Bernoulli 2(4).
 import enum
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,9 +29,10 @@ TARGET_ACCEPT_PROB = 0.574
 
 
 LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
-Point = tuple[Float[Array, " dim"], Float[Array, ""], Float[Array, " dim"]]
-"""A point, its log density, its gradient."""
-ValueAndGrad = Callable[[Float[Array, " dim"]], tuple[Float[Array, ""], Float[Array, " dim"]]]
+Point = tuple[Any, ...]
+"""A point, its log density, its gradient; then whatever else `ValueAndGrad` computes."""
+ValueAndGrad = Callable[[Float[Array, " dim"]], tuple[Any, ...]]
+"""Computes the log density and its gradient at a point, and possibly more that a step carries along."""
 Factor = Float[Array, "dim dim"] | Float[Array, " dim"]
 """A square root L of a covariance L L^T; a vector stands for a diagonal one."""
 
@@ -125,16 +126,16 @@ def langevin_proposal(
 
     References: Roberts and Tweedie 1996, Bernoulli 2(4).
     """
-    x, value, gradient = point
+    x, value, gradient, *_ = point
     noise = jax.random.normal(key, x.shape, x.dtype)
     drift = 0.5 * step_size * colour(factor, gradient, transpose=True)
     new = x + step_size * colour(factor, drift + noise)
-    new_value, new_gradient = value_and_grad(new)
+    new_value, new_gradient, *more = value_and_grad(new)
     # In the coordinates v with x = L v, moving back from new to x takes the noise `back`.
     back = -noise - drift - 0.5 * step_size * colour(factor, new_gradient, transpose=True)
     log_ratio = new_value - value + 0.5 * (noise @ noise - back @ back)
     finite = jnp.isfinite(log_ratio) & jnp.isfinite(new_gradient).all()
-    return (new, new_value, new_gradient), jnp.where(finite, log_ratio, -jnp.inf)
+    return (new, new_value, new_gradient, *more), jnp.where(finite, log_ratio, -jnp.inf)
 
 
 def metropolis(key: Key, new: PyTree, old: PyTree, log_ratio: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:

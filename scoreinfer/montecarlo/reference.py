@@ -5,8 +5,9 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import gammaln
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.agreement import misdrawn_latents
@@ -18,6 +19,11 @@ NUM_LOCATED = 4096
 
 class AbstractReference(eqx.Module):
     """Where the particles start: a normalised density that can be drawn from."""
+
+    @property
+    def is_prior(self) -> bool:
+        """Tell whether it is the prior."""
+        return False
 
     @abc.abstractmethod
     def sample(self, key: Key) -> Float[Array, " dim"]:
@@ -32,6 +38,11 @@ class Prior(AbstractReference):
     """The prior of a problem that can be simulated."""
 
     problem: Problem = eqx.field(static=True)
+
+    @property
+    def is_prior(self):
+        """Return True."""
+        return True
 
     def sample(self, key):
         """Draw from the prior."""
@@ -57,7 +68,7 @@ class Overdispersed(AbstractReference):
 
     centre: Float[Array, " dim"]
     scale: Float[Array, " dim"]
-    degrees: float = eqx.field(static=True, default=3.0)
+    degrees: Float[Array | np.ndarray, ""] = eqx.field(default_factory=lambda: np.array(3.0))
 
     def sample(self, key):
         """Draw from the t distribution."""
@@ -72,6 +83,50 @@ class Overdispersed(AbstractReference):
         square = (((z - self.centre) / self.scale) ** 2).sum()
         constant = gammaln((degrees + dim) / 2) - gammaln(degrees / 2) - 0.5 * dim * jnp.log(degrees * jnp.pi)
         return constant - jnp.log(self.scale).sum() - 0.5 * (degrees + dim) * jnp.log1p(square / degrees)
+
+
+class Start(AbstractReference):
+    """The prior or a t distribution: one program serves explorers that start from either.
+
+    Args:
+        prior: the prior.
+        other: the t distribution.
+        is_other: whether it takes the prior's place.
+    """
+
+    prior: Prior
+    other: Overdispersed
+    is_other: Bool[Array | np.ndarray, ""]
+
+    @property
+    def is_prior(self):
+        """Tell whether it is the prior."""
+        return not self.is_other
+
+    def sample(self, key):
+        """Draw from the one that it is."""
+        dtype = self.other.centre.dtype
+        return jax.lax.cond(
+            self.is_other, lambda key: self.other.sample(key), lambda key: self.prior.sample(key).astype(dtype), key
+        )
+
+    def log_density(self, z):
+        """Compute the log density of the one that it is."""
+        dtype = self.other.centre.dtype
+        return jax.lax.cond(
+            self.is_other,
+            lambda z: self.other.log_density(z).astype(dtype),
+            lambda z: self.prior.log_density(z).astype(dtype),
+            z,
+        )
+
+
+def overdispersed(
+    start: AbstractReference, centre: Float[np.ndarray, " dim"], scale: Float[np.ndarray, " dim"], degrees: float
+) -> AbstractReference:
+    """Make a t distribution that shares its programs with a start (`start_of`)."""
+    other = Overdispersed(jnp.asarray(centre), jnp.asarray(scale), np.array(degrees))
+    return Start(start.prior, other, np.array(True)) if isinstance(start, Start) else other
 
 
 @eqx.filter_jit
@@ -103,3 +158,12 @@ def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
         return Prior(problem)
     drawn = reference_rows(jax.random.key(0), Prior(problem), jnp.arange(NUM_LOCATED))
     return Overdispersed(drawn.mean(axis=0), 2.0 * drawn.std(axis=0))
+
+
+def start_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
+    """Choose where explorers start: from `reference_of`, with the prior as a `Start`."""
+    reference = reference_of(problem, scale)
+    if not isinstance(reference, Prior):
+        return reference
+    ones = jnp.ones(problem.dim, jnp.result_type(float))
+    return Start(reference, Overdispersed(0 * ones, ones), np.array(False))

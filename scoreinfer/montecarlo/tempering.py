@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.montecarlo.moves import AbstractMoves
-from scoreinfer.montecarlo.population import ALWAYS, Population, first_population, resample
+from scoreinfer.montecarlo.moves import AbstractMoves, Seen
+from scoreinfer.montecarlo.population import ALWAYS, Population, resample
 from scoreinfer.montecarlo.resampling import next_power, systematic
 
 KEPT_SHARE = 0.7
@@ -35,14 +36,16 @@ class Tempered(NamedTuple):
     """A population on its way.
 
     Args:
-        population: the particles, draws of reference^(1 - power) target^power.
+        population: the particles, draws of reference^(1 - power) target^power. Neighbours are states of one chain.
         power: the target's share of that density; 1 at the end.
-        kept: what the moves keep from one temperature to the next.
+        seen: what the moves know at the particles.
+        adapted: what the moves adapt from one temperature to the next.
     """
 
     population: Population
     power: Float[Array, ""]
-    kept: Any
+    seen: Seen
+    adapted: Any
 
     @property
     def values(self) -> Float[Array, "num dim"]:
@@ -59,41 +62,55 @@ class Tempered(NamedTuple):
         """Log of the ratio of normalising constants so far."""
         return self.population.log_evidence
 
-    def at(self, values: Float[Array, "num dim"]) -> "Tempered":
-        """Put the particles elsewhere."""
-        return self._replace(population=self.population._replace(values=values))
 
-
-def begin(moves: AbstractMoves, values: Float[Array, "num dim"], power: float = 0.0) -> Tempered:
-    """Make a population that has not moved yet, at draws of the density of that power."""
-    population = first_population(values, len(values))
-    return Tempered(population, jnp.asarray(power, values.dtype), moves.begin(values))
+@eqx.filter_jit
+def begin(moves: AbstractMoves, population: Population, power: Float[Array | np.ndarray, ""]) -> Tempered:
+    """Make a population that has not moved yet, of draws of the density of that power."""
+    values = population.values
+    return Tempered(population, jnp.asarray(power, values.dtype), moves.see(values), moves.begin(values))
 
 
 @eqx.filter_jit
-def advance(
-    key: Key,
-    moves: AbstractMoves,
-    particles: Tempered,
-    kept_share: float | Float[Array, ""] = KEPT_SHARE,
-) -> Tempered:
+def elsewhere(moves: AbstractMoves, particles: Tempered, values: Float[Array, "num dim"]) -> Tempered:
+    """Put the particles elsewhere."""
+    population = particles.population._replace(values=values)
+    return particles._replace(population=population, seen=moves.see(values))
+
+
+def advance(key: Key, moves: AbstractMoves, particles: Tempered, kept_share: Float[Array | np.ndarray, ""]) -> Tempered:
     """Go to the next temperature, resample, and move; at the last temperature move only.
 
     Args:
         key: random key.
         moves: the moves, between a reference and a target.
-        particles: the population.
+        particles: the population; a multiple of the moves' chain length.
         kept_share: share of the effective sample size that the change of temperature keeps; 1: move only.
 
     Exactness: averages and evidence are consistent as the population grows. With fixed temperatures and fixed moves
         the evidence would be unbiased.
     """
-    for_rows, for_moves = jax.random.split(key)
-    log_ratio, seen = moves.look(particles.values)
-    power = jnp.where(kept_share < 1, next_power(log_ratio, kept_share, particles.power), particles.power)
+    length = moves.chain_length
+    cooled, starts, for_moves = _cooled(key, particles, kept_share, length)
+    population, power = cooled.population, cooled.power
+    values, seen, adapted = moves.move(for_moves, power, cooled.values, cooled.seen, starts, cooled.adapted)
+    return Tempered(population._replace(values=values), power, seen, adapted)
+
+
+@eqx.filter_jit
+def _cooled(
+    key: Key, particles: Tempered, kept_share: Float[Array | np.ndarray, ""], length: int
+) -> tuple[Tempered, Int[Array, " chains"], Key]:
+    """Choose the next temperature, weigh and resample; also choose the particles where chains of a length start.
+
+    Every n-th of the resampled particles starts one, counted from a random one: that is systematic resampling again.
+    """
+    for_rows, for_first, for_moves = jax.random.split(key, 3)
+    log_ratio, before = particles.seen.log_ratio, particles.power
+    power = jnp.where(kept_share < 1, next_power(log_ratio, kept_share, before), before)
     # Not the product alone: at the last temperature it would be 0 times minus infinity.
-    log_weight = jnp.where(power > particles.power, (power - particles.power) * log_ratio, 0.0)
+    log_weight = jnp.where(power > before, (power - before) * log_ratio, 0.0)
     population, rows = resample(for_rows, particles.population.weighed(log_weight), systematic, ALWAYS)
-    seen = jax.tree.map(lambda leaf: leaf[rows], seen)
-    values, kept = moves.move(for_moves, power, population.values, seen, particles.kept)
-    return Tempered(population._replace(values=values), power, kept)
+    starts = jax.random.randint(for_first, (), 0, length) + jnp.arange(0, len(rows), length)
+    population = population._replace(ancestors=jnp.repeat(population.ancestors[starts], length))
+    seen = jax.tree.map(lambda leaf: leaf[rows], particles.seen)
+    return Tempered(population, power, seen, particles.adapted), starts, for_moves

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+UNSEEN = 60.0
+"""With relative weights above num / 60, a region of 5 % posterior mass expects fewer than 3 of num draws. Judgement."""
 LogWeights = Float[Array | np.ndarray, " draws"]
 
 
@@ -47,6 +49,27 @@ def log_evidence(log_weight: LogWeights) -> tuple[float, float]:
     if not w.any():
         return -np.inf, np.inf
     return peak + float(np.log(w.mean())), float(w.std() / (w.mean() * np.sqrt(w.size)))
+
+
+def unseen_excess(log_weight: LogWeights) -> float:
+    """Compute the log excess, over the mean weight, from which a point counts as missed by the proposal.
+
+    Its weight is more than e times the largest weight of the draws, and the proposal is expected to draw fewer than
+    `UNSEEN` points there.
+    """
+    excess = float(np.nanmax(log_weight)) - log_evidence(log_weight)[0] + 1.0
+    return max(excess, float(np.log(len(log_weight) / UNSEEN)))
+
+
+def missed_share(log_excess: LogWeights, unseen: float) -> float:
+    """Compute the share of points whose ``log_excess`` is above ``unseen``; NaN if no point has information.
+
+    >>> missed_share(np.array([np.nan, 0.0, 9.0]), 4.0)
+    0.5
+    """
+    excess = np.asarray(log_excess)
+    told = ~np.isnan(excess)
+    return float(np.mean(excess[told] > unseen)) if told.any() else np.nan
 
 
 def relative_weights(log_weight: LogWeights) -> np.ndarray:

@@ -287,6 +287,11 @@ class KnownEnd(AbstractReference):
     paths: AbstractPaths
     target: Target
 
+    @property
+    def is_prior(self):
+        """Return True."""
+        return True
+
     def sample(self, key):
         """Simulate a path, and replace its last state by the known one."""
         simulate = self.target.problem.simulate

@@ -15,6 +15,8 @@ from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 
+BATCH = 1024
+"""Rows per compiled call where the caller has no wish: far below a gigabyte in any dimension. Chosen by judgement."""
 SMALLEST_BATCH = 512
 """Smallest number of rows per compiled call, so that few shapes are compiled. Chosen by judgement."""
 
@@ -36,7 +38,11 @@ def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Ar
 
 @eqx.filter_jit
 def weigh_rows(
-    key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"], z: Float[Array, "num dim"]
+    key: Key,
+    proposal: AbstractProposal,
+    target: Target,
+    rows: Int[Array, " num"],
+    z: Float[Array | np.ndarray, "num dim"],
 ) -> Weighted:
     """Weigh given values; row i uses the random numbers of row i of the stream of ``key``.
 
@@ -44,6 +50,22 @@ def weigh_rows(
     """
     context = proposal.context(target)
     return jax.vmap(lambda row, z: proposal.weigh(jax.random.fold_in(key, row), target, context, z))(rows, z)
+
+
+def spaced(values: Float[Array | np.ndarray, "num dim"], most: int) -> Float[np.ndarray, "spaced dim"]:
+    """Select at most ``most`` rows, evenly spaced."""
+    num = min(most, len(values))
+    return np.asarray(values)[np.arange(num) * len(values) // num]
+
+
+def weigh_places(
+    key: Key, proposal: AbstractProposal, target: Target, z: Float[Array | np.ndarray, "num dim"]
+) -> Weighted:
+    """Weigh given values, `SMALLEST_BATCH` at a time: one program serves every number of them.
+
+    Exactness: as for the proposal.
+    """
+    return in_batches(lambda i: weigh_rows(key, proposal, target, i, z[np.asarray(i)]), len(z), SMALLEST_BATCH)
 
 
 class Defence(NamedTuple):

@@ -6,25 +6,26 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from scoreinfer._keys import keys_of
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
-from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.population import first_population
 from scoreinfer.montecarlo.reference import reference_draws, reference_of
-from scoreinfer.montecarlo.tempering import advance, begin
+from scoreinfer.montecarlo.tempering import begin
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.samplers.amortised import AmortisedProposal, Context
 from scoreinfer.samplers.base import Target
-from scoreinfer.samplers.batches import weighted_draws
+from scoreinfer.samplers.batches import BATCH, weighted_draws
+from scoreinfer.samplers.explorer import Effort, moves_between
 from scoreinfer.samplers.focused import AbstractAdapted, FocusedProposal
 from scoreinfer.samplers.single import Pools, replace, teach
 from scoreinfer.score.network import ConditionalScore
 
-NUM_PARTICLES = 4096
-"""Number of particles that the score is trained on. Chosen by judgement."""
-NUM_MOVES = 20
-"""Langevin steps of every particle in each pass. Chosen by judgement."""
+EFFORT = Effort(num_particles=4096)
+"""Particles that the score is trained on, and their moves. Chosen by judgement."""
 WARM_UP = 5
 """Passes before training; they separate duplicates and adapt the step size. Chosen by judgement."""
 
@@ -99,24 +100,24 @@ def refine(
     Exactness: every result is a valid proposal. Later draws use other keys, so their weights are unbiased. A mode that
         the focused proposal never draws is not learned (see `scoreinfer.evidence.witnesses`).
     """
-    for_draws, for_rows, for_particles, for_moves, for_rounds = jax.random.split(key, 5)
+    for_draws, for_rows, for_particles, for_moves, for_rounds, *_ = keys_of(key)
     adapted = proposal.adapted
-    drawn = weighted_draws(for_draws, proposal, target, 1024, None, 0, NUM_PARTICLES)
+    drawn = weighted_draws(for_draws, proposal, target, BATCH, None, 0, EFFORT.num_particles)
     reference = reference_of(target.problem, 1.0)
-    moves = LangevinMoves(reference, target, NUM_MOVES)
-    particles = begin(moves, reference_draws(for_particles, reference, NUM_PARTICLES), power=1.0)
-    particles = replace(for_rows, particles, drawn)
-    for for_pass in jax.random.split(for_moves, WARM_UP):
-        particles = advance(for_pass, moves, particles)
+    moves = moves_between(reference, target, EFFORT)
+    anywhere = reference_draws(for_particles, reference, EFFORT.num_particles)
+    particles = begin(moves, first_population(anywhere, len(anywhere)), np.array(1.0))
     affine, x = _context(adapted, target)
-    pools = Pools(moves, target, particles, affine, x)
+    pools = replace(for_rows, Pools(moves, target, particles, affine, x), drawn)
+    for for_pass in keys_of(for_moves)[:WARM_UP]:
+        pools = pools.moved(for_pass)
 
     def make(module: ConditionalScore) -> AmortisedProposal:
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
 
     module = ConditionalScore(adapted.embedding, adapted.score)
-    refined, share, _ = teach(for_rounds, module, make, pools, num_steps, progress_bar=progress_bar)
-    return RefinedProposal(proposal.original, refined, flatten(x)), share
+    best = teach(for_rounds, module, make, pools, num_steps, progress_bar=progress_bar).best
+    return RefinedProposal(proposal.original, best.proposal, flatten(x)), best.share
 
 
 @eqx.filter_jit

@@ -4,7 +4,8 @@ Tempered particles, the explorer, move from a reference density to the posterior
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -12,29 +13,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
+from scoreinfer._keys import keys_of
 from scoreinfer._typing import Key, Sites
-from scoreinfer.bijections.affine import Affine
-from scoreinfer.bijections.base import Chain, Change, pull, spread
-from scoreinfer.bijections.normalise import fit_shape, has_tails
+from scoreinfer.bijections.base import Chain, Change, pull
+from scoreinfer.bijections.normalise import has_tails
 from scoreinfer.errors import UnsupportedModel
-from scoreinfer.montecarlo.first_draws import draw_first, first_power, resample_first
-from scoreinfer.montecarlo.langevin import LogDensity
-from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.moves import LangevinMoves, whitening_of
 from scoreinfer.montecarlo.population import num_ancestors
-from scoreinfer.montecarlo.reference import AbstractReference, Prior, reference_draws, reference_of
+from scoreinfer.montecarlo.reference import reference_draws, start_of
 from scoreinfer.montecarlo.resampling import next_power, resample_indices
-from scoreinfer.montecarlo.tempering import KEPT_SHARE, Tempered, advance
-from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence
+from scoreinfer.montecarlo.tempering import Tempered, advance, elsewhere
+from scoreinfer.montecarlo.weights import (
+    effective_sample_size,
+    log_evidence,
+    missed_share,
+    pareto_smooth,
+    unseen_excess,
+)
 from scoreinfer.nets import Concatenate
 from scoreinfer.samplers.amortised import default_sampler, log_q_whitened, propose_whitened
 from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target, Weighted
-from scoreinfer.samplers.batches import weighted_draws
+from scoreinfer.samplers.batches import BATCH, spaced, weigh_places, weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler
+from scoreinfer.samplers.explorer import Effort, explore, moves_between
 from scoreinfer.score import NeuralScore
 from scoreinfer.score.network import ConditionalScore, score_module
-from scoreinfer.training.loop import INTERRUPTED, Budget, train
+from scoreinfer.training.loop import FINISHED, FLAT, GOOD, INTERRUPTED, Budget, History, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision
 from scoreinfer.training.simulations import blame
 
@@ -63,54 +68,60 @@ class SingleProposal(AbstractDensityProposal):
 
 
 P = TypeVar("P", bound=AbstractProposal)
-MAX_TEMPERATURES = 1000
-"""Number of temperatures after which the explorer fails. Chosen by judgement."""
 EPOCH_STEPS = 250
 """Optimiser steps between two moves of the particles. Chosen by judgement."""
 MAX_OCTAVES, MAX_WAVES = 6, 40
 """Most octaves of sine features of one score input, and of all together (more slow down learning). Judgement."""
 DETAIL = 10.0
 """Fisher information above which a whitened coordinate gets sine features (1 for a normal one). Chosen by judgement."""
-ROUNDS = 4
-"""Rounds of training; after each, the sampler's draws, resampled by weight, replace particles. Chosen by judgement."""
+LEGS = (2, 1, 2, 5, 10)
+"""Lengths of the rounds of training, in twentieths of the largest number of steps. The second is short: it trains on
+particles that the sampler's own draws have mixed for the first time. Chosen by judgement."""
+NUM_DRAWN = 4096
+"""Most draws of the sampler after a round: they judge it, and replace particles. Chosen by judgement."""
+GOOD_SHARE, GOOD_K_HAT, GOOD_MISSED = 0.8, 0.5, 0.005
+"""A round is good enough from this effective share on, up to this k-hat and this missed share of the particles. Further
+training saves at most a fifth of later draws. k-hat is below its limit of 0.7 by a margin. Chosen by judgement."""
+LEAST_GAIN, FLAT_SHARE = 0.05, 0.5
+"""Training stops if a round gains less than this in effective share, from this share on. Chosen by judgement."""
 REPLACED_SHARE = 0.3
 """Least effective share of the weights between rounds; below it they are tempered. Chosen by judgement."""
 ABLE = 0.5
 """A round's evidence counts from this fraction of the largest effective sample size on. Chosen by judgement."""
 REPLACED_EACH = 2
-"""One of this many particles is replaced; the rest keep small modes. Benchmark suite k2_24, row with two planets."""
+"""One of this many chains of particles is replaced; the rest keep small modes. Benchmark suite k2_24, row with two
+planets."""
+RIDGE = 1e-6
+"""Ridge of the whitening, for the rounding of float32 alone (`scoreinfer.bijections.base.spread`)."""
+NUM_PLACES = 512
+"""Number of particles that are compared with a sampler. Chosen by judgement."""
 
 
 class Round(NamedTuple):
-    """Result of one round of training.
+    """What is known of a sampler after a round of training.
 
     Args:
         proposal: the sampler.
-        ess: effective sample size of its draws.
+        num_steps: optimiser steps so far.
+        share: effective sample size of its draws, divided by their number.
+        k_hat: tail shape of their weights.
+        missed: share of the explorer's particles where it practically never draws.
         log_evidence: log evidence estimated from its draws.
         error: standard error of ``log_evidence``.
     """
 
     proposal: Any
-    ess: float
+    num_steps: int
+    share: float
+    k_hat: float
+    missed: float
     log_evidence: float
     error: float
 
-
-class Effort(NamedTuple):
-    """The amount of work for learning one posterior.
-
-    Args:
-        num_particles: number of particles of the explorer.
-        num_moves: Langevin steps of each particle at every temperature, and before every epoch of training.
-        num_steps: optimiser steps of all rounds together.
-        kept_share: share of the effective sample size that each change of temperature keeps.
-    """
-
-    num_particles: int = 4096
-    num_moves: int = 20
-    num_steps: int = 10_000
-    kept_share: float = KEPT_SHARE
+    @property
+    def is_good(self) -> bool:
+        """Tell whether no further training is needed."""
+        return self.share >= GOOD_SHARE and self.k_hat <= GOOD_K_HAT and self.missed <= GOOD_MISSED
 
 
 class Evidence(NamedTuple):
@@ -131,6 +142,43 @@ class Evidence(NamedTuple):
     num_informative: float
 
 
+class Taught(NamedTuple):
+    """The rounds of a training.
+
+    Args:
+        rounds: the untrained sampler, and the sampler after every round.
+        stopped: why training stopped: ``good enough``, ``flat``, ``finished`` or ``interrupted``.
+        num_gradients: evaluations of the density's gradient since the explorer began.
+    """
+
+    rounds: tuple[Round, ...]
+    stopped: str
+    num_gradients: int
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{one.share:.2f} ({one.num_steps})" for one in self.rounds)
+        return f"learning stopped: {self.stopped}; effective shares (steps): {shares}"
+
+    @property
+    def best(self) -> Round:
+        """The round that `choose` chooses."""
+        return choose(self.rounds)
+
+
+class Learned(NamedTuple):
+    """The sampler of one posterior, and what is known of it.
+
+    Args:
+        proposal: the sampler.
+        evidence: the explorer's results.
+        taught: the rounds of the training.
+    """
+
+    proposal: SingleProposal
+    evidence: Evidence
+    taught: Taught
+
+
 def learn(
     key: Key,
     target: Target,
@@ -138,23 +186,25 @@ def learn(
     *,
     start_scale: float = 5.0,
     progress_bar: bool = True,
-) -> tuple[SingleProposal, Evidence]:
+) -> Learned:
     """Learn a sampler of the posterior of one observation from its density.
 
-    Tempered particles move from the prior to the posterior and train an unconditional score. If the prior cannot be
-    drawn from, they start from a t distribution of scale ``start_scale``. Later rounds replace half of the particles by
-    the sampler's own draws, resampled by weight and moved. The weights of the modes then depend less on the explorer.
-    The other half of the particles keeps small modes that the explorer found.
+    Tempered particles move from the prior to the posterior. If the prior cannot be drawn from, they start from a t
+    distribution of scale ``start_scale``. Their shape makes an affine sampler (bent, where there are tails or funnels).
+    Where its weights are not good enough, the particles train an unconditional score, in rounds, until they are.
+    Between rounds half of the particles are replaced by the sampler's own draws, resampled by weight and moved. The
+    weights of the modes then depend less on the explorer. The other half of the particles keeps small modes that the
+    explorer found.
 
     Args:
         key: random key.
         target: the posterior. If its density has no gradient, particles take random-walk steps.
-        effort: the amount of work.
+        effort: the largest amount of work.
         start_scale: scale of the t distribution, in the unconstrained space.
         progress_bar: whether to show progress bars on a terminal.
 
     Returns:
-        The sampler of the best round (see `choose`), and the explorer's results.
+        The sampler of the best round (see `choose`), the explorer's results and the rounds.
 
     Raises:
         UnsupportedModel: if the model has no density.
@@ -167,30 +217,39 @@ def learn(
     References: Del Moral, Doucet and Jasra 2006 (the explorer); De Bortoli et al. 2024, arXiv 2402.08667 (training
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
-    for_explorer, for_net, for_rounds = jax.random.split(key, 3)
+    for_explorer, for_net, for_rounds, *_ = keys_of(key)
     problem, y = target.problem, target.y
     if not problem.has_density:
         raise UnsupportedModel("One posterior is learned from its density, but the model has no density: use `fit`.")
-    reference = reference_of(problem, start_scale)
+    reference = start_of(problem, start_scale)
     try:
-        particles, num_passes = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
+        particles = explore(for_explorer, reference, target, effort, progress_bar=progress_bar)
     except FloatingPointError as error:
         where = reference_draws(for_explorer, reference, 1)[0]
         raise FloatingPointError(f"{error}{blame(problem, where, y)}") from error
-    places, whitening = particles.values, _whitening(particles)
-    nothing = {"nothing": jnp.zeros(0, jnp.float32)}
-    example = jax.tree.map(lambda leaf: leaf[None], nothing)
-    pools = Pools(LangevinMoves(reference, target, effort.num_moves), target, particles, whitening, nothing)
-    octaves = () if has_tails(whitening) else choose_octaves(pools.batch(particles))
-    module = score_module(for_net, problem.dim, Concatenate(), example, octaves=octaves)
+    whitening = _whitening(particles)
+    pools = Pools(moves_between(reference, target, effort), target, particles, whitening, _nothing())
+    octaves = () if has_tails(whitening) else choose_octaves(pools.batch())
+    module = _untrained(for_net, problem.dim, octaves)
 
     def make(module: ConditionalScore) -> SingleProposal:
         return SingleProposal(whitening, module.score, default_sampler(problem.dim, weighed=True), problem.dim)
 
-    best, _, more_passes = teach(for_rounds, module, make, pools, effort.num_steps, progress_bar=progress_bar)
-    num_gradients = (num_passes + more_passes) * (effort.num_moves + 1) * effort.num_particles
+    taught = teach(for_rounds, module, make, pools, effort.num_steps, progress_bar=progress_bar)
     informative = num_ancestors(particles.ancestors)
-    return best, Evidence(y, places, float(particles.log_evidence), num_gradients, informative)
+    evidence = Evidence(y, particles.values, float(particles.log_evidence), taught.num_gradients, informative)
+    return Learned(taught.best.proposal, evidence, taught)
+
+
+def _nothing() -> Sites:
+    """Make the observation of an unconditional score."""
+    return {"nothing": jnp.zeros(0, jnp.float32)}
+
+
+@eqx.filter_jit
+def _untrained(key: Key, dim: int, octaves: tuple[int, ...]) -> ConditionalScore:
+    rows = jax.tree.map(lambda leaf: leaf[None], _nothing())
+    return score_module(key, dim, Concatenate(), rows, octaves=octaves)
 
 
 class Pools(eqx.Module):
@@ -212,15 +271,16 @@ class Pools(eqx.Module):
     whitening: Change
     x: Sites
 
-    @eqx.filter_jit
-    def __call__(self, key: Key) -> ScoreBatch:
-        """Move the particles and map them to the whitened space."""
-        return self.batch(advance(key, self.moves, self.particles))
+    def moved(self, key: Key) -> "Pools":
+        """Move the particles."""
+        return dataclasses.replace(self, particles=advance(key, self.moves, self.particles, np.array(1.0)))
 
-    def batch(self, particles: Tempered) -> ScoreBatch:
+    @eqx.filter_jit
+    def batch(self) -> ScoreBatch:
         """Map particles and the gradients of their log density to the whitened space."""
-        u = jax.vmap(self.whitening.inverse)(particles.values.astype(jnp.float32))
-        gradient = jax.vmap(lambda u, g: pull(self.whitening, u, g))(u, particles.kept.gradient.astype(jnp.float32))
+        u = jax.vmap(self.whitening.inverse)(self.particles.values.astype(jnp.float32))
+        gradient = self.particles.seen.target_gradient.astype(jnp.float32)
+        gradient = jax.vmap(partial(pull, self.whitening))(u, gradient)
         x = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (u.shape[0], *leaf.shape)), self.x)
         return ScoreBatch(u, x, gradient)
 
@@ -233,8 +293,8 @@ def teach(
     num_steps: int,
     *,
     progress_bar: bool = True,
-) -> tuple[P, float, int]:
-    """Train a score in rounds on particles near the posterior.
+) -> Taught:
+    """Train a score in rounds on particles near the posterior, until its sampler is good enough.
 
     After each round, draws of the sampler, resampled by weight, replace half of the particles.
 
@@ -243,98 +303,88 @@ def teach(
         module: the score at the start.
         make: makes a sampler from a score.
         pools: the particles of the first round.
-        num_steps: optimiser steps of all rounds together.
+        num_steps: largest number of optimiser steps of all rounds together.
         progress_bar: whether to show progress bars on a terminal.
-
-    Returns:
-        The sampler of the best round (see `choose`), the effective sample size of its draws divided by their number,
-        and the number of passes in which the particles were moved.
 
     Raises:
         FloatingPointError: if a round ends before any epoch has a finite loss.
 
     Exactness: as for `learn`.
     """
-    num, num_passes = pools.particles.values.shape[0], 0
-    steps = max(num_steps // ROUNDS, 1)
-    budget = Budget(steps, min(256, num), min(EPOCH_STEPS, steps), learning_rate=4e-3)
-    precision, rounds = None, []
-    for number, for_round in enumerate(jax.random.split(key, ROUNDS)):
-        for_pool, for_training, for_draws, for_rows = jax.random.split(for_round, 4)
-        validation = pools(for_pool)
-        precision = target_precision(validation) if number == 0 else precision
-        loss = jax.tree_util.Partial(denoising_loss, precision=precision)
-        title = f"score {number + 1}/{ROUNDS}"
-        module, history = train(
-            for_training, module, loss, pools, validation, budget, progress_bar=progress_bar, title=title
-        )
-        proposal = make(module)
-        drawn = weighted_draws(for_draws, proposal, pools.target, 1024, None, 0, num)
-        rounds.append(Round(proposal, effective_sample_size(drawn.log_weight), *log_evidence(drawn.log_weight)))
-        pools = dataclasses.replace(pools, particles=replace(for_rows, pools.particles, drawn, REPLACED_EACH))
-        num_passes += len(history.loss) + 1
-        if history.stopped == INTERRUPTED:
+    unit, places = -(-num_steps // sum(LEGS)), pools.particles.values
+    for_judge, *for_rounds = keys_of(key)
+    first, drawn = _judge(for_judge, make(module), pools.target, places, 0)
+    rounds, precision, moving = [first], None, _Moving(pools)
+    stopped = GOOD if first.is_good else ""
+    for number, (length, for_round) in enumerate(zip(LEGS, for_rounds, strict=False)):
+        if stopped:
             break
-    best = choose(rounds)
-    return best.proposal, best.ess / num, num_passes
+        for_rows, for_first, for_training, for_draws, *_ = keys_of(for_round)
+        if number:
+            moving.pools = replace(for_rows, moving.pools, drawn, REPLACED_EACH)
+        validation = moving(for_first)
+        precision = target_precision(validation) if number == 0 else precision
+        budget = Budget(length * unit, min(256, len(places)), min(EPOCH_STEPS, unit), learning_rate=4e-3)
+        module, history = train(
+            for_training, module, jax.tree_util.Partial(denoising_loss, precision=precision), moving, validation,
+            budget, progress_bar=progress_bar, title=f"score {number + 1}/{len(LEGS)}",
+        )  # fmt: skip
+        num_done = rounds[-1].num_steps + history.num_steps
+        latest, drawn = _judge(for_draws, make(module), pools.target, places, num_done)
+        stopped = stops(rounds, latest, history, number == len(LEGS) - 1)
+        rounds.append(latest)
+    return Taught(tuple(rounds), stopped, int(moving.pools.particles.adapted.num_gradients))
 
 
-def choose(rounds: list[Round]) -> Round:
-    """Choose the round with the largest effective sample size among those whose evidence is not too low.
+class _Moving:
+    """Pools of training data whose particles move on before every epoch."""
+
+    def __init__(self, pools: Pools):
+        self.pools = pools
+
+    def __call__(self, key: Key) -> ScoreBatch:
+        self.pools = self.pools.moved(key)
+        return self.pools.batch()
+
+
+def _judge(
+    key: Key, proposal: AbstractProposal, target: Target, places: Float[Array, "num dim"], num_steps: int
+) -> tuple[Round, Weighted]:
+    """Draw from a sampler, compare it with the explorer's particles, and return what is known and the draws."""
+    for_draws, for_places, *_ = keys_of(key)
+    drawn = weighted_draws(for_draws, proposal, target, BATCH, None, 0, min(NUM_DRAWN, len(places)))
+    log_weight = np.asarray(drawn.log_weight, np.float64)
+    share = effective_sample_size(log_weight) / drawn.num
+    if share == 0.0:
+        return Round(proposal, num_steps, 0.0, np.inf, 1.0, -np.inf, np.inf), drawn
+    found, error = log_evidence(log_weight)
+    excess = np.asarray(weigh_places(for_places, proposal, target, spaced(places, NUM_PLACES)).log_weight) - found
+    missed = missed_share(excess, unseen_excess(log_weight))
+    return Round(proposal, num_steps, share, pareto_smooth(log_weight)[1], missed, found, error), drawn
+
+
+def stops(rounds: list[Round], latest: Round, history: History, is_last: bool) -> str:
+    """Say why training stops after the latest round; the empty text if it goes on."""
+    if history.stopped == INTERRUPTED:
+        return INTERRUPTED
+    if latest.is_good and choose([*rounds, latest]) is latest:
+        return GOOD
+    if FLAT_SHARE <= latest.share < (1 + LEAST_GAIN) * rounds[-1].share:
+        return FLAT
+    return FINISHED if is_last else ""
+
+
+def choose(rounds: Sequence[Round]) -> Round:
+    """Choose the round with the largest effective share among those whose evidence is not too low.
 
     The evidence is too low if it is more than two standard errors below the largest. Such a sampler misses posterior
     mass, and missing mass makes the weights look better.
     """
-    most = max(one.ess for one in rounds)
-    able = [one for one in rounds if one.ess >= ABLE * most]
+    most = max(one.share for one in rounds)
+    able = [one for one in rounds if one.share >= ABLE * most]
     top = max(able, key=lambda one: one.log_evidence)
     covering = [one for one in able if top.log_evidence - one.log_evidence <= 2 * np.hypot(one.error, top.error)]
-    return max(covering or able, key=lambda one: one.ess)
-
-
-def explore(
-    key: Key, reference: AbstractReference, target: LogDensity, effort: Effort, *, progress_bar: bool = True
-) -> tuple[Tempered, int]:
-    """Move particles from the reference to the target; return them and the number of temperatures.
-
-    The particles are resampled from 65,536 weighted draws of the reference (fewer in high dimensions). Many first draws
-    also reach modes of small reference mass.
-
-    Raises:
-        FloatingPointError: if the target or its gradient is finite at no particle, or the target is not reached.
-
-    Exactness: consistent as the number of particles grows (see `scoreinfer.montecarlo.tempering.advance`).
-    """
-    key, _, for_first, for_rows = jax.random.split(key, 4)
-    first = draw_first(for_first, reference, target)
-    if not bool(jnp.isfinite(first.log_ratio).any()):
-        where = "the prior" if isinstance(reference, Prior) else "a t distribution of scale `start_scale` around zero"
-        raise FloatingPointError(
-            f"The density must be finite somewhere, but it is finite at none of {first.num} draws of {where}. Check "
-            "the data and the model, or change `start_scale`."
-        )
-    power = first_power(first, effort.num_particles)
-    begun = resample_first(for_rows, reference, first, power, effort.num_particles)
-    moves = LangevinMoves(reference, target, effort.num_moves)
-    particles = Tempered(begun, power, moves.begin(begun.values))
-    with tqdm(total=1.0, desc="exploring", disable=None if progress_bar else True, leave=False) as bar:
-        for passes in range(1, MAX_TEMPERATURES + 1):
-            key, for_pass = jax.random.split(key)
-            before = particles.power
-            particles = advance(for_pass, moves, particles, effort.kept_share)
-            bar.update(float(particles.power - before))
-            if not bool(jnp.isfinite(particles.kept.gradient).all(1).any()):
-                raise FloatingPointError(
-                    "The gradient of the density must be finite somewhere, but it is finite at none of the explorer's "
-                    "particles. Check the model."
-                )
-            if particles.power == 1.0:
-                return particles, passes
-    raise FloatingPointError(
-        f"The explorer must reach power 1 of the density, but reached only {float(particles.power):.2g} in "
-        f"{MAX_TEMPERATURES} temperatures. The density changes too fast for the particles' start. Give more "
-        "informative priors or another `start_scale`."
-    )
+    return max(covering or able, key=lambda one: one.share)
 
 
 def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
@@ -343,22 +393,19 @@ def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:
     Details that are s times as wide as the whole density give a mean squared score of about 1 / s^2. The octaves reach
     down to this width. (`learn` uses no octaves if the whitening transforms heavy tails.)
     """
-    information = np.asarray((batch.gradient**2).mean(0), np.float64)
+    information = np.mean(np.asarray(batch.gradient, np.float64) ** 2, 0)
     wanted = np.where(information > DETAIL, 1 + np.ceil(0.5 * np.log2(np.maximum(information, 1.0))), 0).astype(int)
     most = next(most for most in range(MAX_OCTAVES, -1, -1) if np.minimum(wanted, most).sum() <= MAX_WAVES)
     return tuple(np.minimum(wanted, most).tolist())
 
 
-@eqx.filter_jit
 def _whitening(particles: Tempered) -> Chain:
-    shape = fit_shape(particles.values, particles.kept.gradient)
-    w = shape.inverse(particles.values)
-    whitening = Chain((Affine(w.mean(0), spread(w, 1e-6)), *shape.changes))
+    whitening = whitening_of(particles.values, particles.seen, np.array(1.0), np.array(RIDGE))
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf, whitening)
 
 
-def replace(key: Key, particles: Tempered, drawn: Weighted, each: int = 1) -> Tempered:
-    """Replace one of ``each`` particles by draws that are resampled by weight.
+def replace(key: Key, pools: Pools, drawn: Weighted, each: int = 1) -> Pools:
+    """Replace one of ``each`` chains of particles by draws that are resampled by weight.
 
     If the effective sample size is below `REPLACED_SHARE` of the draws, the weights are tempered until it is not.
 
@@ -367,8 +414,10 @@ def replace(key: Key, particles: Tempered, drawn: Weighted, each: int = 1) -> Te
     log_weight = np.asarray(drawn.log_weight, np.float64)
     log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
     if not np.isfinite(log_weight.max()):
-        return particles
+        return pools
+    values = pools.particles.values
     power = float(next_power(log_weight - log_weight.max(), REPLACED_SHARE))
-    resampled = drawn.z[resample_indices(key, power * log_weight, drawn.num)]
-    replaced = jnp.arange(drawn.num)[:, None] % each == 0
-    return particles.at(jnp.where(replaced, resampled, particles.values))
+    rows = resample_indices(key, power * log_weight, len(values))
+    replaced = np.arange(len(values)) // pools.moves.chain_length % each == 0
+    particles = elsewhere(pools.moves, pools.particles, jnp.where(replaced[:, None], drawn.z[rows], values))
+    return dataclasses.replace(pools, particles=particles)

@@ -8,7 +8,8 @@ import oracles
 from scoreinfer.bijections.asinh import fit_tails
 from scoreinfer.bijections.base import fisher_product, pull
 from scoreinfer.bijections.noncentring import fit_scales
-from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.moves import CHAIN_LENGTH, LangevinMoves
+from scoreinfer.montecarlo.population import first_population
 from scoreinfer.montecarlo.reference import Overdispersed
 from scoreinfer.montecarlo.tempering import advance, begin
 
@@ -70,16 +71,16 @@ def test_tails_are_bent_and_modes_are_not(funnel):
 def test_moves_leave_a_funnel_where_it_is(funnel):
     target, values, _ = funnel
     log_density = jax.tree_util.Partial(lambda z: -target.potential(z))
-    moves = LangevinMoves(Overdispersed(jnp.zeros(4), jnp.ones(4)), log_density, 20)
-    particles = begin(moves, values, power=1.0)
+    moves = LangevinMoves(Overdispersed(jnp.zeros(4), jnp.ones(4)), log_density, np.array(3))
+    particles = begin(moves, first_population(values, len(values)), np.array(1.0))
     for key in jax.random.split(KEY, 3):
-        particles = advance(key, moves, particles)
+        particles = advance(key, moves, particles, np.array(1.0))
     assert np.allclose(
-        particles.kept.gradient, -jax.vmap(jax.grad(target.potential))(particles.values), rtol=1e-2, atol=1e-2
+        particles.seen.target_gradient, -jax.vmap(jax.grad(target.potential))(particles.values), rtol=1e-2, atol=1e-2
     )
-    # All starts are independent and exact, so all ends are.
-    v, unit = np.asarray(particles.values[:, 0]), np.asarray(particles.values[:, 1:])
-    assert np.abs(v - values[:, 0]).mean() > 0.5  # they have moved
+    # Starts are independent and exact, so the states of different chains are. Eight neighbours are of one chain.
+    v, unit = (np.asarray(part[::CHAIN_LENGTH]) for part in (particles.values[:, 0], particles.values[:, 1:]))
+    assert np.abs(v - values[::CHAIN_LENGTH, 0]).mean() > 0.5  # they have moved
     bound = 5 / np.sqrt(len(v))
     assert abs(v.mean()) < 3 * bound
     assert abs(v.std() / 3 - 1) < bound / np.sqrt(2)

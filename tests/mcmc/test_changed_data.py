@@ -14,7 +14,6 @@ from numpyro.infer import MCMC
 import doubles
 import scoreinfer as si
 from scoreinfer.mcmc import score_sde
-from scoreinfer.samplers.single import Evidence
 
 OLD, NEW = np.array([0.3, 0.6, 0.9]), np.array([1.2, 1.5, 1.8])
 LANGEVIN = [si.mcmc.MALA, si.mcmc.ULA, si.mcmc.UnderdampedLangevin]
@@ -141,7 +140,7 @@ def test_learned_anew_for_changed_data(monkeypatch):
     def learn(key, target, effort, **options):
         problem, y = target.problem, target.y
         learned.append(np.asarray(y["y"]))
-        return Around(jnp.zeros(1), jnp.full(1, 0.4), problem), Evidence(y, jnp.zeros((1, 1)), 0.0, 0, 1.0)
+        return doubles.as_learned(Around(jnp.zeros(1), jnp.full(1, 0.4), problem), y)
 
     monkeypatch.setattr(score_sde, "learn", learn)
     model = Model(OLD.copy())

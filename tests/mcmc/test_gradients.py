@@ -17,7 +17,8 @@ from scoreinfer.montecarlo.langevin import Differentiation, derivatives, differe
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import Target
-from scoreinfer.samplers.single import Effort, learn
+from scoreinfer.samplers.explorer import Effort
+from scoreinfer.samplers.single import learn
 from scoreinfer.training.simulations import check_finite, has_gradient, simulate_joint
 
 LANGEVIN = [si.mcmc.MALA, si.mcmc.ULA, si.mcmc.UnderdampedLangevin]
@@ -134,7 +135,7 @@ def test_langevin_kernels_do_as_they_are_told():
 def test_explorer_finds_the_evidence(model):
     centre, sd, log_evidence = exact()
     y = {"y": jnp.array(DATA, jnp.float32)}
-    _, evidence = learn(random.key(0), Target(from_numpyro(model), y), Effort(512, 5, 8), progress_bar=False)
+    evidence = learn(random.key(0), Target(from_numpyro(model), y), Effort(512, 5, 20), progress_bar=False).evidence
     assert abs(evidence.log_evidence - log_evidence) < 0.3
     assert abs(np.asarray(evidence.places).mean() - centre) < 5 * sd / np.sqrt(512) * 2
 
@@ -224,7 +225,7 @@ def test_learned_sampler_refuses_what_has_no_gradient():
         learn(
             random.key(0),
             Target(from_numpyro(counts), {"y": jnp.asarray(COUNTS)}),
-            Effort(256, 2, 10),
+            Effort(256, 1, 20),
             progress_bar=False,
         )
 

@@ -17,14 +17,13 @@ from numpyro.infer import MCMC, NUTS, Predictive, log_likelihood
 
 import doubles
 import scoreinfer as si
-from doubles import Y1, Y2, fake_posterior, grid_moments, location_scale, location_scale_problem
+from doubles import Y1, Y2, as_learned, fake_posterior, grid_moments, location_scale, location_scale_problem
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.mcmc import ScoreSDE, score_sde, transition
 from scoreinfer.mcmc.transition import ScoreSDEState
 from scoreinfer.model import from_numpyro
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractDensityProposal, Target
-from scoreinfer.samplers.single import Evidence
 
 SIGMAS = 5
 
@@ -324,7 +323,7 @@ def learned(monkeypatch):
         assert float(problem.log_joint(jnp.zeros(problem.dim), y)) < 0
         done.append(effort)
         proposal = Regression(jnp.full(problem.dim, 0.1), jnp.full(problem.dim, 1.5), problem)
-        return proposal, Evidence(y, jnp.zeros((1, problem.dim)), 0.0, 0, 1.0)
+        return as_learned(proposal, y)
 
     monkeypatch.setattr(score_sde, "learn", learn)
     return done
@@ -372,6 +371,27 @@ def test_other_covariates_are_another_fit(fits, jit_model_args):
     assert len(fits) == 2
     with pytest.raises(ValueError, match="covariates"):
         other.run(random.key(0), 3 * X, y=X)
+
+
+@pytest.mark.parametrize(
+    ("share", "bank_size", "expected"),
+    [
+        (0.9, 128, (1, 0)),
+        (0.5, 128, (2, 0)),
+        (0.2, 128, (4, 0)),
+        (0.05, 128, (8, 5)),
+        (0.05, 6, (2, 5)),
+        (0.0, 1, (1, 5)),
+    ],
+)
+def test_moves_follow_the_share(share, bank_size, expected):
+    """About one effective proposal; local moves where even eight proposals are none."""
+    learned = as_learned(None, {})
+    taught = learned.taught._replace(rounds=(learned.taught.best._replace(share=share),))
+    fit = score_sde.Fit(None, None, learned.evidence, taught=taught)
+    assert ScoreSDE(design, bank_size=bank_size).moves_of(fit) == expected
+    assert ScoreSDE(design, bank_size=bank_size, num_proposals=1, num_local_steps=2).moves_of(fit) == (1, 2)
+    assert ScoreSDE(posterior=fake_posterior()).moves_of(score_sde.Fit(None, None)) == (1, 0)
 
 
 def test_what_cannot_be_learned(fits, learned):

@@ -11,18 +11,22 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 
 from doubles import Y1, Y2, grid_moments, location_scale
+from scoreinfer.bijections.base import Chain
 from scoreinfer.mcmc import MALA, ScoreSDE, UnderdampedLangevin, certify, certify_chains, chain_certificate as verdict
 from scoreinfer.montecarlo.moves import LangevinMoves
+from scoreinfer.montecarlo.population import first_population
 from scoreinfer.montecarlo.reference import Overdispersed
 from scoreinfer.montecarlo.tempering import begin
 from scoreinfer.problem import from_potential
 from scoreinfer.samplers.base import Target, Weighted
 from scoreinfer.samplers.batches import weighted_draws
-from scoreinfer.samplers.single import Effort, Round, choose, explore, learn, replace
+from scoreinfer.samplers.explorer import Effort, explore
+from scoreinfer.samplers.single import Pools, Round, choose, learn, replace, stops
+from scoreinfer.training.loop import History
 
 SIGMAS = 5
 MEANS, WEIGHTS = jnp.array([[-4.0, 0.0], [4.0, 1.0]]), jnp.array([0.3, 0.7])
-SMALL = Effort(num_particles=512, num_moves=10, num_steps=600)
+SMALL = Effort(num_particles=512, num_steps=600)
 
 
 def two_modes(x):
@@ -52,7 +56,7 @@ def test_explorer_finds_modes_and_evidence():
     """Several runs: their spread is the standard error of their mean."""
     target = jax.tree_util.Partial(from_potential(two_modes, jnp.zeros(2)).log_joint, y={})
     reference = Overdispersed(jnp.zeros(2), jnp.full(2, 5.0))
-    runs = [explore(random.key(i), reference, target, SMALL, progress_bar=False)[0] for i in range(12)]
+    runs = [explore(random.key(i), reference, target, SMALL, progress_bar=False) for i in range(12)]
     evidence = np.exp([float(run.log_evidence) - 2.0 for run in runs])
     share = np.array([float((run.values[:, 0] > 0).mean()) for run in runs])
     for values, truth in ((evidence, 1.0), (share, 0.7)):
@@ -72,24 +76,61 @@ def test_half_of_the_particles_outlive_a_round():
     position = jnp.linspace(-1.0, 1.0, 1000)
     log_weight = jnp.log(jnp.where(position > 0, 3.0, 1.0))
     drawn = Weighted(position[:, None], log_weight, log_weight)
-    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), lambda z: -z @ z, 1)
-    lost = begin(moves, jnp.full((1000, 1), -9.0))
-    values = np.asarray(replace(random.key(1), lost, drawn, 2).values)
-    assert (values == -9.0).sum() == 500
+    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), lambda z: -z @ z, np.array(1))
+    lost = begin(moves, first_population(jnp.full((1000, 1), -9.0), 1000), np.array(1.0))
+    pools = Pools(moves, moves.target, lost, Chain(()), {})
+    values = np.asarray(replace(random.key(1), pools, drawn, 2).particles.values)
+    assert (values == -9.0).sum() == 496  # 62 of 125 chains
     share = (values[values > -9.0] > 0).mean()
-    assert abs(share - 0.75) < SIGMAS * np.sqrt(0.75 * 0.25 / 500)
-    assert not (np.asarray(replace(random.key(1), lost, drawn).values) == -9.0).any()
+    assert abs(share - 0.75) < SIGMAS * np.sqrt(0.75 * 0.25 / 504)
+    assert not (np.asarray(replace(random.key(1), pools, drawn).particles.values) == -9.0).any()
 
 
 def test_round_that_misses_mass_is_not_chosen():
     """Its weights look better, its evidence is too low; rounds of hardly any effect do not count."""
     rounds = [
-        Round("misses", 2000.0, -0.14, 0.016),
-        Round("best", 1900.0, -0.03, 0.017),
-        Round("good", 1500.0, 0.0, 0.02),
+        Round("misses", 0, 0.5, 0.0, 0.0, -0.14, 0.016),
+        Round("best", 0, 0.48, 0.0, 0.0, -0.03, 0.017),
+        Round("good", 0, 0.4, 0.0, 0.0, 0.0, 0.02),
     ]
     assert choose(rounds).proposal == "best" and choose(rounds[:1]).proposal == "misses"
-    assert choose([*rounds, Round("poor", 20.0, 0.9, 0.2)]).proposal == "best"
+    assert choose([*rounds, Round("poor", 0, 0.01, 0.0, 0.0, 0.9, 0.2)]).proposal == "best"
+
+
+def tilted(z):
+    """Minus the log density of N((1, -1), [[1, .9], [.9, 1]])."""
+    x = z - jnp.array([1.0, -1.0])
+    return 0.5 * (x @ x - 1.8 * x[0] * x[1]) / 0.19
+
+
+def test_nothing_is_trained_where_the_affine_sampler_is_good_enough():
+    learned = learn(random.key(0), Target(from_potential(tilted, jnp.zeros(2)), {}), SMALL, progress_bar=False)
+    assert (learned.taught.stopped, len(learned.taught.rounds)) == ("good enough", 1)
+    assert learned.taught.best.share > 0.8
+    truth = np.log(2 * np.pi * np.sqrt(0.19))
+    assert abs(learned.taught.best.log_evidence - truth) < SIGMAS * learned.taught.best.error < 0.2
+    # At most five passes of 8 steps for one in eight of 512 particles, at few temperatures.
+    assert 512 <= learned.evidence.num_gradients <= 5 * 5 * 512
+
+
+@pytest.mark.parametrize(
+    ("last", "gain", "is_last", "expected"),
+    [
+        ({"share": 0.9}, 0.5, False, "good enough"),
+        ({"share": 0.9, "k_hat": 0.6}, 0.5, False, ""),
+        ({"share": 0.9, "missed": 0.02}, 0.5, False, ""),
+        ({"share": 0.6}, 0.01, False, "flat"),
+        ({"share": 0.6}, 0.2, False, ""),
+        ({"share": 0.3}, 0.01, False, ""),
+        ({"share": 0.3}, 0.01, True, "finished"),
+    ],
+)
+def test_rounds_stop(last, gain, is_last, expected):
+    """Good weights end the training, and so do rounds that gain nothing where the share is fair."""
+    latest = Round(None, 0, **{"share": 0.0, "k_hat": 0.0, "missed": 0.0, "log_evidence": 0.0, "error": 0.1} | last)
+    before = latest._replace(share=latest.share / (1 + gain))
+    history = History(np.zeros(1), np.zeros(1), 1, 1, 0.0, "finished")
+    assert stops([before], latest, history, is_last) == expected
 
 
 # --- the learned sampler -----------------------------------------------------------------------------------------
