@@ -35,7 +35,7 @@ import scoreinfer as si
 from scoreinfer.model import read_physics
 from scoreinfer.nets import ConditionalMLP
 from scoreinfer.paths import LearnedScore, ReverseEuler, draw_path, linear_frame, probability_flow
-from scoreinfer.paths.losses import implicit_score_loss
+from scoreinfer.paths.score_losses import implicit_score_loss
 from scoreinfer.process import Physics
 from scoreinfer.training.loop import Budget, train
 

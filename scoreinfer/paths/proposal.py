@@ -89,8 +89,13 @@ class AbstractPaths(AbstractDensityProposal):
         """Draw the start and a path that leads to it; compute ``log_q``."""
         for_start, for_path = jax.random.split(key)
         begun, log_start = self.begin(for_start, context)
-        path, log_q = draw_path(for_path, self.kernels(context, begun.parameters), begun.end, self.num_steps)
-        return self.join(begun.parameters, path), log_start + log_q
+        z, log_q = self.propose_from(for_path, context, begun)
+        return z, log_start + log_q
+
+    def propose_from(self, key: Key, context: Any, begun: Beginning) -> tuple[Float[Array, " dim"], Float[Array, ""]]:
+        """Draw a path that leads to a given start; compute the log density of the path."""
+        path, log_q = draw_path(key, self.kernels(context, begun.parameters), begun.end, self.num_steps)
+        return self.join(begun.parameters, path), log_q
 
     def log_q(self, key, context, z):
         """Compute the ``log_q`` of a given path; minus infinity if it misses a known end."""

@@ -22,12 +22,11 @@ from scoreinfer.paths.losses import (
     Transitions,
     Windows,
     check_windows,
-    implicit_score_loss,
     multistep_loss,
     rollout_loss,
-    transition_denoising_loss,
     transition_loss,
 )
+from scoreinfer.paths.score_losses import implicit_score_loss, transition_denoising_loss
 
 MODES = ornstein_uhlenbeck(32)
 
