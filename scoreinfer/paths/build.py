@@ -140,7 +140,7 @@ def untrained_kernels(
     """
     separate = process.source is not None and process.source.separate
     if net is None:
-        net = ConditionalMLP(key, process.dim, 1 + usual.size, 2 * process.dim, width=width, depth=depth)
+        net = _perceptron(key, process.dim, 1 + usual.size, 2 * process.dim, width, depth)
         return LearnedBackward(process, frame, net, usual, separate=separate)
     backward = LearnedBackward(process, frame, net, usual, getattr(net, "physics", False), separate)
     first = jnp.zeros((), int)
@@ -160,3 +160,8 @@ def untrained_kernels(
         on_waves = OnWaves(net, ResidualMLP(key, 2 + usual.size, process.dim, width=32, depth=1), process.shape)
         backward = eqx.tree_at(lambda tree: tree.network, backward, on_waves)
     return backward
+
+
+@eqx.filter_jit
+def _perceptron(key: Key, num_in: int, num_context: int, num_out: int, width: int, depth: int) -> ConditionalMLP:
+    return ConditionalMLP(key, num_in, num_context, num_out, width=width, depth=depth)

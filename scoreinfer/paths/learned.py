@@ -184,6 +184,7 @@ def elapsed(process: PhysicsProcess, k: Int[Array, ""]) -> tuple[Float[Array, ""
     return jnp.log(share).astype(jnp.float32), (2 * share[None] - 1).astype(jnp.float32)
 
 
+@eqx.filter_jit
 def through_time(process: PhysicsProcess) -> tuple[Float[Array, " steps"], Float[Array, "steps 1"]]:
     """Compute `elapsed` for every step."""
     return jax.vmap(lambda k: elapsed(process, k))(jnp.arange(process.num_steps))

@@ -1,9 +1,9 @@
 """Score matching via differentiable physics (SMDP): learn physics in reverse, from simulated or recorded paths."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,46 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._tree import in_batches, own_broadcasting
-from scoreinfer._typing import Key, Sites
-from scoreinfer.errors import UnsupportedModel
-from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
-from scoreinfer.model import unknowns
-from scoreinfer.montecarlo.weights import log_effective_share
-from scoreinfer.paths import LearnedBackward, linear_frame, path_controls, through_time
+from scoreinfer._tree import own_broadcasting
+from scoreinfer._typing import Key
+from scoreinfer.paths import LearnedBackward, linear_frame
 from scoreinfer.paths.build import Reversal, read_reversal, samplers, untrained_kernels
-from scoreinfer.paths.losses import PathBatch, Transitions, Windows, check_windows, multistep_loss, transition_loss
-from scoreinfer.paths.proposal import END_STATE, PARAMETERS, AbstractPaths, StartedPaths, layout_conditions, pinned
+from scoreinfer.paths.losses import Windows, check_windows
+from scoreinfer.paths.proposal import pinned
 from scoreinfer.posterior.checkpoint_paths import read_paths
 from scoreinfer.posterior.npse import NPSE
-from scoreinfer.posterior.paths import PathPosterior, path_features
+from scoreinfer.posterior.path_data import Data, make_data, read_source, simulate_truths
+from scoreinfer.posterior.path_evidence import forward_bank, judge_paths, simulated_ends
+from scoreinfer.posterior.path_training import Plan, train_kernels
+from scoreinfer.posterior.paths import PathPosterior
 from scoreinfer.problem import Problem
-from scoreinfer.process import Physics, PhysicsProcess
+from scoreinfer.process import Physics
 from scoreinfer.process.physics import Step
 from scoreinfer.samplers.amortised import AmortisedProposal, default_sampler
-from scoreinfer.samplers.base import Target
-from scoreinfer.simulators.outputs import real_numbers
-from scoreinfer.training.loop import FINISHED, INTERRUPTED, Budget, History, train
-from scoreinfer.training.simulations import Standardiser, check_finite, encode, simulate_joint, standardiser
-
-NUM_PILOT, PER_STEP = 8192, 64
-"""Paths for the regression: least number, and number per step. Toy process, 500 steps: ESS/N .87 instead of .68."""
-PENALTY = 200.0
-"""Penalty of learned variances on a fixed budget of N paths is ``PENALTY`` / N. Chosen by judgement."""
-FAR_OUT = 0.7
-"""Argument ``far_out`` of `spread_weight` if control variates reduce the noise. Chosen by judgement."""
-POOL = 8192
-"""Largest number of fresh paths in one epoch; every path has many transitions. Chosen by judgement."""
-MAX_NUMBERS = 1 << 26
-"""Approximate largest number of floats in one epoch's paths; bounds the memory. Chosen by judgement."""
-TRANSITIONS = 2048
-"""Transitions per optimiser step of a perceptron. Chosen by judgement."""
-PATIENCE = 30
-"""Epochs without a better validation loss after which training on a fixed budget stops. Chosen by judgement."""
-NUM_BANK, NUM_PROPOSALS = 128, 24
-"""Simulated paths in the forward check, and proposals that each is compared with. Chosen by judgement."""
-NUM_ENDS = 2048
-"""Simulated ends with which the distance of a given end is compared. Chosen by judgement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +36,8 @@ class SMDP:
     """Score matching via differentiable physics: the forward SDE is a model's physical process, learned in reverse.
 
     All other latent sites are unknown parameters. They are drawn and weighed jointly with the paths. Any states may be
-    observed. First every transition is learned by regression. Then a network learns the residuals.
+    observed. First every transition is learned by regression. A network then learns the residuals, only if the exact
+    weights of paths say that regression is not enough: linear physics needs no network.
 
     Args:
         model: a NumPyro model.
@@ -77,7 +54,7 @@ class SMDP:
             if the backward physics is good, its result is nearer to the corrected state.
         num_simulations: fixed budget of paths. A tenth of them is held out for validation and early stopping. None
             means fresh paths in every epoch.
-        num_steps: optimiser steps; 0 means regression only.
+        num_steps: largest number of optimiser steps; 0 means regression only.
         batch_size: paths per step.
         learning_rate: peak learning rate.
         width: width of the perceptron.
@@ -87,6 +64,13 @@ class SMDP:
         windows: window lengths of the multi-step loss, such as (2, 4, 8), for reverse solvers that are unstable
             without it. Each length is one more stage of training, after the stage on single transitions. A `Windows`
             also sets noise, truncated gradients and memory.
+        target_share: training stops when so large a share of paths to simulated ends is effective (the mean of ESS/N
+            over 32 of them), or where more steps hardly increase it. ``history.shares`` are the shares measured, and
+            ``history.stopped`` says what ended the training. If the model has no density, the validation loss decides.
+            None means all ``num_steps``, for the score itself: unweighted draws and the probability flow may still
+            become better when the weights no longer do.
+        max_seconds: wall time of `fit` after which no further steps are trained. None means no limit. With a limit the
+            weights depend on the clock.
         trajectories: recorded or simulated paths of this process on its own time grid. Training uses them instead of
             fresh simulations.
         resimulate: use only the first states of the ``trajectories``, and simulate the physics of the model with new
@@ -96,8 +80,8 @@ class SMDP:
         progress_bar: show progress bars on a terminal.
 
     Raises:
-        ValueError: if ``model`` is a `Problem`, ``resimulate`` has no ``trajectories``, or both ``trajectories`` and
-            ``num_simulations`` are given.
+        ValueError: if ``model`` is a `Problem`, ``resimulate`` has no ``trajectories``, both ``trajectories`` and
+            ``num_simulations`` are given, or ``target_share`` is not a share.
 
     Exactness: biased as a density, like every learned posterior. Its weighted draws are exact.
 
@@ -117,6 +101,8 @@ class SMDP:
     depth: int = 2
     net: Callable | None = None
     windows: tuple[int, ...] | Windows = ()
+    target_share: float | None = 0.9
+    max_seconds: float | None = None
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None
     resimulate: bool = False
     observed: tuple[str, ...] | None = None
@@ -129,6 +115,10 @@ class SMDP:
         if self.resimulate and self.trajectories is None:
             raise ValueError(
                 "`resimulate` needs the first states of `trajectories`, but there are none. Pass `trajectories`."
+            )
+        if self.target_share is not None and not 0 < self.target_share < 1:
+            raise ValueError(
+                f"`target_share` must be between 0 and 1, or None for all `num_steps`, got {self.target_share}."
             )
         if self.trajectories is not None and self.num_simulations is not None:
             raise ValueError(
@@ -151,7 +141,7 @@ class SMDP:
         earlier states. Their backward physics uses one value of the parameters.
 
         ``num_simulations`` is the budget of the kernels only. The amortised posterior takes simulations of its own, and
-        2048 more paths measure the distances between simulated ends.
+        2048 more paths measure the distances between simulated ends, judge the kernels and check the weights.
 
         Args:
             key: random key; the same key gives the same weights.
@@ -166,21 +156,24 @@ class SMDP:
             ValueError: if trajectories do not fit the process, are not finite or are given with unknown parameters, if
                 ``net`` does not fit the state, ``windows`` do not fit the process, or simulations are not finite.
         """
-        for_pilot, for_net, for_training, for_start, for_truths, for_bank = jax.random.split(key, 6)
+        end = None if self.max_seconds is None else time.perf_counter() + self.max_seconds
+        streams = _streams(key)
         reversal = read_reversal(self.physics, self.model, *args, observed=self.observed, **kwargs)
         windows = check_windows(self.windows, reversal.physics.num_steps)
-        source = _read(self, reversal)
-        data = _pilot(self, for_pilot, reversal, source)
-        backward = _start_from(self, for_net, reversal, data)
-        backward, history = _learn(self, for_training, backward, data, source, windows)
-        start = _learn_start(self, for_start, reversal)
-        proposal, known = samplers(reversal, backward, data.scale, start)
+        copies = 1 if self.net is None else 3
+        source = read_source(reversal, self.trajectories, self.resimulate, self.num_simulations, copies)
+        data = make_data(streams.data, reversal, source)
+        backward = _start_from(self, streams.net, reversal, data)
+        start = _learn_start(self, streams.start, reversal)
+        truths = simulate_truths(streams.truths, reversal)
         problem, end_problem = reversal.problem, pinned(reversal.problem)
         answers = problem if problem.observed else end_problem
-        z, y = _joint(for_truths, answers, proposal)
-        few = jax.tree.map(lambda leaf: leaf[:NUM_BANK], (z, y))
-        bank = _bank(for_bank, answers, proposal, *few)
-        return PathPosterior(problem, end_problem, proposal, known, bank, _ends(answers, proposal, y), history)
+        judge = judge_paths(answers, samplers(reversal, backward, data.scale, start).paths, truths)
+        backward, history = train_kernels(streams.training, backward, data, source, windows, _plan(self, end), judge)
+        paths, known = samplers(reversal, backward, data.scale, start)
+        bank = forward_bank(streams.bank, answers, paths, truths)
+        outliers = simulated_ends(answers, paths, truths.y)
+        return PathPosterior(problem, end_problem, paths, known, bank, outliers, history)
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PathPosterior:
         """Load a saved posterior of paths for the model that it was fitted to, as `NPSE.load` does.
@@ -210,144 +203,35 @@ class SMDP:
         )
 
 
-class Simulated(NamedTuple):
-    """Simulated paths.
+class _Streams(NamedTuple):
+    """Independent random streams of one training."""
 
-    Args:
-        states: the paths, each state a vector of components.
-        conditions: what the kernels are conditioned on (parameters, observations), encoded, paths first.
-    """
-
-    states: Float[Array, "num times dim"]
-    conditions: Sites
-
-
-class Conditions(NamedTuple):
-    """Paths for training.
-
-    Args:
-        states: the paths, each state a vector of components.
-        context: standardised numbers that the kernels are conditioned on.
-        known: control variates (`scoreinfer.paths.path_controls`); zeros if there are none.
-    """
-
-    states: Float[Array, "num times dim"]
-    context: Float[Array, "num context"]
-    known: Float[Array, "num steps dim"]
+    data: Key
+    net: Key
+    training: Key
+    start: Key
+    truths: Key
+    bank: Key
 
 
-class _Source(NamedTuple):
-    """The source of the paths.
-
-    Args:
-        recorded: recorded paths. None means that the model is simulated.
-        draw: simulates the given number of paths, from the recorded first states if there are any.
-        online: whether every epoch has fresh paths.
-        controlled: the physics for control variates. None means no control variates.
-        room: largest number of paths in memory at once.
-    """
-
-    recorded: Float[Array, "num times *state"] | None
-    draw: Callable[[Key, int], Simulated]
-    online: bool
-    controlled: PhysicsProcess | None
-    room: int
+@eqx.filter_jit
+def _streams(key: Key) -> _Streams:
+    return _Streams(*jax.random.split(key, len(_Streams._fields)))
 
 
-class _Data(NamedTuple):
-    """Paths for training, held-out paths, and the standardiser of the conditions."""
-
-    scale: Standardiser
-    training: Conditions
-    validation: Conditions
-
-
-def _read(options: SMDP, reversal: Reversal) -> _Source:
-    """Check the recorded paths, and set up the simulation of further ones."""
-    problem, physics = reversal.problem, reversal.physics
-    if problem.simulate is None:
-        raise UnsupportedModel(f"`fit` needs simulations, but this model cannot be simulated: {problem.not_simulable}")
-    if reversal.num_parameters and options.trajectories is not None:
-        raise ValueError(
-            "`trajectories` need a model without unknown parameters, got one with "
-            f"{reversal.num_parameters} unknown dimensions. Leave `trajectories` out, or fix the parameters."
-        )
-    recorded = None if options.trajectories is None else check_trajectories(options.trajectories, reversal.free)
-    simulated = recorded is None or options.resimulate
-
-    def draw(key: Key, num: int) -> Simulated:
-        if recorded is None:
-            return _simulated(key, reversal, num)
-        for_paths, for_ends = jax.random.split(key)
-        return _recorded(for_ends, _rolled_forward(for_paths, reversal.free, recorded[:, 0], num), reversal)
-
-    online = options.resimulate or (recorded is None and options.num_simulations is None)
-    room = MAX_NUMBERS // (physics.num_steps * physics.dim * (1 if options.net is None else 3)) + 1
-    return _Source(recorded, draw, online, physics if simulated and _has_controls(reversal) else None, room)
+def _plan(options: SMDP, end: float | None) -> Plan:
+    return Plan(
+        options.num_steps, options.batch_size, options.learning_rate, None if options.net is None else 1,
+        options.target_share, end, options.progress_bar,
+    )  # fmt: skip
 
 
-def _pilot(options: SMDP, key: Key, reversal: Reversal, source: _Source) -> _Data:
-    """Make the paths for the regression (and for training on a fixed budget), and the held-out paths."""
-    if source.recorded is None or options.resimulate:
-        num = max(NUM_PILOT, PER_STEP * reversal.physics.num_steps)
-        pilot = source.draw(key, options.num_simulations or min(num, source.room))
-    else:
-        pilot = _recorded(key, source.recorded, reversal)
-    scale = standardiser(pilot.conditions)
-    standardised = _condition(scale, source.controlled, pilot)
-    held_out = max(len(pilot.states) // 10, 1)
-    training, validation = (
-        jax.tree.map(lambda x, i=i: x[i], standardised) for i in (slice(held_out, None), slice(held_out))
-    )
-    return _Data(scale, training, validation)
-
-
-def _start_from(options: SMDP, key: Key, reversal: Reversal, data: _Data) -> LearnedBackward:
+def _start_from(options: SMDP, key: Key, reversal: Reversal, data: Data) -> LearnedBackward:
     """Make the kernels of the regression, with an untrained network."""
     physics, training = reversal.physics, data.training
     usual = jnp.zeros(training.context.shape[1], jnp.float32)
     frame = linear_frame(physics, training.states, training.context, reversal.num_parameters, training.known)
     return untrained_kernels(key, physics, frame, usual, options.net, options.width, options.depth)
-
-
-def _learn(
-    options: SMDP, key: Key, backward: LearnedBackward, data: _Data, source: _Source, windows: Windows
-) -> tuple[LearnedBackward, History]:
-    """Train the network, one stage for each window length; length 1 means single transitions only."""
-    training, online = data.training, source.online
-    if options.num_steps == 0:
-        return backward, History(np.zeros(0), np.zeros(0), 0, len(training.states), 0.0, FINISHED)
-    stages = (1, *windows.lengths)
-    per_stage = max(options.num_steps // len(stages), 1)
-    batch_size = min(options.batch_size, len(training.states))
-    budget = Budget(per_stage, batch_size, min(250, per_stage), options.learning_rate, None if online else PATIENCE)
-    settings: dict[str, Any] = {
-        "times": through_time(backward.process),
-        "num_pairs": 1 if options.net is not None else max(TRANSITIONS // batch_size, 1),
-        "penalty": 0.0 if online else PENALTY / len(training.states),
-        "far_out": 0.0 if source.controlled is None else FAR_OUT,
-    }
-    network, histories = backward.network, []
-    for for_stage, window in zip(jax.random.split(key, len(stages)), stages, strict=True):
-        prepare: Callable = partial(_transitions if window == 1 else _path_batch, backward)
-        loss: Callable = partial(transition_loss, **settings)
-        if window > 1:
-            loss = partial(multistep_loss, **settings, backward=backward, window=window, how=windows)
-        fixed = None if online else prepare(training)
-
-        def pools(key: Key, prepare: Callable = prepare, fixed: Any = fixed) -> Any:
-            if fixed is not None:
-                return fixed
-            return prepare(_condition(data.scale, source.controlled, source.draw(key, min(POOL, source.room))))
-
-        network, history = train(
-            for_stage, network, loss, pools, prepare(data.validation), budget, progress_bar=options.progress_bar,
-            title=f"backward kernels, window {window}",
-        )  # fmt: skip
-        histories.append(history)
-        if history.stopped == INTERRUPTED:
-            break
-    return eqx.tree_at(lambda tree: tree.network, backward, network), _joined(histories)
 
 
 def _learn_start(options: SMDP, key: Key, reversal: Reversal) -> AmortisedProposal | None:
@@ -360,167 +244,3 @@ def _learn_start(options: SMDP, key: Key, reversal: Reversal) -> AmortisedPropos
     return (
         NPSE(beginnings, num_steps=num_steps, sampler=by, progress_bar=options.progress_bar).fit(key).proposal.amortised
     )
-
-
-def _joined(histories: list[History]) -> History:
-    """Join the histories of several stages."""
-    loss, validation = (np.concatenate([getattr(h, name) for h in histories]) for name in ("loss", "validation"))
-    num_steps, num_simulations = sum(h.num_steps for h in histories), sum(h.num_simulations for h in histories)
-    seconds = sum(h.seconds for h in histories)
-    return History(loss, validation, num_steps, num_simulations, seconds, histories[-1].stopped)
-
-
-@eqx.filter_jit
-def _condition(scale: Standardiser, physics: PhysicsProcess | None, drawn: Simulated) -> Conditions:
-    """Standardise the conditions, and compute control variates from the noise of ``physics`` (zeros without it)."""
-    context = jnp.zeros((len(drawn.states), 0), jnp.float32)
-    if drawn.conditions:
-        context = jax.vmap(partial(layout_conditions, scale))(drawn.conditions)
-    known = jnp.zeros_like(drawn.states[:, 1:]) if physics is None else path_controls(physics, drawn.states)
-    return Conditions(drawn.states, context, known)
-
-
-def _has_controls(reversal: Reversal) -> bool:
-    """Say whether `path_controls` are valid: kernels depend on the next state only, and the physics has derivatives."""
-    if reversal.num_parameters or reversal.conditioned:
-        return False
-    physics = reversal.free
-    try:
-        jax.eval_shape(lambda x: jax.vjp(partial(physics.forward, 0), x)[1](x), jnp.zeros(physics.dim))
-    except (TypeError, ValueError, NotImplementedError):  # a callback, a loop of unknown length
-        return False
-    return True
-
-
-def _simulated(key: Key, reversal: Reversal, num: int) -> Simulated:
-    """Simulate paths. If the last step is the noise of an observation, the observation is the last state."""
-    drawn, end = simulate_joint(key, reversal.problem, num), reversal.end
-    check_finite(drawn)
-    parameters, paths = jax.vmap(unknowns(reversal.problem, reversal.site).parts)(drawn.z)
-    conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (drawn.x if reversal.conditioned else {})
-    return Simulated(_with_ends(reversal.physics, paths, None if end is None else drawn.x[end.site]), conditions)
-
-
-@eqx.filter_jit
-def _with_ends(physics, z, ends):
-    paths = z.reshape(z.shape[0], -1, *physics.shape)
-    if ends is not None:
-        paths = jnp.concatenate([paths, ends[:, None]], axis=1)
-    return physics.flatten(paths)
-
-
-def check_trajectories(trajectories: Any, physics: PhysicsProcess) -> Float[Array, "num times *state"]:
-    """Check recorded paths against the process without the noise of an observation.
-
-    Raises:
-        ValueError: if their shape is not that of the process, there are fewer than two, or they are not finite.
-    """
-    paths = jnp.asarray(real_numbers("`trajectories`", trajectories).values, jnp.result_type(float))
-    expected = (physics.num_steps + 1, *physics.shape)
-    if paths.shape[1:] != expected or paths.shape[0] < 2:
-        raise ValueError(
-            "`trajectories` must have the shape (num, times, *state) of the model's process, that is (2 or more, "
-            f"{', '.join(map(str, expected))}), got {paths.shape}. Record every state on the grid of the model."
-        )
-    finite = np.isfinite(paths).reshape(len(paths), -1).all(1)
-    if not finite.all():
-        raise ValueError(
-            f"`trajectories` must be finite, but {np.sum(~finite)} of the {len(paths)} hold numbers that are not, "
-            f"first number {int(np.argmin(finite))}. Leave out paths in which the simulator or the recording failed."
-        )
-    return paths
-
-
-@eqx.filter_jit
-def _rolled_forward(
-    key: Key, physics: PhysicsProcess, starts: Float[Array, "recorded *state"], num: int
-) -> Float[Array, "num times *state"]:
-    """Simulate ``num`` paths from the recorded first states, which are used in turn."""
-    starts = physics.flatten(starts)[jnp.arange(num) % len(starts)]
-    return physics.unflatten(jax.vmap(physics.simulate)(jax.random.split(key, num), starts))
-
-
-def _recorded(key: Key, paths: Float[Array, "num times *state"], reversal: Reversal) -> Simulated:
-    """Simulate the observations of recorded paths, if the last state or the conditions need them."""
-    num, end = len(paths), reversal.end
-    z, x = paths.reshape(num, -1), {}
-    if end is not None or reversal.conditioned:
-        x = _observed_of(jax.random.split(key, num), reversal.problem, z)
-    states = _with_ends(reversal.physics, z, None if end is None else x[end.site])
-    return Simulated(states, x if reversal.conditioned else {})
-
-
-@eqx.filter_jit
-def _observed_of(keys: Array, problem: Problem, z: Float[Array, "num dim"]) -> Sites:
-    assert problem.simulate_observation is not None
-    observe: Callable = problem.simulate_observation
-    return jax.vmap(lambda key, path: encode(problem, observe(key, path)))(keys, z)
-
-
-def _transitions(backward: LearnedBackward, paths: Conditions) -> Transitions:
-    num = len(paths.states)
-    return in_batches(lambda i: _transition_rows(backward, jax.tree.map(lambda x: x[i], paths)), num, min(num, 4096))
-
-
-def _path_batch(backward: LearnedBackward, paths: Conditions) -> PathBatch:
-    return PathBatch(_transitions(backward, paths), paths.states)
-
-
-@eqx.filter_jit
-def _transition_rows(backward: LearnedBackward, paths: Conditions) -> Transitions:
-    """Whiten transitions by the frame, so that training does not run the physics."""
-    frame = backward.frame
-
-    def whiten(factor: Array, x: Array) -> Array:
-        x = x / factor if factor.ndim == 1 else jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T
-        return x.astype(jnp.float32)
-
-    def one(k: Array, old: Array, new: Array, known: Array) -> tuple[Array, Array, Array]:
-        rest = old - jax.vmap(lambda x, c: frame.mean(backward.process, k, x, c))(new, paths.context)
-        v = jax.vmap(lambda x: backward.features(k, x))(new)
-        return v, whiten(frame.factor[k], rest), whiten(frame.factor[k], known)
-
-    by_step = (x.swapaxes(0, 1) for x in (paths.states[:, :-1], paths.states[:, 1:], paths.known))
-    v, rest, known = (
-        x.swapaxes(0, 1) for x in jax.lax.map(lambda row: one(*row), (jnp.arange(backward.process.num_steps), *by_step))
-    )
-    return Transitions(v, rest, paths.context, known)
-
-
-@eqx.filter_jit
-def _joint(key: Key, problem: Problem, paths: AbstractPaths) -> tuple[Float[Array, "num dim"], Sites]:
-    """Simulate `NUM_ENDS` latent vectors and their observations (or their last states, if nothing is observed)."""
-    assert problem.simulate is not None
-    z, y = jax.lax.map(problem.simulate, jax.random.split(key, NUM_ENDS), batch_size=256)
-    if not problem.observed:
-        path = jax.vmap(paths.unknowns.parts)(z)[1] if isinstance(paths, StartedPaths) else z
-        y = {END_STATE: path.reshape(NUM_ENDS, -1, *paths.backward.process.shape)[:, -1]}
-    return z, y
-
-
-@eqx.filter_jit
-def _bank(key: Key, problem: Problem, paths: AbstractPaths, z: Float[Array, "num dim"], y: Sites) -> ForwardBank:
-    """Compare the weight of each simulated path with the weights of proposals for its own observation.
-
-    Exactness: log_excess estimates log p(path | y) - log q(path | y), consistently as the number of proposals grows.
-    """
-
-    def one(inputs: tuple[Key, Array, Sites]) -> tuple[Array, Array, Array]:
-        key, z, y = inputs
-        target = Target(problem, y)
-        context = paths.context(target)
-        for_truth, for_draws = jax.random.split(key)
-        truth = paths.weigh(for_truth, target, context, z).log_weight
-        keys = jax.random.split(for_draws, NUM_PROPOSALS)
-        log_ws = jax.vmap(lambda key: paths.sample(key, target, context).log_weight)(keys)
-        log_ws = jnp.where(jnp.isnan(log_ws), -jnp.inf, log_ws)
-        mean = jax.nn.logsumexp(log_ws) - jnp.log(NUM_PROPOSALS)
-        return path_features(paths, target), truth - mean, log_effective_share(log_ws)
-
-    features, excess, share = jax.lax.map(one, (jax.random.split(key, z.shape[0]), z, y), batch_size=32)
-    return ForwardBank(features, excess, share)
-
-
-@eqx.filter_jit
-def _ends(problem: Problem, paths: AbstractPaths, y: Sites) -> Outliers:
-    return outliers(jax.vmap(lambda y: path_features(paths, Target(problem, y)))(y))

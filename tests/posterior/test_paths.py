@@ -19,7 +19,7 @@ from scoreinfer.model import read_physics
 from scoreinfer.montecarlo.weights import effective_sample_size
 from scoreinfer.paths import linear_frame
 from scoreinfer.paths.build import read_reversal
-from scoreinfer.posterior import smdp
+from scoreinfer.posterior import path_data
 from scoreinfer.process import Physics
 from scoreinfer.process.physics import hartley
 
@@ -91,7 +91,7 @@ def test_flow_has_the_spread_of_the_process(posterior):
     sd = np.sqrt(MODES.covariances(False).diagonal(axis1=1, axis2=2))
     path = posterior.probability_flow(np.stack([sd[:, -1], -sd[:, -1]]))
     assert path.shape == (2, 9, 2)
-    assert np.abs(np.log(np.abs(path[:, 0]) / sd[:, 0])).max() < 0.1
+    assert np.abs(np.log(np.abs(path[:, 0]) / sd[:, 0])).max() < 0.15  # of 8 steps; 0.07 with the exact kernels
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_fresh_paths_of_a_second_epoch_cost_no_compilation(resimulate):
     """The physics is static data of compiled functions, so it has to be the same object in every epoch."""
     paths = MODES.path().sample(jax.random.key(3), (100,)) if resimulate else None
     options = si.SMDP(MODES.model, "x", trajectories=paths, resimulate=resimulate, **SMALL)
-    draw = smdp._read(options, read_reversal(options.physics, MODES.model)).draw
+    draw = path_data.read_source(read_reversal(options.physics, MODES.model), paths, resimulate, None, 1).draw
     draw(jax.random.key(0), 64)
     with Compilations() as compilations:
         draw(jax.random.key(1), 64)
