@@ -96,9 +96,9 @@ class SMDP:
     num_simulations: int | None = None
     num_steps: int = 10_000
     batch_size: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
     width: int = 32
-    depth: int = 2
+    depth: int = 1
     net: Callable | None = None
     windows: tuple[int, ...] | Windows = ()
     target_share: float | None = 0.9
