@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._program import RUN_ONCE
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
@@ -50,7 +51,9 @@ def misdrawn_latents(problem: Problem) -> tuple[str, ...]:
     if problem not in _LATENTS:
         scores = np.zeros(0)
         if problem.simulate is not None and problem.has_density and problem.latents:
-            scores = np.asarray(jax.jit(lambda key: _latent_scores(problem, key))(jax.random.key(0)))
+            scores = np.asarray(
+                jax.jit(lambda key: _latent_scores(problem, key), compiler_options=RUN_ONCE)(jax.random.key(0))
+            )
         _LATENTS[problem] = tuple(
             site.name for site, score in zip(problem.latents, scores, strict=False) if score > MAX_Z
         )
@@ -68,7 +71,9 @@ def misdrawn_data(problem: Problem) -> tuple[str, ...]:
     if problem not in _OBSERVED:
         scores = np.zeros(0)
         if problem.observed and problem.simulate_observation and problem.pointwise_log_likelihood:
-            scores = np.asarray(jax.jit(lambda key: _observed_scores(problem, key))(jax.random.key(1)))
+            scores = np.asarray(
+                jax.jit(lambda key: _observed_scores(problem, key), compiler_options=RUN_ONCE)(jax.random.key(1))
+            )
         names = [site.name for site, score in zip(problem.observed, scores, strict=False) if score > MAX_Z]
         _OBSERVED[problem] = tuple(names[:1])
     return _OBSERVED[problem]

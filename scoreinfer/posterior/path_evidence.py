@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from scoreinfer._program import run_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
@@ -56,7 +57,7 @@ def judge_paths(problem: Problem, paths: AbstractPaths, truths: Truths) -> Judge
     return judge
 
 
-@eqx.filter_jit
+@run_once
 def simulated_ends(problem: Problem, paths: AbstractPaths, y: Sites) -> Outliers:
     """Measure the distances between simulated ends, to detect outlying ones."""
     return outliers(jax.vmap(lambda y: path_features(paths, Target(problem, y)))(y))

@@ -25,9 +25,7 @@ PATIENCE = 30
 """Epochs of a leg without a better validation loss after which training on a fixed budget stops. Chosen by
 judgement."""
 EPOCH = 250
-"""Optimiser steps per epoch. Chosen by judgement."""
-FIRST_LEG = 500
-"""Least number of optimiser steps in the first leg of training. Chosen by judgement."""
+"""Least number of optimiser steps per epoch; the first leg of training has four epochs. Chosen by judgement."""
 
 
 class Plan(NamedTuple):
@@ -122,15 +120,16 @@ def _judge_regression(
 
 
 def _budget(plan: Plan, data: Data, source: Source, num_stages: int) -> Budget:
-    """Make the budget of one stage. Legs double, and the first one has at least `FIRST_LEG` steps."""
+    """Make the budget of one stage. The number of epochs is a power of two, so that every leg doubles the steps."""
     num_steps = max(plan.num_steps // num_stages, 1)
+    doublings = max((num_steps // EPOCH).bit_length() - 1, 0)
     return Budget(
         num_steps,
         min(plan.batch_size, len(data.training.states)),
-        min(EPOCH, num_steps),
+        -(-num_steps // 2**doublings),
         plan.learning_rate,
         None if source.online else PATIENCE,
-        num_legs=1 if plan.target_share is None else max((num_steps // FIRST_LEG).bit_length(), 1),
+        num_legs=1 if plan.target_share is None else max(doublings - 1, 1),
         target_share=plan.target_share or 1.0,
         max_seconds=None if plan.end is None else max(plan.end - time.perf_counter(), 0.0),
     )

@@ -101,7 +101,7 @@ class SMDP:
     depth: int = 1
     net: Callable | None = None
     windows: tuple[int, ...] | Windows = ()
-    target_share: float | None = 0.9
+    target_share: float | None = 0.85
     max_seconds: float | None = None
     trajectories: Float[Array | np.ndarray, "num times *state"] | None = None
     resimulate: bool = False

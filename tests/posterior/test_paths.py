@@ -44,6 +44,23 @@ def test_learned_reverse_gives_the_smoother(posterior, known):
     assert draws.sites["x"].shape == (4000, 9, 2)
 
 
+def test_linear_physics_trains_no_network(posterior):
+    history = posterior.history
+    assert (history.num_steps, history.stopped, history.share_steps) == (0, "good enough", (0,))
+    assert history.shares[0] > 0.9
+
+
+def test_share_that_is_too_small_trains_until_the_time_is_over():
+    """Without a target all steps are taken; with no time left, none."""
+    options = SMALL | {"num_steps": 4}
+    whole = si.SMDP(MODES.model, "x", target_share=None, **options).fit(jax.random.key(0)).history
+    assert (whole.num_steps, whole.stopped, whole.shares) == (4, "finished", ())
+    none = si.SMDP(MODES.model, "x", target_share=0.9999, max_seconds=0.0, **options).fit(jax.random.key(0)).history
+    assert (none.num_steps, none.stopped) == (0, "out of time")
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        si.SMDP(MODES.model, "x", target_share=1.5)
+
+
 def test_draws_do_not_depend_on_the_batch_size(posterior):
     conditioned = posterior.condition(y=END)
     one, two = (conditioned.sample(jax.random.key(1), 700, batch_size=size) for size in (512, 1024))
