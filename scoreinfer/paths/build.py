@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer._program import run_once
 from scoreinfer._typing import Key
 from scoreinfer.model import NoisyEnd, from_numpyro, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.nets import ConditionalMLP, ResidualMLP
@@ -163,6 +162,6 @@ def untrained_kernels(
     return backward
 
 
-@run_once
+@eqx.filter_jit
 def _perceptron(key: Key, num_in: int, num_context: int, num_out: int, width: int, depth: int) -> ConditionalMLP:
     return ConditionalMLP(key, num_in, num_context, num_out, width=width, depth=depth)
