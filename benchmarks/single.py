@@ -105,7 +105,8 @@ def _figures(kernel, found, target, mcmc, is_model: bool) -> dict:
     fit = kernel.fit_of(mcmc.last_state)
     row = {
         "certified": found.certified, "share": fit.taught.best.share, "stopped": fit.taught.stopped,
-        "shares": [(one.num_steps, round(one.share, 3)) for one in fit.taught.rounds], "gradients": fit.evidence.num_gradients,
+        "shares": [(one.num_steps, round(one.share, 3)) for one in fit.taught.rounds],
+        "gradients": fit.evidence.num_gradients,
         "proposals": kernel.moves_of(fit)[0], "local": kernel.moves_of(fit)[1], "k_hat": found.weights.k_hat,
     }  # fmt: skip
     if target.truth is not None:

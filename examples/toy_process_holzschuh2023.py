@@ -134,8 +134,8 @@ def learn(key, num, num_steps=None, progress_bar=False, resimulate=False):
     width, depth, learning_rate = (32, 2, 3e-3) if num > 100 or resimulate else (16, 1, 1e-3)
     return si.SMDP(
         model, "x", reverse=grow, trajectories=simulate(for_paths, num), resimulate=resimulate,
-        num_steps=num_steps or (4000 if resimulate else 6000), learning_rate=learning_rate, width=width, depth=depth,
-        progress_bar=progress_bar,
+        num_steps=num_steps or (4000 if resimulate else 6000), target_share=None, learning_rate=learning_rate,
+        width=width, depth=depth, progress_bar=progress_bar,
     ).fit(for_training)  # fmt: skip
 
 

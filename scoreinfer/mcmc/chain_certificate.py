@@ -180,7 +180,9 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
                for gap in gaps if not -MAX_DEFICIT <= gap <= MAX_EXCESS]  # fmt: skip
     reason = "; ".join(faults) or weights.reason
     learning = "" if fit.taught is None else str(fit.taught)
-    return ChainCertificate(not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences, learning)
+    return ChainCertificate(
+        not faults, reason, weights, float(np.mean(accept)), local, r_hat, nested, evidences, learning
+    )
 
 
 def _witnessed(
