@@ -76,9 +76,10 @@ def test_half_of_the_particles_outlive_a_round():
     position = jnp.linspace(-1.0, 1.0, 1000)
     log_weight = jnp.log(jnp.where(position > 0, 3.0, 1.0))
     drawn = Weighted(position[:, None], log_weight, log_weight)
-    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), lambda z: -z @ z, np.array(1))
+    target = Target(from_potential(lambda z: z @ z, jnp.zeros(1)), {})
+    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), target, np.array(1))
     lost = begin(moves, first_population(jnp.full((1000, 1), -9.0), 1000), np.array(1.0))
-    pools = Pools(moves, moves.target, lost, Chain(()), {})
+    pools = Pools(moves, target, lost, Chain(()), {})
     values = np.asarray(replace(random.key(1), pools, drawn, 2).particles.values)
     assert (values == -9.0).sum() == 496  # 62 of 125 chains
     share = (values[values > -9.0] > 0).mean()
