@@ -12,6 +12,7 @@ from scoreinfer._program import run_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
+from scoreinfer.montecarlo.resampling import next_power
 from scoreinfer.montecarlo.weights import log_effective_share
 from scoreinfer.paths.proposal import AbstractPaths, Beginning
 from scoreinfer.posterior.path_data import Truths
@@ -118,17 +119,6 @@ def _share(log_w: Float[Array, " num"]) -> Float[Array, ""]:
 
     Exactness: ESS/N of these draws above a half; below, biased if log weights are not normal.
     """
-
-    def closer(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        power = 0.5 * (low + high)
-        enough = log_effective_share(power * log_w) > jnp.log(0.5)
-        return jnp.where(enough, power, low), jnp.where(enough, high, power)
-
     share = jnp.exp(log_effective_share(log_w))
-    power = jax.lax.fori_loop(0, NUM_HALVINGS, closer, (jnp.zeros_like(share), jnp.ones_like(share)))[0]
+    power = next_power(log_w, 0.5)
     return jnp.where(share >= 0.5, share, jnp.exp2(-1.0 / power**2))
-
-
-NUM_HALVINGS = 20
-"""Halvings of the interval in which the power lies; its error is 1e-6."""

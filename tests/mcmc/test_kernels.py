@@ -234,8 +234,9 @@ def test_other_data_compile_nothing(kernel, num_chains):
     assert_same(mcmc.get_samples(), first)
 
 
-def test_refill_stays_a_branch(kernel, monkeypatch):
+def test_refill_stays_a_branch(monkeypatch):
     """Also where every chain brings a bank of its own: a select would run the sampler at each iteration."""
+    kernel = ScoreSDE(posterior=fake_posterior(), bank_size=32, num_local_steps=1)  # no other branch: never at rest
 
     def branches():
         vectorized = kernel.init(random.split(random.key(0)), 0, None, model_args=(Y1,), model_kwargs={})
@@ -248,6 +249,20 @@ def test_refill_stays_a_branch(kernel, monkeypatch):
     assert branches() == [True, True]
     monkeypatch.setattr(transition, "any_chain", lambda flag: flag)
     assert branches() == [False, False]
+
+
+def test_chain_without_local_steps_rests_in_warm_up(kernel):
+    """It picks a start, rests, and makes the last ten moves of warm-up and every move after it."""
+    state, step = (
+        kernel.init(random.key(0), 30, None, (Y1,), {}),
+        jax.jit(lambda state: kernel.sample(state, (Y1,), {})),
+    )
+    places = []
+    for _ in range(60):
+        state = step(state)
+        places.append(float(state.z["mu"]))
+    assert len(set(places[:20])) == 1 < len(set(places[20:30])) and len(set(places[30:])) > 5
+    assert int(state.i) == 60
 
 
 # --- inside jit and vmap -----------------------------------------------------------------------------------------
