@@ -31,7 +31,7 @@ from scoreinfer.mcmc.transition import ScoreSDEState, Weights, refresh, start, t
 from scoreinfer.model import from_numpyro
 from scoreinfer.posterior.npse import NPSE
 from scoreinfer.problem import Problem, from_potential
-from scoreinfer.samplers.base import AbstractProposal, Target
+from scoreinfer.samplers.base import AbstractProposal, Target, bounded_target
 from scoreinfer.samplers.explorer import Effort
 from scoreinfer.samplers.single import Evidence, Taught, learn
 
@@ -54,6 +54,7 @@ class Fit(NamedTuple):
         outliers: simulations by which an outlying observation is detected, for an amortised sampler. None means that
             there are none.
         taught: the rounds of the training, for a sampler of one observation.
+        max_memory: bytes for values that are weighed together. None means the default of `ScoreSDE`.
     """
 
     problem: Problem
@@ -61,6 +62,7 @@ class Fit(NamedTuple):
     evidence: Evidence | None = None
     outliers: Outliers | None = None
     taught: Taught | None = None
+    max_memory: int | None = None
 
     def target(self, args: tuple, kwargs: dict[str, Any]) -> Target:
         """Read the observation in these model arguments.
@@ -68,12 +70,13 @@ class Fit(NamedTuple):
         Raises:
             ValueError: if the arguments do not fit the problem.
         """
-        return Target(self.problem, observe(self.problem, args, kwargs))
+        return bounded_target(self.problem, observe(self.problem, args, kwargs), self.max_memory)
 
 
-def amortised_fit(posterior: Any) -> Fit:
+def amortised_fit(posterior: Any, max_memory: int | None = None) -> Fit:
     """Make the `Fit` of a fitted posterior."""
-    return Fit(posterior.problem, posterior.proposal, outliers=getattr(posterior, "outliers", None))
+    outliers = getattr(posterior, "outliers", None)
+    return Fit(posterior.problem, posterior.proposal, outliers=outliers, max_memory=max_memory)
 
 
 class ScoreSDE(MCMCKernel):
@@ -105,6 +108,10 @@ class ScoreSDE(MCMCKernel):
             only without a prior to draw from (bare densities, improper priors, factors). It should cover all modes.
         key: random key of the learning. None means the key of the first chain.
         progress_bar: show the progress of the learning on a terminal.
+        max_memory: bytes that the arrays of values that are weighed together may take, in learning, sampling and
+            `certify`. Fewer bytes mean smaller batches, not other draws (but for the rounding of sums). None means one
+            gibibyte, or a quarter of the device's free memory where that is less. On the CPU batches also stay as small
+            as is fastest. Every weight uses all data: rows are never left out or subsampled.
 
     Raises:
         ValueError: if none of ``model``, ``potential_fn`` and ``posterior`` is given, if ``potential_fn`` is given with
@@ -138,6 +145,7 @@ class ScoreSDE(MCMCKernel):
         start_scale: float = 5.0,
         key: Key | None = None,
         progress_bar: bool = True,
+        max_memory: int | None = None,
     ):
         if model is None and posterior is None and potential_fn is None:
             raise ValueError("Expected a `model`, a `potential_fn` or a fitted `posterior`, got none: give one.")
@@ -150,8 +158,8 @@ class ScoreSDE(MCMCKernel):
         self.potential_fn = potential_fn
         self.num_proposals, self.num_local_steps = num_proposals, num_local_steps
         self.step_size, self.bank_size, self.start_scale = step_size, bank_size, start_scale
-        self.key, self.progress_bar = key, progress_bar
-        self._fits = [] if posterior is None else [amortised_fit(posterior)]
+        self.key, self.progress_bar, self.max_memory = key, progress_bar, max_memory
+        self._fits = [] if posterior is None else [amortised_fit(posterior, max_memory)]
         self._latest = 0
         self._origins = Origins()
         self._is_block = False
@@ -167,8 +175,10 @@ class ScoreSDE(MCMCKernel):
         if self.model is None:
             raise ValueError("Expected a ScoreSDE with a model to fit, this one has no model: give ScoreSDE a `model`.")
         with evaluated_at_once():
-            posterior = NPSE(self.model, progress_bar=self.progress_bar).fit(key, *args, **kwargs)
-        self._keep(amortised_fit(posterior))
+            posterior = NPSE(self.model, progress_bar=self.progress_bar, max_memory=self.max_memory).fit(
+                key, *args, **kwargs
+            )
+        self._keep(amortised_fit(posterior, self.max_memory))
         return posterior
 
     @own_broadcasting
@@ -197,12 +207,12 @@ class ScoreSDE(MCMCKernel):
         problem = self._read(args, kwargs, init_params)
         if not problem.has_density:
             raise UnsupportedModel(NO_DENSITY)
-        target = Target(problem, observe(problem, args, kwargs))
+        target = bounded_target(problem, observe(problem, args, kwargs), self.max_memory)
         num_particles = min(max(1 << (16 * num_warmup - 1).bit_length(), 512), 8192)
         effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
         with evaluated_at_once():
             learned = learn(key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar)
-        self._keep(Fit(problem, learned.proposal, learned.evidence, taught=learned.taught))
+        self._keep(Fit(problem, learned.proposal, learned.evidence, taught=learned.taught, max_memory=self.max_memory))
 
     def _keep(self, fit: Fit) -> None:
         self._latest = len(self._fits)

@@ -34,6 +34,7 @@ from jax import lax, random
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
+from scoreinfer._memory import each
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.base import spread
 from scoreinfer.mcmc.contract import Origin, any_chain, flatten_sites, layout, same_bits
@@ -125,7 +126,7 @@ def draw_proposals(key: Key, proposal: AbstractProposal, target: Target, num: in
     Exactness: exact weights, for any sampler.
     """
     context = proposal.context(target)
-    return jax.vmap(lambda key: cleaned(proposal.sample(key, target, context)))(random.split(key, num))
+    return each(lambda key: cleaned(proposal.sample(key, target, context)), target)(random.split(key, num))
 
 
 def refill(key: Key, proposal: AbstractProposal, target: Target, bank: Bank, stale: Bool[Array, ""]) -> Bank:

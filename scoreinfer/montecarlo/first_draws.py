@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._memory import each
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.langevin import LogDensity
@@ -85,4 +86,4 @@ def first_power(first: FirstDraws, num: int) -> Float[Array, ""]:
 @eqx.filter_jit
 def _draw_and_weigh(key: Key, reference: AbstractReference, target: LogDensity, rows: Int[Array, " num"]) -> FirstDraws:
     values = reference_rows(key, reference, rows)
-    return FirstDraws(values, jax.vmap(lambda z: seen_at(reference, target, z).log_ratio)(values))
+    return FirstDraws(values, each(lambda z: seen_at(reference, target, z).log_ratio, target)(values))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from scoreinfer._memory import each
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import LogWeights
@@ -213,15 +214,16 @@ def move_all(
     Exactness: leaves the density invariant.
     """
     value_and_grad = differentiate(log_density, start[0])
-    step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, None))
 
     def move(carry, key, rate):
         states, log_step = carry
         keys = jax.random.split(key, start.shape[0])
-        states, accept = step(keys, value_and_grad, states, factor, jnp.exp(log_step))
+        step_size = jnp.exp(log_step)
+        step = lambda key, state: metropolis_langevin_step(key, value_and_grad, state, factor, step_size)  # noqa: E731
+        states, accept = each(step, log_density)(keys, states)
         return (states, log_step + rate * (accept.mean() - TARGET_ACCEPT_PROB)), accept.mean()
 
-    states = (start, *jax.vmap(value_and_grad)(start))
+    states = (start, *each(value_and_grad, log_density)(start))
     first = jnp.log(jnp.asarray(1.0 / start.shape[1] ** (1 / 6), start.dtype))
     for_tuning, for_moves = jax.random.split(key)
     (_, log_step), _ = jax.lax.scan(lambda c, k: move(c, k, 1.0), (states, first), jax.random.split(for_tuning, 20))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._memory import each
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.bijections.base import Chain, pull, spread
@@ -183,7 +184,7 @@ class LangevinMoves(AbstractMoves):
 
     def see(self, values):
         """Compute both log densities with their gradients."""
-        return jax.vmap(self._ends(values[0]))(values)
+        return each(self._ends(values[0]), self.target)(values)
 
     def move(self, key, power, values, seen, starts, adapted):
         """Move by Langevin steps."""
@@ -207,7 +208,7 @@ class LangevinMoves(AbstractMoves):
         def one_pass(carry):
             number, old, log_step, *_ = carry
             keys = jax.random.split(jax.random.fold_in(key, number), CHAIN_LENGTH)
-            (new, log_step), chains = jax.lax.scan(partial(_step, at), (old, log_step), keys)
+            (new, log_step), chains = jax.lax.scan(partial(_step, at, self.target), (old, log_step), keys)
             return number + 1, new, log_step, chains, _correlation(first[1], new[1])
 
         def lasting(carry):
@@ -224,15 +225,15 @@ class LangevinMoves(AbstractMoves):
         return lambda z: Seen(*of_reference(z), *of_target(z))
 
 
-def _step(at: ValueAndGrad, carry: Any, key: Key) -> tuple[Any, tuple[Values, Seen]]:
+def _step(at: ValueAndGrad, target: LogDensity, carry: Any, key: Key) -> tuple[Any, tuple[Values, Seen]]:
     """Take one step of every chain, adapt the common step size, and return the new states."""
     states, log_step = carry
     for_size, for_step = jax.random.split(key)
     num, dim = states[0].shape
     jitter = jnp.log(LANGEVIN_JITTER) * jax.random.uniform(for_size, (num,), log_step.dtype)
-    step = jax.vmap(metropolis_langevin_step, in_axes=(0, None, 0, None, 0))
     ones = jnp.ones(dim, log_step.dtype)
-    states, accept = step(jax.random.split(for_step, num), at, states, ones, jnp.exp(log_step - jitter))
+    step = each(lambda key, state, size: metropolis_langevin_step(key, at, state, ones, size), target)
+    states, accept = step(jax.random.split(for_step, num), states, jnp.exp(log_step - jitter))
     return (states, log_step + STEP_GAIN * (accept.mean() - TARGET_ACCEPT_PROB)), states[-1]
 
 
@@ -284,7 +285,7 @@ class DifferenceMoves(AbstractMoves):
 
     def see(self, values):
         """Compute both log densities."""
-        return jax.vmap(partial(seen_at, self.reference, self.target))(values)
+        return each(partial(seen_at, self.reference, self.target), self.target)(values)
 
     @eqx.filter_jit
     def move(self, key, power, values, seen, starts, adapted):
@@ -303,7 +304,7 @@ class DifferenceMoves(AbstractMoves):
             return metropolis(for_accept, (new, at_new), state, _clean(log_accept))[0]
 
         def move_once(i, states):
-            return jax.vmap(step)(jax.random.split(jax.random.fold_in(key, i), num), states)
+            return each(step, self.target)(jax.random.split(jax.random.fold_in(key, i), num), states)
 
         return *jax.lax.fori_loop(0, self.num_moves, move_once, (values, seen)), None
 

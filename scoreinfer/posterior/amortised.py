@@ -32,7 +32,7 @@ from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, wa
 from scoreinfer.posterior.checkpoint_amortised import Parts, write_posterior
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AbstractAmortised
-from scoreinfer.samplers.base import Target, Weighted
+from scoreinfer.samplers.base import Target, Weighted, bounded_target
 from scoreinfer.samplers.batches import Defence, weigh_rows, weighted_draws
 from scoreinfer.samplers.focused import focus
 from scoreinfer.samplers.refined import refine
@@ -330,7 +330,7 @@ class Posterior(AbstractPosterior):
         Raises:
             ValueError: if the data are missing, not finite, or have another shape or another design.
         """
-        return Conditioned(self.proposal, Target(self.problem, self.problem.read(args, kwargs)), self)
+        return Conditioned(self.proposal, bounded_target(self.problem, self.problem.read(args, kwargs)), self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `scoreinfer.load`.

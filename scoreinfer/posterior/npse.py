@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from scoreinfer._memory import default_memory
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import TrainingWarning, UnsupportedModel, warn
@@ -40,6 +42,7 @@ from scoreinfer.training.simulations import (
     Simulations,
     Standardiser,
     check_finite,
+    encode,
     encoded,
     has_gradient,
     simulate_joint,
@@ -54,6 +57,8 @@ NUM_OUTLIERS = 512
 """Number of simulations that the posterior keeps to detect outliers. Chosen by judgement."""
 POOL = 32_768
 """Largest number of fresh simulations in one epoch. Chosen by judgement."""
+LEAST_SIMULATIONS = 512
+"""Least number of simulations of one epoch, however large they are. Chosen by judgement."""
 FIRST = Size(32, 2)
 """Size of the first score network, if the posterior has a density to judge it by. Chosen by judgement."""
 FIRST_STEPS = 0.5
@@ -117,6 +122,10 @@ class NPSE:
         target_share: effective share of exact weights, of a typical held-out observation, at which training stops.
         max_seconds: seconds of training after which it stops. None means no limit. With a limit the weights depend on
             the clock.
+        max_memory: bytes that the simulations of one epoch may take. Where 32,768 of them (8192 at first) take more,
+            fewer are made, and every epoch makes fewer steps with them. None means one gibibyte, or a quarter of the
+            device's free memory where that is less. The networks, the batches of one step, and a budget of simulations
+            or a store that is given are not bounded by it.
         progress_bar: show progress bars on a terminal.
 
     Raises:
@@ -146,6 +155,7 @@ class NPSE:
     checkpoint: str | os.PathLike[str] | None = None
     target_share: float = 0.8
     max_seconds: float | None = None
+    max_memory: int | None = None
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -275,6 +285,7 @@ class _Data(NamedTuple):
         online: whether every epoch has fresh simulations, without a budget.
         stored: the rows of the store. None means that there is no store.
         y: observations of the first held-out simulations.
+        most: largest number of simulations of one epoch.
     """
 
     problem: Problem
@@ -285,6 +296,7 @@ class _Data(NamedTuple):
     online: bool
     stored: StoredSimulations | None
     y: Sites
+    most: int = POOL
 
     def pool(self, key: Key, gradient: bool) -> Simulations:
         """Make the simulations of one epoch, with gradients of the log density if ``gradient`` is true."""
@@ -349,20 +361,34 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
             "`target_score=True` needs the gradient of the joint density, but this model has none (it has no density, "
             "or a loop or call that cannot be differentiated). Leave `target_score` out to learn without gradients."
         )
-    pilot, y = simulate_with_data(key, problem, options.num_simulations or NUM_PILOT, gradient=use_gradient)
+    most = _most_simulations(options, problem)
+    pilot, y = simulate_with_data(key, problem, options.num_simulations or min(NUM_PILOT, most), gradient=use_gradient)
     if pilot.gradient is not None and options.target_score is None and not _all_finite(pilot.gradient):
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
     scale = standardiser(pilot.x)
     online = options.num_simulations is None
-    size = min(POOL, min(250, options.num_steps) * options.batch_size)
+    size = min(POOL, most, min(250, options.num_steps) * options.batch_size)
 
     def renew(key: Key, gradient: bool) -> Simulations:
         return _standardise(scale, simulate_joint(key, problem, size, gradient=gradient))
 
     training, validation = _held_out(scale, pilot, max(pilot.num // 10, 1))
     y = _first(y, min(NUM_OBSERVATIONS, validation.num))
-    return _Data(problem, scale, training, validation, renew if online else None, online, None, y)
+    return _Data(problem, scale, training, validation, renew if online else None, online, None, y, most)
+
+
+def _most_simulations(options: NPSE, problem: Problem) -> int:
+    """Compute how many simulations fit in the memory: a power of two, and at least `LEAST_SIMULATIONS`.
+
+    A simulation is there four times: as drawn, encoded, standardised, and once more while batches are joined.
+    """
+    assert problem.simulate is not None
+    z, y = jax.eval_shape(problem.simulate, jax.random.key(0))
+    x = jax.eval_shape(partial(encode, problem), y)
+    each = z.size * z.dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((y, x, x, x)))
+    memory = default_memory() if options.max_memory is None else options.max_memory
+    return max(LEAST_SIMULATIONS, 1 << max((memory // max(each, 1)).bit_length() - 1, 0))
 
 
 def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
@@ -408,6 +434,8 @@ def _budget(options: NPSE, data: _Data) -> Budget:
     batch_size = min(options.batch_size, data.training.num)
     passes = -(-2 * data.training.num // batch_size)
     epoch_steps = min(250, options.num_steps) if data.online else min(250, options.num_steps, passes)
+    if data.online and data.most < POOL:  # large simulations: no more than two passes through those of an epoch
+        epoch_steps = min(epoch_steps, -(-2 * data.most // batch_size))
     patience = None if data.online else PATIENCE
     return Budget(
         options.num_steps, batch_size, epoch_steps, options.learning_rate, patience, NUM_LEGS, options.target_share,

@@ -11,12 +11,18 @@ References: Liu 2001, "Monte Carlo Strategies in Scientific Computing", section 
 """
 
 import abc
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import Footprint, footprint, rows_at_once
+from scoreinfer._program import Program, shapes_of
+from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
@@ -24,19 +30,73 @@ from scoreinfer.problem import Problem
 class Target(eqx.Module):
     """The unnormalised log posterior density of one observation: z -> log p(z, y).
 
-    It is a pytree whose only arrays are the data. Programs therefore compile once for all data.
+    It is a pytree whose only arrays are the data. Programs therefore compile once for all data, and large covariates
+    are no part of them.
 
     Args:
         problem: the problem.
         y: the observation.
+        at_once: how many values may be weighed together (`bounded_target`). None means any number.
+        program: the traced log density of z, y and large constants. None means that there are no large ones.
+        constants: what the program closed over, such as covariates.
     """
 
     problem: Problem = eqx.field(static=True)
     y: Sites
+    at_once: int | None = eqx.field(static=True, default=None)
+    program: Program | None = eqx.field(static=True, default=None)
+    constants: tuple[Array, ...] = ()
 
     def __call__(self, z: Float[Array, " dim"]) -> Float[Array, ""]:
         """Compute log p(z, y). Without a density the result is zero, so that log weights are -log q."""
-        return self.problem.log_joint(z, self.y) if self.problem.has_density else jnp.zeros((), z.dtype)
+        if not self.problem.has_density:
+            return jnp.zeros((), z.dtype)
+        if self.program is not None:
+            return self.program(list(self.constants), z, self.y)
+        return self.problem.log_joint(z, self.y)
+
+
+LARGE = 1 << 20
+"""Bytes of constants from which they are arguments of the programs that weigh: otherwise each holds a copy of them."""
+_TRACED: WeakKeyDictionary[Problem, dict[Any, tuple[Footprint, Program | None, tuple[Array, ...]]]]
+_TRACED = WeakKeyDictionary()  # tracing a model takes a tenth of a second
+
+
+def bounded_target(problem: Problem, y: Sites, max_memory: int | None = None) -> Target:
+    """Make a target whose values are weighed so many at a time that their arrays take no more than ``max_memory``.
+
+    Args:
+        problem: the problem.
+        y: the observation.
+        max_memory: bytes. None means one gibibyte, or a quarter of what is free where that is less.
+
+    Exactness: every weight uses all of the observation. The number of values that are weighed together changes the
+        rounding of sums alone.
+    """
+    if not problem.has_density:
+        return Target(problem, y)
+    names, values = tuple(y), shapes_of(list(y.values()))
+    key = names, *((value.shape, value.dtype) for value in values)
+    found = _TRACED.setdefault(problem, {})
+    if key not in found:
+        found[key] = _trace(problem, dict(zip(names, values, strict=True)))
+    taken, program, constants = found[key]
+    return Target(problem, y, rows_at_once(taken, max_memory), program, constants)
+
+
+def _trace(problem: Problem, y: dict[str, Any]) -> tuple[Footprint, Program | None, tuple[Array, ...]]:
+    """Find the bytes of a value and its gradient, or of the value alone, and the program if its constants are large."""
+    z = jax.ShapeDtypeStruct((problem.dim,), jnp.result_type(float))
+    program = Program(problem.log_joint, z, y)
+    log_joint = partial(program, program.constants)
+    try:
+        taken = footprint(jax.value_and_grad(log_joint), z, y)
+    except Exception:  # libraries have errors of their own for what they cannot differentiate
+        taken = footprint(log_joint, z, y)
+    size = sum(value.nbytes for value in program.constants)
+    if size < LARGE or is_traced(program.constants):
+        return taken, None, ()
+    return taken, program, tuple(v if isinstance(v, jax.Array) else jnp.asarray(v) for v in program.constants)
 
 
 class Weighted(NamedTuple):

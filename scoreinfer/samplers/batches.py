@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._memory import each
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Values
 from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
@@ -33,7 +34,7 @@ def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Ar
     Exactness: as for the proposal.
     """
     context = proposal.context(target)
-    return jax.vmap(lambda row: proposal.sample(jax.random.fold_in(key, row), target, context))(rows)
+    return each(lambda row: proposal.sample(jax.random.fold_in(key, row), target, context), target)(rows)
 
 
 @eqx.filter_jit
@@ -49,7 +50,7 @@ def weigh_rows(
     Exactness: as for the proposal.
     """
     context = proposal.context(target)
-    return jax.vmap(lambda row, z: proposal.weigh(jax.random.fold_in(key, row), target, context, z))(rows, z)
+    return each(lambda row, z: proposal.weigh(jax.random.fold_in(key, row), target, context, z), target)(rows, z)
 
 
 def spaced(values: Float[Array | np.ndarray, "num dim"], most: int) -> Float[np.ndarray, "spaced dim"]:

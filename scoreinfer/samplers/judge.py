@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._memory import each
 from scoreinfer._typing import Key, Sites
 from scoreinfer.montecarlo.weights import log_effective_share
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AmortisedProposal, Context
-from scoreinfer.samplers.base import Target
+from scoreinfer.samplers.base import bounded_target
 from scoreinfer.samplers.diffusion import ProbabilityFlow
 
 NUM_OBSERVATIONS, NUM_DRAWS = 32, 64
@@ -76,7 +77,7 @@ def _typical_share(
 ) -> Float[Array, ""]:
     def log_share(given: tuple[Key, Sites]) -> Float[Array, ""]:
         key, y = given
-        target = Target(judge.problem, y)
+        target = bounded_target(judge.problem, y)
         context = proposal.context(target)
 
         def log_weight(key: Key) -> Float[Array, ""]:
@@ -87,7 +88,7 @@ def _typical_share(
             value = target(z) - log_q
             return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
-        value = log_effective_share(jax.vmap(log_weight)(jax.random.split(key, NUM_DRAWS)))
+        value = log_effective_share(each(log_weight, target)(jax.random.split(key, NUM_DRAWS)))
         return jnp.where(jnp.isfinite(value), value, -jnp.log(NUM_DRAWS))
 
     keys = jax.random.split(judge.key, judge.num)

@@ -65,15 +65,22 @@ def untrained_whitening(key: Key, dim: int, x: Sites, embedding: Embedding, *, w
 
 @eqx.filter_jit
 def regressed(whitening: Whitening, z: Float[Array, "num dim"], x: Sites) -> Whitening:
-    """Set a whitening to the ridge regression of z on the standardised observations (draw axis first)."""
+    """Set a whitening to the ridge regression of z on the standardised observations (draw axis first).
+
+    With fewer simulations than features the equations of the simulations are solved instead: the same slope, from a
+    matrix no larger than the simulations themselves.
+    """
     features = jax.vmap(flatten)(x)
     centre, middle = features.mean(0), z.mean(0)
     f, r = features - centre, z - middle
-    gram = f.T @ f / z.shape[0] + 1e-4 * jnp.eye(f.shape[1], dtype=f.dtype)
-    slope = jnp.linalg.solve(gram, f.T @ r / z.shape[0]).T
+    num, ridge = z.shape[0], 1e-4
+    if f.shape[1] <= num:
+        slope = jnp.linalg.solve(f.T @ f / num + ridge * jnp.eye(f.shape[1], dtype=f.dtype), f.T @ r / num).T
+    else:
+        slope = jnp.linalg.solve(f @ f.T / num + ridge * jnp.eye(num, dtype=f.dtype), r / num).T @ f
     error = r - f @ slope.T
-    covariance = error.T @ error / z.shape[0]
-    floor = 1e-8 * jnp.diagonal(r.T @ r / z.shape[0]) + 1e-12
+    covariance = error.T @ error / num
+    floor = 1e-8 * jnp.diagonal(r.T @ r / num) + 1e-12
     residual = jnp.linalg.cholesky(covariance + jnp.diag(floor))
     slope, intercept, residual = (jnp.asarray(part, jnp.float32) for part in (slope, middle - slope @ centre, residual))
     return dataclasses.replace(whitening, slope=slope, intercept=intercept, residual=residual)
