@@ -73,17 +73,21 @@ def rows_at_once(taken: Footprint, max_memory: int | None = None) -> int | None:
 
 
 def each(function: Callable[..., PyTree], target: Any) -> Callable[..., PyTree]:
-    """Make the function that evaluates every row, as `jax.vmap` does, at most ``target.at_once`` rows together.
+    """Make the function that evaluates every row, at most ``target.at_once`` rows together, if it has this number."""
+    return map_rows(function, getattr(target, "at_once", None))
 
-    Without such a number, or if there are no more rows than that, it is `jax.vmap` itself.
+
+def map_rows(function: Callable[..., PyTree], at_once: int | None) -> Callable[..., PyTree]:
+    """Make the function that evaluates every row, as `jax.vmap` does, at most ``at_once`` rows together.
+
+    Without a number, or if there are no more rows than that, it is `jax.vmap` itself.
 
     Args:
         function: a function of one row of each argument.
-        target: what may have a number of rows, ``at_once``.
+        at_once: number of rows. None means all.
 
     Exactness: as for `jax.vmap`, up to the rounding of sums in another order.
     """
-    at_once = getattr(target, "at_once", None)
 
     def evaluate(*rows: PyTree) -> PyTree:
         num = jax.tree.leaves(rows)[0].shape[0]

@@ -123,9 +123,9 @@ class NPSE:
         max_seconds: seconds of training after which it stops. None means no limit. With a limit the weights depend on
             the clock.
         max_memory: bytes that the simulations of one epoch may take. Where 32,768 of them (8192 at first) take more,
-            fewer are made, and every epoch makes fewer steps with them. None means one gibibyte, or a quarter of the
-            device's free memory where that is less. The networks, the batches of one step, and a budget of simulations
-            or a store that is given are not bounded by it.
+            fewer are made, and every epoch makes fewer steps with them: the weights then depend on this number. None
+            means one gibibyte, or a quarter of the device's free memory where that is less. Not bounded by it: the
+            networks, the batch of one step, and a budget of simulations or a store that is given.
         progress_bar: show progress bars on a terminal.
 
     Raises:
@@ -199,7 +199,9 @@ class NPSE:
         proposal, history = _learn(course)
         problem, stored = data.problem, data.stored
         if stored is None and data.validation.num < NUM_OUTLIERS:
-            usual = _standardise(data.scale, simulate_joint(streams.bank, problem, NUM_OUTLIERS)).x
+            usual = _standardise(
+                data.scale, simulate_joint(streams.bank, problem, NUM_OUTLIERS, batch=_batch(data.most))
+            ).x
         else:
             usual = _first(data.validation.x, min(NUM_OUTLIERS, data.validation.num))
         validity = _validity(self, streams.validity, stored)
@@ -362,7 +364,8 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
             "or a loop or call that cannot be differentiated). Leave `target_score` out to learn without gradients."
         )
     most = _most_simulations(options, problem)
-    pilot, y = simulate_with_data(key, problem, options.num_simulations or min(NUM_PILOT, most), gradient=use_gradient)
+    num = options.num_simulations or min(NUM_PILOT, most)
+    pilot, y = simulate_with_data(key, problem, num, gradient=use_gradient, batch=_batch(most))
     if pilot.gradient is not None and options.target_score is None and not _all_finite(pilot.gradient):
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
@@ -371,7 +374,7 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
     size = min(POOL, most, min(250, options.num_steps) * options.batch_size)
 
     def renew(key: Key, gradient: bool) -> Simulations:
-        return _standardise(scale, simulate_joint(key, problem, size, gradient=gradient))
+        return _standardise(scale, simulate_joint(key, problem, size, gradient=gradient, batch=_batch(most)))
 
     training, validation = _held_out(scale, pilot, max(pilot.num // 10, 1))
     y = _first(y, min(NUM_OBSERVATIONS, validation.num))
@@ -389,6 +392,11 @@ def _most_simulations(options: NPSE, problem: Problem) -> int:
     each = z.size * z.dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((y, x, x, x)))
     memory = default_memory() if options.max_memory is None else options.max_memory
     return max(LEAST_SIMULATIONS, 1 << max((memory // max(each, 1)).bit_length() - 1, 0))
+
+
+def _batch(most: int) -> int:
+    """Choose the number of simulations per compiled call: a small part of the largest number."""
+    return min(BATCH, max(most // 8, 64))
 
 
 def _read_store(options: NPSE, key: Key, prior: Problem) -> _Data:
@@ -528,20 +536,21 @@ def _learn_score(
     course: _Course, title: str, budget: Budget, proposal: AmortisedProposal
 ) -> tuple[AmortisedProposal, History]:
     options, data, whitening = course.options, course.data, proposal.whitening
-    whitened = _whiten(whitening, data.training)
+    batch = _batch(data.most)
+    whitened = _whiten(whitening, data.training, batch)
     use_gradient = data.training.gradient is not None
     precision = target_precision(whitened, options.target_score) if use_gradient else None
 
     def pool(key: Key) -> ScoreBatch:
-        return whitened if data.renew is None else _whiten(whitening, data.pool(key, precision is not None))
+        return whitened if data.renew is None else _whiten(whitening, data.pool(key, precision is not None), batch)
 
     def proposal_of(module: ConditionalScore) -> AmortisedProposal:
         return dataclasses.replace(proposal, embedding=module.embedding, score=module.score)
 
     return course.train(
         title, course.streams.score, ConditionalScore(proposal.embedding, proposal.score),
-        jax.tree_util.Partial(denoising_loss, precision=precision), pool, _whiten(whitening, data.validation), budget,
-        proposal_of,
+        jax.tree_util.Partial(denoising_loss, precision=precision), pool, _whiten(whitening, data.validation, batch),
+        budget, proposal_of,
     )  # fmt: skip
 
 
@@ -584,9 +593,9 @@ def _standardise(scale: Standardiser, simulations: Simulations) -> Simulations:
     return simulations._replace(x=jax.vmap(scale)(simulations.x))
 
 
-def _whiten(whitening: Whitening, simulations: Simulations) -> ScoreBatch:
+def _whiten(whitening: Whitening, simulations: Simulations, batch: int) -> ScoreBatch:
     """Map simulations, and the gradients of their log density, to the whitened space."""
-    return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, BATCH)
+    return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, batch)
 
 
 @eqx.filter_jit

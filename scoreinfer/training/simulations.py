@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from scoreinfer._memory import footprint, map_rows, rows_at_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.montecarlo.langevin import Differentiation, LogDensity, derivatives, differentiate
@@ -38,18 +39,20 @@ BATCH = 4096
 """Simulations per compiled call. Chosen by judgement."""
 
 
-def simulate_joint(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> Simulations:
+def simulate_joint(key: Key, problem: Problem, num: int, *, gradient: bool = False, batch: int = BATCH) -> Simulations:
     """Draw (z, x) ``num`` times from prior and simulator, in batches of bounded memory.
 
-    Draw i depends only on ``key`` and i. With ``gradient``, the gradient of the log joint density at every draw is
-    computed too.
+    Draw i depends only on ``key`` and i, not on the number ``batch`` of simulations per compiled call. With
+    ``gradient``, the gradient of the log joint density at every draw is computed too.
 
     Exactness: exact draws from the model's joint distribution.
     """
-    return simulate_with_data(key, problem, num, gradient=gradient)[0]
+    return simulate_with_data(key, problem, num, gradient=gradient, batch=batch)[0]
 
 
-def simulate_with_data(key: Key, problem: Problem, num: int, *, gradient: bool = False) -> tuple[Simulations, Sites]:
+def simulate_with_data(
+    key: Key, problem: Problem, num: int, *, gradient: bool = False, batch: int = BATCH
+) -> tuple[Simulations, Sites]:
     """Draw as `simulate_joint` does; return the observations, as the model draws them, too.
 
     Exactness: as for `simulate_joint`.
@@ -59,7 +62,7 @@ def simulate_with_data(key: Key, problem: Problem, num: int, *, gradient: bool =
         z, y, x = _simulate_rows(key, problem, i)
         return Simulations(z, x, _gradients(problem, z, y) if gradient else None), y
 
-    return in_batches(rows, num, BATCH)
+    return in_batches(rows, num, batch)
 
 
 @eqx.filter_jit
@@ -76,7 +79,8 @@ def _gradients(problem, z, y):
     def one(z, y):
         return differentiate(lambda z: problem.log_joint(z, y), z)(z)[1]
 
-    return jax.vmap(one)(z, y)
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (z, y))
+    return map_rows(one, rows_at_once(footprint(lambda row: one(*row), first)))(z, y)
 
 
 def has_gradient(problem: Problem) -> bool:
