@@ -384,12 +384,13 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
 def _most_simulations(options: NPSE, problem: Problem) -> int:
     """Compute how many simulations fit in the memory: a power of two, and at least `LEAST_SIMULATIONS`.
 
-    A simulation is there four times: as drawn, encoded, standardised, and once more while batches are joined.
+    A simulation is there eight times: as drawn, encoded, standardised and whitened, those of the epoch and the first
+    ones, and once more each while batches are joined.
     """
     assert problem.simulate is not None
     z, y = jax.eval_shape(problem.simulate, jax.random.key(0))
     x = jax.eval_shape(partial(encode, problem), y)
-    each = z.size * z.dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((y, x, x, x)))
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((z, y, [x] * 7)))
     memory = default_memory() if options.max_memory is None else options.max_memory
     return max(LEAST_SIMULATIONS, 1 << max((memory // max(each, 1)).bit_length() - 1, 0))
 

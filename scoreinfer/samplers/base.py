@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from scoreinfer._memory import Footprint, footprint, rows_at_once
 from scoreinfer._program import Program, shapes_of
-from scoreinfer._tree import is_traced
+from scoreinfer._tree import evaluated_at_once, is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.problem import Problem
 
@@ -96,7 +96,9 @@ def _trace(problem: Problem, y: dict[str, Any]) -> tuple[Footprint, Program | No
     size = sum(value.nbytes for value in program.constants)
     if size < LARGE or is_traced(program.constants):
         return taken, None, ()
-    return taken, program, tuple(v if isinstance(v, jax.Array) else jnp.asarray(v) for v in program.constants)
+    with evaluated_at_once():  # what is kept must have values, also if a compiled function asks first
+        constants = tuple(v if isinstance(v, jax.Array) else jnp.asarray(v) for v in program.constants)
+    return taken, program, constants
 
 
 class Weighted(NamedTuple):
