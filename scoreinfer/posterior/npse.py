@@ -57,7 +57,7 @@ NUM_OUTLIERS = 512
 """Number of simulations that the posterior keeps to detect outliers. Chosen by judgement."""
 POOL = 32_768
 """Largest number of fresh simulations in one epoch. Chosen by judgement."""
-LEAST_SIMULATIONS = 512
+LEAST_SIMULATIONS = 256
 """Least number of simulations of one epoch, however large they are. Chosen by judgement."""
 FIRST = Size(32, 2)
 """Size of the first score network, if the posterior has a density to judge it by. Chosen by judgement."""
