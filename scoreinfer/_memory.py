@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-MAX_MEMORY, FREE_SHARE = 1 << 30, 0.25
-"""By default, arrays may take one gibibyte, or this share of what is free where that is less. Chosen by judgement: the
-first of the two does not depend on what else runs, so that most machines compute the same digits."""
+MAX_MEMORY, SHARE = 1 << 30, 0.25
+"""By default, arrays may take one gibibyte, or this share of all memory where that is less. Chosen by judgement: they
+do not depend on what else runs, so a machine always computes the same digits."""
 CACHED, LEAST_CACHED = 1 << 21, 16
 """Bytes of the widest array of rows that are evaluated together on the CPU, but no fewer rows than this. Measured: 1 to
 2 MB are best, for regressions of 1,000 to 100,000 observations; values of fewer than 16 rows take up to nine times as
@@ -28,16 +28,23 @@ MANY = 8192
 """Where so many rows fit, no number of rows is set: one program then serves all problems. No batch is larger."""
 
 
+UNKNOWN_LENGTH = 100
+"""Passes that are counted for a loop that ends by a condition. Chosen by judgement."""
+
+
 class Footprint(NamedTuple):
-    """Bytes that one evaluation takes, apart from what all evaluations share.
+    """Bytes and work that one evaluation takes, apart from what all evaluations share.
 
     Args:
         total: most bytes that are needed at once, if no operations are merged; compiled programs need less.
         widest: bytes of the widest array that one operation makes.
+        work: number of operations on numbers, roughly: sums of products count every product, a loop of unknown length
+            counts `UNKNOWN_LENGTH` times.
     """
 
     total: int
     widest: int
+    work: int
 
 
 def footprint(function: Callable[..., PyTree], argument: PyTree, *shared: PyTree) -> Footprint:
@@ -54,8 +61,8 @@ def footprint(function: Callable[..., PyTree], argument: PyTree, *shared: PyTree
 
 
 def default_memory() -> int:
-    """Return one gibibyte, or a quarter of the free memory (a power of two, rounded down) where that is less."""
-    quarter = int(FREE_SHARE * _free())
+    """Return one gibibyte, or a quarter of the memory (a power of two, rounded down) where that is less."""
+    quarter = int(SHARE * _total())
     return min(MAX_MEMORY, 1 << max(quarter.bit_length() - 1, 0))
 
 
@@ -104,23 +111,32 @@ def _of_equations(jaxpr: Any, varies: list[bool]) -> Footprint:
     last = {id(variable): number for number, equation in enumerate(jaxpr.eqns) for variable in equation.invars}
     last |= {id(variable): len(jaxpr.eqns) for variable in jaxpr.outvars}
     alive: dict[int, int] = {}
-    total = widest = 0
+    total = widest = work = 0
     for number, equation in enumerate(jaxpr.eqns):
         varying = [id(variable) in differ for variable in equation.invars]
         if not any(varying):
             continue
         differ |= {id(variable) for variable in equation.outvars}
         made = {id(variable): _num_bytes(variable.aval) for variable in equation.outvars}
-        inner = [_of_equations(part, _inner_varying(part, varying)) for part in _parts(equation)]
+        inner = [_of_equations(part, _inner_varying(equation, part, varying)) for part in _parts(equation)]
         now = sum(alive.values()) + max(sum(made.values()), *(one.total for one in inner), 0)
         total = max(total, now)
         widest = max(widest, *((one.widest for one in inner) if inner else made.values()), 0)
+        work += sum(one.work for one in inner) * _num_passes(equation) if inner else _num_operations(equation)
         alive = {name: size for name, size in (alive | made).items() if last.get(name, -1) > number}
-    return Footprint(total, widest)
+    return Footprint(total, widest, work)
 
 
-def _inner_varying(part: Any, varying: list[bool]) -> list[bool]:
-    """Say which inputs of a called function differ between rows: all, where they are not the equation's inputs."""
+def _inner_varying(equation: Any, part: Any, varying: list[bool]) -> list[bool]:
+    """Say which inputs of a called function differ between rows: also what a loop carries, if any input of it does."""
+    if equation.primitive.name == "scan":
+        first = equation.params["num_consts"]
+        carried = range(first, first + equation.params["num_carry"])
+        return [now or number in carried for number, now in enumerate(varying)]
+    if equation.primitive.name == "while":
+        num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        own = varying[:num_cond] if part is equation.params["cond_jaxpr"].jaxpr else varying[num_cond:][:num_body]
+        return own + [True] * (len(part.invars) - len(own))
     return varying if len(part.invars) == len(varying) else [True] * len(part.invars)
 
 
@@ -130,18 +146,30 @@ def _parts(equation: Any) -> list[Any]:
     return [getattr(part, "jaxpr", part) for part in leaves if hasattr(part, "eqns")]
 
 
+def _num_passes(equation: Any) -> int:
+    return UNKNOWN_LENGTH if equation.primitive.name == "while" else equation.params.get("length", 1)
+
+
+def _num_operations(equation: Any) -> int:
+    made = sum(math.prod(getattr(variable.aval, "shape", ())) for variable in equation.outvars)
+    if equation.primitive.name != "dot_general":
+        return made
+    (summed, _), _ = equation.params["dimension_numbers"]
+    return made * math.prod(equation.invars[0].aval.shape[axis] for axis in summed)
+
+
 def _num_bytes(aval: Any) -> int:
     dtype = getattr(aval, "dtype", None)
     return math.prod(getattr(aval, "shape", ())) * getattr(dtype, "itemsize", 4)
 
 
-def _free() -> int:
-    """Find the free bytes of the device where arrays are made. Without an answer they are enough."""
+def _total() -> int:
+    """Find the bytes of the device where arrays are made. Without an answer they are enough."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        return stats["bytes_limit"]
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemTotal"))
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(MAX_MEMORY / FREE_SHARE)
+    return int(MAX_MEMORY / SHARE)

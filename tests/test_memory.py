@@ -80,13 +80,13 @@ def test_what_all_rows_share_does_not_count():
     [(1000, 100, 64_000, 64), (1000, 100, 127_000, 64), (1000, 100, 1, 1), (8, 8, 1 << 30, None)],
 )
 def test_rows_at_once_are_a_power_of_two(total, widest, memory, expected):
-    assert rows_at_once(Footprint(total, widest), memory) == expected
+    assert rows_at_once(Footprint(total, widest, 1), memory) == expected
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="caches bound batches on the CPU only")
 def test_rows_at_once_fit_in_a_cache():
-    assert rows_at_once(Footprint(1, CACHED // 32), 1 << 40) == 32
-    assert rows_at_once(Footprint(1, CACHED), 1 << 40) == LEAST_CACHED
+    assert rows_at_once(Footprint(1, CACHED // 32, 1), 1 << 40) == 32
+    assert rows_at_once(Footprint(1, CACHED, 1), 1 << 40) == LEAST_CACHED
 
 
 def test_usual_models_are_not_cut_into_batches():
