@@ -53,6 +53,7 @@ from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
 from scoreinfer.samplers.single import SingleProposal
+from scoreinfer.samplers.tuned import TunedProposal, Tuning
 from scoreinfer.score import NeuralScore
 from scoreinfer.training.simulations import Standardiser, encode
 from scoreinfer.training.whitening import Whitening, whitening_network
@@ -297,6 +298,11 @@ def focused(target: Exact, sampler: AbstractSampler) -> FocusedProposal:
     return FocusedProposal(original, adjusted(original))
 
 
+def tuned(target: Exact) -> TunedProposal:
+    """Make a proposal that is tuned in haste, so that its weights are uneven."""
+    return TunedProposal(amortised(target, FLOW), jax.random.key_data(jax.random.key(7)), Tuning(256, 2, 2))
+
+
 def refined(target: Exact, here: bool) -> RefinedProposal:
     """Make a proposal that has been trained further on its observation, or on another."""
     original = amortised(target, SDE)
@@ -326,6 +332,7 @@ def proposers() -> dict[str, Callable[[], Case]]:
         "prior mixture, SDE": lambda: Case(two(), amortised(two(), SDE), defence=of_prior(two())),
         "focused, flow": lambda: Case(two(), focused(two(), FLOW), 20_000, paths=False),
         "focused, SDE": lambda: Case(one(), focused(one(), SDE)),
+        "tuned": lambda: Case(two(), tuned(two()), 20_000, paths=False),
         "prior mixture, focused": lambda: Case(one(), focused(one(), SDE), defence=of_prior(one())),
         "mended, flow": lambda: Case(two(), amortised(two(), FLOW), 20_000, False, of_witnesses(two())),
         "mended, SDE": lambda: Case(two(), amortised(two(), SDE), defence=of_witnesses(two())),

@@ -32,10 +32,11 @@ from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, wa
 from scoreinfer.posterior.checkpoint_amortised import Parts, write_posterior
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AbstractAmortised
-from scoreinfer.samplers.base import Target, Weighted, bounded_target
+from scoreinfer.samplers.base import AbstractProposal, Target, Weighted, bounded_target
 from scoreinfer.samplers.batches import Defence, weigh_rows, weighted_draws
 from scoreinfer.samplers.focused import focus
 from scoreinfer.samplers.refined import refine
+from scoreinfer.samplers.tuned import THOROUGH, TunedProposal
 from scoreinfer.simulators.dataset import explained
 from scoreinfer.simulators.store import Store
 from scoreinfer.simulators.validity import Validity, failure_weights
@@ -113,12 +114,13 @@ class Conditioned(AbstractConditioned):
             weights then decide when to stop or which batch is returned.
         """
         start, problem = time.perf_counter(), self.target.problem
+        proposal = self.proposal.at(self.target)
         defence = self._defence(prior_fraction)
         streams = _streams(key)
         limit = max(num, max_proposals) if max_proposals is not None and problem.has_density else num
 
         def propose(key: Key, defence: Defence | None) -> Weighted:
-            batches = partial(weighted_draws, key, self.proposal, self.target, batch_size, defence)
+            batches = partial(weighted_draws, key, proposal, self.target, batch_size, defence)
             with tqdm(total=limit, desc="drawing", disable=None if progress_bar else True, leave=False) as bar:
                 drawn = batches(0, num, bar.update)
                 while drawn.num < limit and not _enough(drawn.log_weight, num):
@@ -128,13 +130,13 @@ class Conditioned(AbstractConditioned):
 
         drawn = propose(streams.draws, defence)
         again = partial(propose, streams.mended) if defence is None else None
-        judged = self._judge(streams, drawn, defence, again, thorough)
+        judged = self._judge(streams, proposal, drawn, defence, again, thorough)
         drawn, certificate = judged.drawn, judged.certificate
         warn_of_outlier(certificate.distance_rank)
         history = self.posterior.history
         info = DrawInfo(
             judged.num_proposals,
-            judged.num_proposals * self.proposal.amortised.sampler.num_evaluations,
+            judged.num_proposals * self.proposal.num_evaluations,
             None if history is None else history.num_simulations,
             witnessed=judged.witnessed,
         )
@@ -156,7 +158,8 @@ class Conditioned(AbstractConditioned):
         Useful for a posterior much narrower than the prior, and for a badly learned one (few simulations). First an
         affine map is adapted by importance sampling, which takes seconds (see `scoreinfer.samplers.focused`). If ESS/N
         is then below 0.25, the score is trained on the gradient of the posterior, which takes about a minute (see
-        `scoreinfer.samplers.refined`).
+        `scoreinfer.samplers.refined`). A tuned proposal (see `scoreinfer.samplers.tuned`) is only tuned more
+        thoroughly, which takes seconds, or with ``num_steps=0`` as always, but once for all draws.
 
         Args:
             key: random key.
@@ -164,14 +167,18 @@ class Conditioned(AbstractConditioned):
             progress_bar: show progress bars of the training.
 
         Returns:
-            The posterior of the same observation, with the adapted proposal. Its ``posterior`` draws for any other
-            observation as before.
+            The posterior of the same observation, with the adapted proposal. Unless that is tuned, its ``posterior``
+            draws for any other observation as before; a tuned one draws the same there, with exact weights.
 
         Warns:
             TrainingWarning: if the training of the score failed; the adapted affine map is then used.
 
         Exactness: the weights are exact, because the adapted proposal has a known density too.
         """
+        if isinstance(self.proposal, TunedProposal):
+            tuned = dataclasses.replace(self.proposal, effort=THOROUGH) if num_steps else self.proposal
+            mixture = tuned.at(self.target)
+            return Conditioned(mixture, self.target, dataclasses.replace(self.posterior, proposal=mixture))
         for_affine, for_score = jax.random.split(_streams(key).focus)
         focused, share = focus(for_affine, self.proposal.amortised, self.target)
         proposal: AbstractAmortised = focused
@@ -283,6 +290,7 @@ class Conditioned(AbstractConditioned):
     def _judge(
         self,
         streams: "_Streams",
+        proposal: AbstractProposal,
         drawn: Weighted,
         defence: Defence | None,
         again: Callable[[Defence], Weighted] | None,
@@ -298,7 +306,7 @@ class Conditioned(AbstractConditioned):
         if problem.simulate is None:
             return Judged(drawn, certify_weights(drawn.log_weight, outlying), drawn.num)
         witnesses = gather(streams.witnesses, reference_of(problem), self.target, thorough=thorough)
-        return judge(streams.judging, self.proposal, self.target, drawn, witnesses, defence, again, outlying)
+        return judge(streams.judging, proposal, self.target, drawn, witnesses, defence, again, outlying)
 
 
 class Posterior(AbstractPosterior):

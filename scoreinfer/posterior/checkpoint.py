@@ -224,8 +224,10 @@ def training_record(history: TrainingHistory | None) -> dict[str, Any]:
     if history is None:
         return {"history": None, "budget": None}
     runs = {name: None if run is None else run_record(run)
-            for name, run in history._asdict().items() if name != "budget"}  # fmt: skip
-    return {"history": runs, "budget": None if history.budget is None else history.budget._asdict()}
+            for name, run in history._asdict().items() if name not in ("budget", "tuned_share")}  # fmt: skip
+    budget = None if history.budget is None else history.budget._asdict()
+    share = None if math.isnan(history.tuned_share) else history.tuned_share
+    return {"history": runs, "budget": budget, "tuned_share": share}
 
 
 def read_training(training: dict[str, Any]) -> TrainingHistory | None:
@@ -233,8 +235,8 @@ def read_training(training: dict[str, Any]) -> TrainingHistory | None:
     stored, budget = training["history"], training["budget"]
     if stored is None:
         return None
-    smaller = stored.get("smaller")  # files of earlier versions have none
+    smaller, share = stored.get("smaller"), training.get("tuned_share")  # files of earlier versions have none
     return TrainingHistory(
         read_run(stored["whitening"]), read_run(stored["score"]), None if budget is None else Budget(**budget),
-        None if smaller is None else read_run(smaller),
+        None if smaller is None else read_run(smaller), math.nan if share is None else float(share),
     )  # fmt: skip

@@ -37,11 +37,12 @@ from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AbstractAmortised, AmortisedProposal, Architecture, untrained
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
+from scoreinfer.samplers.tuned import TunedMixture, TunedProposal, Tuning, untuned
 from scoreinfer.simulators.validity import Validity, validity_network
 from scoreinfer.training.loop import TrainingHistory
 from scoreinfer.training.simulations import encode
 
-PROPOSALS = (AmortisedProposal, FocusedProposal, RefinedProposal)
+PROPOSALS = (AmortisedProposal, FocusedProposal, RefinedProposal, TunedProposal, TunedMixture)
 """Proposals that can be saved."""
 
 
@@ -116,6 +117,7 @@ def describe(saved: Saved) -> dict[str, Any]:
         )
     return {
         "proposal": type(saved.proposal).__name__,
+        "effort": None if (effort := _effort(saved.proposal)) is None else effort._asdict(),
         "bend": proposal.standardiser.bend,
         "embedding": describe_module(proposal.embedding, EMBEDDINGS),
         "whitening": proposal.whitening.network.hyperparameters,
@@ -124,6 +126,13 @@ def describe(saved: Saved) -> dict[str, Any]:
         "outliers": None if saved.outliers is None else saved.outliers.distance.size,
         "validity": saved.validity is not None,
     }
+
+
+def _effort(proposal: AbstractAmortised) -> Tuning | None:
+    """Return the effort of a tuned proposal. Of a mixture only the number of components matters."""
+    if isinstance(proposal, TunedMixture):
+        return Tuning(num_components=len(proposal.mixture.log_shares) - 1)
+    return proposal.effort if isinstance(proposal, TunedProposal) else None
 
 
 def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding | None) -> Saved:
@@ -140,6 +149,7 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
     kinds = {kind.__name__: kind for kind in PROPOSALS}
     if network["proposal"] not in kinds:
         raise TypeError(f"expected a proposal of a known type, got {network['proposal']!r}")
+    effort = Tuning(**{name: size_of(value, name, MAX_SIZE) for name, value in (network.get("effort") or {}).items()})
     kind, has_validity = kinds[network["proposal"]], yes_or_no(network["validity"], "validity")
     num = None if network["outliers"] is None else size_of(network["outliers"], "outliers", MAX_SIZE)
 
@@ -152,6 +162,10 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
             proposal = FocusedProposal(first, first)
         elif kind is RefinedProposal:
             proposal = RefinedProposal(first, first, features)
+        elif kind is TunedProposal:
+            proposal = TunedProposal(first, jnp.zeros(2, jnp.uint32), effort)
+        elif kind is TunedMixture:
+            proposal = TunedMixture(first, untuned(dim, effort))
         outliers = None if num is None else Outliers(jnp.zeros((num, features.size)), jnp.zeros(num))
         validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
         return Saved(proposal, outliers, validity)

@@ -1,6 +1,7 @@
 """Neural posterior score estimation: simulate, learn the whitening map, learn the score in the whitened space."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +28,17 @@ from scoreinfer.posterior.amortised import Posterior
 from scoreinfer.posterior.checkpoint import foreign_outputs
 from scoreinfer.posterior.checkpoint_amortised import read_posterior
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.amortised import AmortisedProposal, Architecture, Size, default_sampler, untrained
+from scoreinfer.samplers.amortised import (
+    AbstractAmortised,
+    AmortisedProposal,
+    Architecture,
+    Size,
+    default_sampler,
+    untrained,
+)
 from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.samplers.judge import NUM_OBSERVATIONS, Judge
+from scoreinfer.samplers.tuned import MAX_TUNED_DIM, TunedProposal
 from scoreinfer.score.network import ConditionalScore
 from scoreinfer.simulators.dataset import StoredSimulations, stored_simulations, with_outputs
 from scoreinfer.simulators.store import Store
@@ -82,8 +91,11 @@ class NPSE:
     Outcomes end the training. A judge draws for held-out observations and computes the effective share of the exact
     weights. A ladder of proposals is climbed until the share reaches ``target_share``: the regression, the whitening
     map, a small score network, the large one. Each of them is trained until the share is reached, or neither share nor
-    validation loss improve, and the next one is learned only if it falls short. Without a density the validation loss
-    decides alone, and there is no small network. ``print(posterior.history)`` says what ended the training.
+    validation loss improve, and the next one is learned only if it falls short. ``tune=True`` adds a rung without
+    training after the whitening map: the learned Gaussian of each observation is tuned to its exact density when it is
+    drawn from (see `scoreinfer.samplers.tuned`). It is kept if its share is the largest. Without a density the
+    validation loss decides alone, and there is no small network. ``print(posterior.history)`` says what ended the
+    training.
 
     Args:
         model: a NumPyro model, or a `Problem`.
@@ -124,8 +136,11 @@ class NPSE:
             the clock.
         max_memory: bytes that the simulations of one epoch may take. Where 32,768 of them (8192 at first) take more,
             fewer are made, and every epoch makes fewer steps with them: the weights then depend on this number. None
-            means one gibibyte, or a quarter of the device's free memory where that is less. Not bounded by it: the
+            means one gibibyte, or a quarter of the device's memory where that is less. Not bounded by it: the
             networks, the batch of one step, and a budget of simulations or a store that is given.
+        tune: whether the posterior may be one that is tuned to each observation, in up to 32 dimensions and without a
+            ``sampler`` of your own. Draws for an observation then begin with up to 40,000 evaluations of the density.
+            Useful where posteriors are far narrower than a network can learn, as those of differential equations.
         progress_bar: show progress bars on a terminal.
 
     Raises:
@@ -156,6 +171,7 @@ class NPSE:
     target_share: float = 0.8
     max_seconds: float | None = None
     max_memory: int | None = None
+    tune: bool = False
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -272,6 +288,7 @@ class _Streams(NamedTuple):
     validity: Key
     judge: Key
     large: Key
+    tuning: Key
 
 
 class _Data(NamedTuple):
@@ -462,6 +479,7 @@ def _open_checkpoint(options: NPSE, key: Key, data: _Data, embedding: Embedding)
         "num_steps": options.num_steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate,
         "width": options.width, "depth": options.depth, "sampler": str(options.sampler),
         "target_score": options.target_score, "target_share": options.target_share, "max_seconds": options.max_seconds,
+        "tune": options.tune, "largest_pool": min(data.most, POOL),
     }  # fmt: skip
     all_z = None if data.stored is None else data.stored.all_z
     simulated = [(part.z, part.x) for part in (data.validation, data.training)]
@@ -474,7 +492,7 @@ def _judge(streams: _Streams, data: _Data) -> Judge | None:
     """Make the judge, whose observations are held out of the training; None without a density."""
     problem, num = data.problem, min(NUM_OBSERVATIONS, data.validation.num)
     judged = problem.has_density and problem.simulate is not None
-    return Judge(streams.judge, problem, data.y, num) if judged else None
+    return Judge(streams.judge, problem, data.y, num, _first(data.validation.z, num)) if judged else None
 
 
 def _architecture(options: NPSE, data: _Data, score: Size) -> Architecture:
@@ -486,8 +504,8 @@ def _architecture(options: NPSE, data: _Data, score: Size) -> Architecture:
     return Architecture(whitening, score, sampler)
 
 
-def _learn(course: _Course) -> tuple[AmortisedProposal, TrainingHistory]:
-    """Climb the ladder: the whitening map, a small score network, the large one; choose the number of sampler steps."""
+def _learn(course: _Course) -> tuple[AbstractAmortised, TrainingHistory]:
+    """Climb the ladder: whitening map, tuning, small and large score network; choose the number of sampler steps."""
     options, streams, judge, budget = course.options, course.streams, course.judge, _budget(course.options, course.data)
     own = Size(options.width, options.depth)
     two = judge is not None and options.width > FIRST.width
@@ -495,6 +513,9 @@ def _learn(course: _Course) -> tuple[AmortisedProposal, TrainingHistory]:
     if whitening.share >= options.target_share:
         proposal = start if judge is None or options.sampler is not None else judge.fewest_steps(start)
         return proposal, TrainingHistory(whitening, _nothing_to_learn(whitening.share), budget)
+    tuned, tuned_share = _tuned(course, start)
+    if tuned is not None and tuned_share >= options.target_share:
+        return tuned, TrainingHistory(whitening, _nothing_to_learn(tuned_share), budget, tuned_share=tuned_share)
     first = budget._replace(num_steps=max(int(FIRST_STEPS * budget.num_steps), 1)) if two else budget
     proposal, score = _learn_score(course, "small score" if two else "score", _left(first, whitening), start)
     smaller = None
@@ -502,9 +523,21 @@ def _learn(course: _Course) -> tuple[AmortisedProposal, TrainingHistory]:
         smaller, large = score, dataclasses.replace(course.untrained(streams.large, own), whitening=start.whitening)
         larger, score = _learn_score(course, "score", _left(budget, whitening, smaller), large)
         proposal = larger if score.share > smaller.share else proposal
+    history = TrainingHistory(whitening, score, budget, smaller, tuned_share)
+    if tuned is not None and max(run.share for run in (score, smaller or score)) < tuned_share:
+        return tuned, history
     if judge is not None and options.sampler is None:
         proposal = judge.fewest_steps(proposal)
-    return proposal, TrainingHistory(whitening, score, budget, smaller)
+    return proposal, history
+
+
+def _tuned(course: _Course, start: AmortisedProposal) -> tuple[TunedProposal | None, float]:
+    """Make the proposal that is tuned to every observation, and judge it; None where it would not be of use."""
+    wanted = course.options.tune and course.options.sampler is None and course.data.problem.dim <= MAX_TUNED_DIM
+    if course.judge is None or not wanted:
+        return None, math.nan
+    tuned = TunedProposal(start, jax.random.bits(course.streams.tuning, (2,), jnp.uint32))
+    return tuned, course.judge.tuned_share(tuned)
 
 
 def _nothing_to_learn(share: float) -> History:

@@ -13,9 +13,9 @@ from scoreinfer.bijections.affine import Affine, identity
 from scoreinfer.bijections.base import Change
 from scoreinfer.nets import Embedding
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.base import AbstractDensityProposal, Target
+from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
-from scoreinfer.score import NeuralScore
+from scoreinfer.score import AbstractScore, NeuralScore
 from scoreinfer.score.network import score_module
 from scoreinfer.training.simulations import Standardiser, encode
 from scoreinfer.training.whitening import Whitening, untrained_whitening
@@ -44,6 +44,15 @@ class AbstractAmortised(AbstractDensityProposal):
     def features(self, target: Target) -> Sites:
         """Encode and standardise the observation."""
         return self.amortised.standardiser(encode(target.problem, target.y))
+
+    @property
+    def num_evaluations(self) -> int:
+        """Number of evaluations of the score per draw."""
+        return self.amortised.sampler.num_evaluations
+
+    def at(self, target: Target) -> AbstractProposal:
+        """Prepare the proposal for many batches of one observation, if its context is costly."""
+        return self
 
 
 class AmortisedProposal(AbstractAmortised):
@@ -138,7 +147,7 @@ def untrained(
 def propose_whitened(
     key: Key,
     sampler: AbstractSampler,
-    score: NeuralScore,
+    score: AbstractScore,
     dim: int,
     whitening: Change,
     features: Float[Array, " features"],
@@ -154,7 +163,7 @@ def propose_whitened(
 def log_q_whitened(
     key: Key,
     sampler: AbstractSampler,
-    score: NeuralScore,
+    score: AbstractScore,
     whitening: Change,
     features: Float[Array, " features"],
     z: Float[Array, " dim"],

@@ -14,7 +14,8 @@ from oracles import gaussian_mixture, linear_gaussian
 from scoreinfer.nets import Concatenate
 from scoreinfer.samplers.amortised import Architecture, Size, untrained
 from scoreinfer.samplers.diffusion import ProbabilityFlow
-from scoreinfer.samplers.judge import FEWER_STEPS, Judge
+from scoreinfer.samplers.judge import FEWER_STEPS, Judge, _typical_share
+from scoreinfer.samplers.tuned import TunedProposal
 from scoreinfer.training.simulations import simulate_with_data, standardiser
 from scoreinfer.training.whitening import regressed
 
@@ -36,7 +37,7 @@ def easy():
     key, size = jax.random.key(1), Size(8, 1)
     proposal = untrained(key, key, problem, Architecture(size, size, ProbabilityFlow(num_steps=8)), Concatenate())
     whitening = regressed(proposal.whitening, simulations.z, jax.vmap(scale)(simulations.x))
-    judge = Judge(jax.random.key(2), problem, jax.tree.map(lambda leaf: leaf[:32], y), 32)
+    judge = Judge(jax.random.key(2), problem, jax.tree.map(lambda leaf: leaf[:32], y), 32, simulations.z[:32])
     return judge, dataclasses.replace(proposal, standardiser=scale, whitening=whitening)
 
 
@@ -50,6 +51,21 @@ def test_the_judge_knows_the_share(easy, shift):
     # Of 64 draws the estimated share is about 1 / (1 + (exp(d^2) - 1) (1 - 1/64)); its error over 32 observations.
     errors = {0.0: 0.01, 0.5: 5 * 0.013, 1.0: 5 * 0.03}
     assert abs(share - np.exp(-(shift**2))) < errors[shift]
+
+
+@pytest.mark.parametrize(("spread", "good"), [(2.5, True), (0.2, False)], ids=["both modes", "one mode"])
+def test_a_tuned_proposal_that_misses_a_mode_is_worth_nothing(spread, good):
+    """Its own draws are even, as they never come to the other mode; a third of the true parameters lie there."""
+    problem = si.from_numpyro(gaussian_mixture().model)
+    simulations, y = simulate_with_data(jax.random.key(0), problem, 32)
+    judge = Judge(jax.random.key(2), problem, y, 32, simulations.z)
+    key, size = jax.random.key(1), Size(8, 1)
+    start = untrained(key, key, problem, Architecture(size, size, ProbabilityFlow()), Concatenate())
+    centre = np.array([0.0 if good else -2.5, 0.0], np.float32)
+    whitening = dataclasses.replace(start.whitening, intercept=centre, residual=spread * np.eye(2, dtype=np.float32))
+    tuned = TunedProposal(dataclasses.replace(start, whitening=whitening), jax.random.key_data(jax.random.key(4)))
+    assert _typical_share(judge, tuned, None, True)[0] > 0.4
+    assert (judge.tuned_share(tuned) > 0) == good
 
 
 def test_all_numbers_of_steps_share_one_program(easy, monkeypatch):

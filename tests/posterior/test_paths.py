@@ -267,6 +267,7 @@ def test_linear_fields_need_regression_alone():
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_far_ends_are_refused_with_a_number(posterior):
     with pytest.warns(si.errors.MisspecificationWarning, match=r"further from the model's simulations than 100\.0%"):
         draws = posterior.condition_on_end(jnp.array([10.0, 0.0])).sample(jax.random.key(1), 600)

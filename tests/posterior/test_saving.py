@@ -25,6 +25,7 @@ from scoreinfer.posterior.checkpoint import CONFIG, SCHEMA, WEIGHTS
 from scoreinfer.process import VP, Noising
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
+from scoreinfer.samplers.tuned import THOROUGH, TunedProposal
 from scoreinfer.score import GaussianScore, NeuralScore
 from scoreinfer.score.network import score_module
 from scoreinfer.training.whitening import whitening_network
@@ -96,12 +97,16 @@ def test_history_and_budget_come_back(posterior, folder):
     assert [site["name"] for site in record["model"]["latents"]] == ["mu", "sigma"]
 
 
-@pytest.mark.parametrize("kind", ["focused", "refined"])
+@pytest.mark.parametrize("kind", ["focused", "refined", "tuned"])
 def test_adapted_proposals_are_saved_too(posterior, kind, tmp_path):
     first = posterior.proposal
     moved = dataclasses.replace(first, adjustment=jax.tree.map(lambda leaf: 1.1 * leaf, first.adjustment))
     x = jnp.zeros(posterior.outliers.features.shape[1])
-    proposal = RefinedProposal(first, moved, x) if kind == "refined" else FocusedProposal(first, moved)
+    proposal = {
+        "focused": FocusedProposal(first, moved),
+        "refined": RefinedProposal(first, moved, x),
+        "tuned": TunedProposal(moved, jax.random.key_data(jax.random.key(8)), THOROUGH),
+    }[kind]
     adapted = si.Posterior(posterior.problem, proposal, posterior.outliers, posterior.history)
     adapted.save(tmp_path / "p")
     loaded = si.load(tmp_path / "p", posterior.problem)
