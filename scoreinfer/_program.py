@@ -5,9 +5,10 @@ function is traced again, which is cheap. The closed-over values are inputs of t
 text share one compilation, even if their constants differ.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -32,9 +33,16 @@ F = TypeVar("F", bound=Callable)
 
 
 def run_once(function: F) -> F:
-    """Compile a function that runs once on little data, with `RUN_ONCE`."""
+    """Compile a function that runs once on little data, with `RUN_ONCE`; inside another program it is plain."""
     jit: Any = eqx.filter_jit  # its annotations lack the options of `jax.jit`
-    return jit(function, compiler_options=RUN_ONCE)
+    compiled = jit(function, compiler_options=RUN_ONCE)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inside = is_traced((args, kwargs, jnp.zeros(())))
+        return (function if inside else compiled)(*args, **kwargs)
+
+    return cast(F, run)
 
 
 class Program:

@@ -17,6 +17,7 @@ def one_key(self, key, context, z):
     return _mix(*(self.original.log_q(key, part, z) for part in context))
 
 
+@pytest.mark.slow
 def test_components_must_not_share_the_noise_of_their_paths(monkeypatch):
     """A sampler of three steps in one dimension: E[1 / (1 + w / Z)] over the posterior is about .22, not .20."""
     target = laws.two_counts()

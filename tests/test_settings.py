@@ -37,6 +37,7 @@ STRICT = pytest.mark.parametrize(
 
 
 @STRICT
+@pytest.mark.slow
 def test_fitted_posteriors_run_under_strict_settings(setting):
     with setting():
         posterior = si.NPSE(model, **TINY).fit(jax.random.key(0), X)

@@ -1,5 +1,6 @@
 """Normalising: the change of variables that makes funnels and heavy tails look like a normal density."""
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer.bijections.asinh import Tails, fit_tails
@@ -23,4 +24,4 @@ def fit_shape(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"]
 
 def has_tails(chain: Chain) -> bool:
     """Tell whether heavy tails were found, that is, whether any coordinate is bent."""
-    return any(bool((change.bend > 0).any()) for change in chain.changes if isinstance(change, Tails))
+    return any(bool((np.asarray(change.bend) > 0).any()) for change in chain.changes if isinstance(change, Tails))

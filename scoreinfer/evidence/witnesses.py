@@ -27,6 +27,7 @@ from scoreinfer._keys import keys_of
 from scoreinfer._typing import Key
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
 from scoreinfer.montecarlo.first_draws import (
+    NUM_FIRST,
     NUM_WITNESSES,
     THOROUGH,
     FirstDraws,
@@ -94,7 +95,7 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
     Exactness: consistent as the numbers of first draws and of moves grow. No gradient is needed.
     """
     for_first, for_rows, *for_attempts = keys_of(key)
-    first, dim = draw_first(for_first, reference, target, times=THOROUGH if thorough else 1), dim_of(reference)
+    first, dim = draw_first(for_first, reference, target, NUM_FIRST * (THOROUGH if thorough else 1)), dim_of(reference)
     of_prior = first.num if reference.is_prior else 0
     ess = effective_sample_size(first.log_ratio)
     if ess == 0.0:
@@ -117,7 +118,7 @@ def _temper(key: Key, reference: AbstractReference, target: LogDensity, first: F
     for _ in range(MAX_TEMPERATURES):
         key, for_pass, *_ = keys_of(key)
         drawn = advance(for_pass, moves, drawn, kept_share)
-        if drawn.power == 1.0:
+        if float(drawn.power) == 1.0:
             return Witnesses(drawn.values, num_ancestors(drawn.ancestors), first.num, float(drawn.log_evidence))
         kept_share = np.array(KEPT_SHARE)
     return Witnesses(drawn.values, 0.0, first.num, float(drawn.log_evidence))

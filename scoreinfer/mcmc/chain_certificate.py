@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 from numpyro.diagnostics import split_gelman_rubin
@@ -16,11 +17,11 @@ from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
-from scoreinfer.evidence.witnesses import gather, hold_against
+from scoreinfer.evidence.witnesses import Witnesses, gather, hold_against
 from scoreinfer.mcmc.score_sde import Fit, ScoreSDE
-from scoreinfer.montecarlo.first_draws import draw_first
+from scoreinfer.montecarlo.first_draws import num_first
 from scoreinfer.montecarlo.population import num_ancestors
-from scoreinfer.montecarlo.reference import overdispersed, start_of
+from scoreinfer.montecarlo.reference import AbstractReference, overdispersed, reference_draws, start_of
 from scoreinfer.montecarlo.tempering import Tempered
 from scoreinfer.montecarlo.weights import log_evidence
 from scoreinfer.nets.embedding import flatten
@@ -38,8 +39,15 @@ MAX_EXCESS, MAX_DEFICIT = 0.5, 1.0
 A larger excess means that the proposals miss mass. A deficit is no evidence against the proposals, but an explorer that
 loses most of the mass cannot check them.
 """
-CROSS_CHECK = Effort(max_passes=10)
-"""Effort of the wider explorers. Chosen by judgement: their particles start further away, so they need more moves."""
+EFFORT = Effort(max_moves=80)
+"""Effort of the explorers. Chosen by judgement: the particles of the wider ones start further away, so they need more
+moves than those of the learning."""
+FASTER = 0.2
+"""Share of the effective sample size that the third explorer keeps at each change of temperature. Chosen by judgement:
+its evidence is not used, so that it may be noisier."""
+FEWER = 2
+"""Where evaluations are dear (`Target.is_dear`), the explorers have fewer particles by this factor, and the wider ones
+fewer first draws. Chosen by judgement."""
 WIDER, WIDEST = 10.0, 100.0
 """Start scales of the second and the third explorer. Chosen by judgement.
 
@@ -63,7 +71,8 @@ class ChainCertificate(NamedTuple):
         learning: why the learning stopped, and the effective shares that its rounds reached. Empty for an amortised
             posterior.
 
-    Exactness: evidence, not proof. A mode that neither the explorers nor the proposals find is not detected.
+    Exactness: evidence, not proof. A mode that neither the explorers nor the proposals find is not detected. The
+        explorers start from different random numbers and places, but all move alike.
     """
 
     certified: bool
@@ -116,8 +125,8 @@ def certify_chains(mcmc: MCMC, *, num: int = 4096) -> ChainCertificate:
     A fresh batch of global proposals is weighed. The proposals are compared with three sources:
 
     - Witnesses (`scoreinfer.evidence.witnesses`): draws from the prior, weighted by the data and tempered. If there is
-      no prior to draw from, the draws come from the explorer's start distribution. An amortised posterior is compared
-      with witnesses only.
+      no prior to draw from, the draws come from the explorer's start distribution. They move as the first explorer's
+      particles did; those for an amortised posterior, which is compared with witnesses only, move without gradients.
     - A second explorer. It starts ten times wider than the first explorer's particles and their start. Proposals and
       explorers must have about the same log evidence, and hardly any particle may lie where the proposals never draw.
     - A third explorer. It starts a hundred times wider. Only its particles with densities as high as the proposals'
@@ -190,7 +199,30 @@ def _witnessed(
 ) -> ForwardCheck:
     """Compare the proposals with witnesses from the prior, or from the explorer's start if there is no prior."""
     reference = start_of(fit.problem, kernel.start_scale)
-    return hold_against(for_weights, fit.proposal, target, drawn, gather(for_witnesses, reference, target))
+    if fit.evidence is None:
+        witnesses = gather(for_witnesses, reference, target)
+    else:
+        witnesses = gather_by(for_witnesses, reference, target, _effort(target))
+    return hold_against(for_weights, fit.proposal, target, drawn, witnesses)
+
+
+def gather_by(key: Key, reference: AbstractReference, target: Target, effort: Effort) -> Witnesses:
+    """Gather witnesses by an explorer.
+
+    Exactness: as for `explore`.
+    """
+    num = num_first(reference, effort.num_first)
+    try:
+        found = explore(key, reference, target, effort, progress_bar=False)
+    except FloatingPointError:  # it did not reach the posterior
+        return Witnesses(jnp.zeros((0, target.problem.dim)), 0.0, num if reference.is_prior else 0, -np.inf)
+    informative = num_ancestors(found.ancestors)
+    return Witnesses(found.values, informative, num if reference.is_prior else 0, float(found.log_evidence))
+
+
+def _effort(target: Target) -> Effort:
+    """Choose the effort of an explorer."""
+    return EFFORT._replace(num_particles=EFFORT.num_particles // FEWER) if target.is_dear else EFFORT
 
 
 def _explored(
@@ -202,15 +234,17 @@ def _explored(
     first = fit.evidence.places
     for_start, for_second, for_third, *_ = keys_of(for_explorer)
     start = start_of(fit.problem, kernel.start_scale)
-    seen = np.concatenate([first, draw_first(for_start, start, target).values])
+    seen = np.concatenate([first, reference_draws(for_start, start, num_first(start))])
+    effort = _effort(target)
+    effort = effort._replace(num_first=effort.num_first * effort.num_particles // EFFORT.num_particles)
 
-    def explore_from(key: Key, times: float) -> Tempered:
+    def explore_from(key: Key, times: float, effort: Effort) -> Tempered:
         reference = overdispersed(start, seen.mean(0), times * seen.std(0), 1.0)
-        return explore(key, reference, target, CROSS_CHECK, progress_bar=False)
+        return explore(key, reference, target, effort, progress_bar=False)
 
     parts, evidences = [spaced(first, NUM_PLACES)], [fit.evidence.log_evidence]
     try:
-        second = explore_from(for_second, WIDER)
+        second = explore_from(for_second, WIDER, effort)
         parts.append(spaced(second.values, NUM_PLACES))
         evidences.append(float(second.log_evidence))
         informative = max(informative, num_ancestors(second.ancestors))
@@ -218,7 +252,8 @@ def _explored(
         evidences.append(-np.inf)
     num_trusted = sum(len(part) for part in parts)
     with contextlib.suppress(FloatingPointError):  # far away, the density may overflow or be unreachable
-        parts.append(spaced(explore_from(for_third, WIDEST).values, NUM_PLACES))
+        third = explore_from(for_third, WIDEST, effort._replace(kept_share=FASTER))
+        parts.append(spaced(third.values, NUM_PLACES))
     weighed = weigh_places(for_places, fit.proposal, target, np.concatenate(parts))
     log_excess = np.asarray(weighed.log_weight) - log_evidence(drawn.log_weight)[0]
     # Some particles of the third explorer get stuck far away, so its log evidence is not used. Its particles count only

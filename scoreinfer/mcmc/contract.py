@@ -144,7 +144,7 @@ def check_density(problem: Problem, y: Sites, *, gradient: bool) -> None:
         return
     with evaluated_at_once():
         z, bad = _prior_draws(problem, y, gradient)
-        if bool(bad.all()):
+        if bool(np.asarray(bad).all()):
             raise RuntimeError(f"{NO_START} at any of {bad.size} draws from the prior.{blame(problem, z[0], y)}")
 
 

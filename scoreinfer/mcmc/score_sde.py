@@ -27,15 +27,16 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.evidence.bank import Outliers
 from scoreinfer.mcmc.contract import NO_START, Origins, check_density, layout, observe, unconstrain
-from scoreinfer.mcmc.transition import ScoreSDEState, Weights, refresh, start, transition
+from scoreinfer.mcmc.transition import ScoreSDEState, Weights, refresh, start, transition, weigh_starts
 from scoreinfer.model import from_numpyro
 from scoreinfer.posterior.npse import NPSE
 from scoreinfer.problem import Problem, from_potential
 from scoreinfer.samplers.base import AbstractProposal, Target, bounded_target
 from scoreinfer.samplers.explorer import Effort
 from scoreinfer.samplers.single import Evidence, Taught, learn
+from scoreinfer.samplers.tuned import TunedProposal
 
-PROPOSALS, ENOUGH = (1, 2, 4, 8), 0.8
+PROPOSALS, ENOUGH = (1, 2, 4, 8), 0.7
 """Numbers of proposals in each iteration that the kernel chooses from by itself: the smallest one that makes this many
 effective proposals. Chosen by judgement."""
 LOCAL_SHARE, NUM_LOCAL_STEPS = 0.1, 5
@@ -74,7 +75,16 @@ class Fit(NamedTuple):
 
 
 def amortised_fit(posterior: Any, max_memory: int | None = None) -> Fit:
-    """Make the `Fit` of a fitted posterior."""
+    """Make the `Fit` of a fitted posterior.
+
+    Raises:
+        ValueError: if the posterior is tuned to every observation anew: a kernel needs one fixed proposal.
+    """
+    if isinstance(posterior.proposal, TunedProposal):
+        raise ValueError(
+            "Expected a posterior with a fixed proposal, got one that is tuned to every observation anew: give "
+            "`posterior.condition(...).focus(key).posterior`."
+        )
     outliers = getattr(posterior, "outliers", None)
     return Fit(posterior.problem, posterior.proposal, outliers=outliers, max_memory=max_memory)
 
@@ -86,10 +96,11 @@ class ScoreSDE(MCMCKernel):
     ``MCMC(..., jit_model_args=True)`` other observed values also reuse the compiled loop.
 
     *With only a* ``model`` *or a* ``potential_fn`` the kernel learns this one posterior before its first iteration.
-    Particles explore the posterior by tempering, and they train the score (`scoreinfer.samplers.single.learn`).
-    ``num_warmup`` sets the budget: 16 particles (rounded up to a power of two, 512 to 8192) and at most ten optimiser
-    steps for each iteration. Training stops when the weights are good enough. All chains share the learned sampler.
-    Other data need new learning. Sampling then uses a fixed, exact kernel. `certify` judges the result.
+    Particles explore the posterior by tempering. Their shape makes a Gaussian sampler. If it is not good enough, they
+    train a score (`scoreinfer.samplers.single.learn`).
+    ``num_warmup`` sets the budget: 16 particles (rounded up to a power of two, 512 to 8192) and at most twenty
+    optimiser steps for each iteration. Training stops when the weights are good enough. All chains share the learned
+    sampler. Other data need new learning. Sampling then uses a fixed, exact kernel. `certify` judges the result.
 
     A chain starts from one of ``bank_size`` proposals, picked by weight, unless ``init_params`` are given. A run on
     other data than those of the warm-up also starts from a proposal.
@@ -108,14 +119,15 @@ class ScoreSDE(MCMCKernel):
             only without a prior to draw from (bare densities, improper priors, factors). It should cover all modes.
         key: random key of the learning. None means the key of the first chain.
         progress_bar: show the progress of the learning on a terminal.
-        max_memory: bytes that the arrays of values that are weighed together may take, in learning, sampling and
-            `certify`. Fewer bytes mean smaller batches, not other draws (but for the rounding of sums). None means one
-            gibibyte, or a quarter of the device's free memory where that is less. On the CPU batches also stay as small
-            as is fastest. Every weight uses all data: rows are never left out or subsampled.
+        max_memory: bytes that the arrays of values that are weighed together may take, in learning, sampling (for each
+            chain) and `certify`. Fewer bytes mean smaller batches, not other draws (but for the rounding of sums). None
+            means one gibibyte, or a quarter of the device's memory where that is less. On the CPU batches also stay as
+            small as is fastest. Every weight uses all data: rows are never left out or subsampled.
 
     Raises:
         ValueError: if none of ``model``, ``potential_fn`` and ``posterior`` is given, if ``potential_fn`` is given with
-            another one, or if ``bank_size`` is no positive multiple of ``num_proposals``.
+            another one, if the posterior is tuned to every observation anew (`NPSE`, ``tune=True``), or if
+            ``bank_size`` is no positive multiple of ``num_proposals``.
 
     Exactness: exact: every move leaves the posterior invariant, for any learned sampler. The quality of the sampler
         decides how fast the chain forgets its start. No chain finds a mode that neither the proposals nor the local
@@ -209,7 +221,7 @@ class ScoreSDE(MCMCKernel):
             raise UnsupportedModel(NO_DENSITY)
         target = bounded_target(problem, observe(problem, args, kwargs), self.max_memory)
         num_particles = min(max(1 << (16 * num_warmup - 1).bit_length(), 512), 8192)
-        effort = Effort(num_particles=num_particles, num_steps=10 * num_warmup)
+        effort = Effort(num_particles=num_particles, num_steps=20 * num_warmup)
         with evaluated_at_once():
             learned = learn(key, target, effort, start_scale=self.start_scale, progress_bar=self.progress_bar)
         self._keep(Fit(problem, learned.proposal, learned.evidence, taught=learned.taught, max_memory=self.max_memory))
@@ -310,10 +322,10 @@ class ScoreSDE(MCMCKernel):
         local = self.moves_of(fit)[1] > 0
         check_density(target.problem, target.y, gradient=local)
         sizes = jnp.array(num_warmup, jnp.int32), jnp.array(self.step_size), self.bank_size
-        begin = partial(start, fit.proposal, target, *sizes, local)
         if self._is_block and init_params is not None:
             init_params = unconstrain(fit.problem, rng_key, init_params)
-        state = begin(rng_key, init_params) if one else jax.vmap(begin)(rng_key, init_params)
+        given = None if init_params is None else weigh_starts(rng_key, fit.proposal, target, init_params)
+        state = start(fit.proposal, target, *sizes, local, rng_key, given)
         if init_params is not None and not is_traced(state.z) and not np.isfinite(state.potential_energy).all():
             raise RuntimeError(f"{NO_START} at the start that is given by `init_params`.")
         self._sample_fn = self.sample
@@ -386,10 +398,10 @@ class ScoreSDE(MCMCKernel):
             return lambda z: z
         if self._is_block:  # `Gibbs` wants only the block's own sites, and gives no other values
             problem = self._fits[self._latest].problem
-            return lambda z: problem.latent_sites(layout(problem).flatten(z))
+            return lambda z: _latent_sites(problem, z)
         problem = self._find(args, kwargs or {}, any_data=True)[0].problem
         self._origins.check(problem, args, kwargs or {})
-        return lambda z: problem.constrain(layout(problem).flatten(z))
+        return lambda z: _constrained(problem, z)
 
     def get_diagnostics_str(self, state: ScoreSDEState) -> str:
         """Describe the chain for the progress bar."""
@@ -417,6 +429,16 @@ def _same(y: Sites, other: Sites) -> bool:
     return not is_traced((y, other)) and all(
         np.asarray(y[name]).tobytes() == np.asarray(other[name]).tobytes() for name in y
     )
+
+
+@eqx.filter_jit
+def _latent_sites(problem: Problem, z: PyTree) -> Sites:
+    return problem.latent_sites(layout(problem).flatten(z))
+
+
+@eqx.filter_jit
+def _constrained(problem: Problem, z: PyTree) -> Sites:
+    return problem.constrain(layout(problem).flatten(z))
 
 
 def _each_chain(move: Callable[[ScoreSDEState], ScoreSDEState], state: ScoreSDEState) -> ScoreSDEState:

@@ -27,19 +27,23 @@ ergodicity of the iterated conditional SMC"; Roberts and Rosenthal 1998 (MALA an
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax, random
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+from numpyro.util import is_prng_key
 
+from scoreinfer._keys import keys_of
 from scoreinfer._memory import each
+from scoreinfer._program import run_once
+from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.base import spread
 from scoreinfer.mcmc.contract import Origin, any_chain, flatten_sites, layout, same_bits
 from scoreinfer.montecarlo.langevin import TARGET_ACCEPT_PROB, differentiate, metropolis_langevin_step
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
+from scoreinfer.samplers.batches import weigh_places, weigh_rows
 
 NUM_LAST = 10
 """Iterations of warm-up in which a chain without local steps moves, besides the first. Chosen by judgement: the first
@@ -263,16 +267,40 @@ def transition(
     return moved._replace(i=state.i + 1)
 
 
-@eqx.filter_jit
+def weigh_starts(key: Array, proposal: AbstractProposal, target: Target, sites: PyTree) -> Weighted:
+    """Weigh the unconstrained values from which one chain starts, or all chains if ``key`` is a batch.
+
+    Exactness: as for `weigh_anew`.
+    """
+    read = partial(flatten_sites, target.problem)
+    z = read(sites)[None] if is_prng_key(key) else jax.vmap(read)(sites)
+    *_, for_paths = keys_of(key if is_prng_key(key) else key[0])
+    z = z.astype(jnp.result_type(float))
+    if is_traced(z):
+        weighed = weigh_rows(for_paths, proposal, target, jnp.arange(len(z)), z)
+    else:
+        weighed = weigh_places(for_paths, proposal, target, z)
+    return jax.tree.map(lambda leaf: leaf[0], weighed) if is_prng_key(key) else weighed
+
+
+@run_once
 def start(
     proposal: AbstractProposal, target: Target, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
-    key: Key, sites: PyTree | None,
+    key: Array, given: Weighted | None,
 ) -> ScoreSDEState:  # fmt: skip
-    """Make the state of one chain before its first iteration.
+    """Make the state before the first iteration, of one chain or of all chains if ``key`` is a batch.
 
-    The bank is empty. Without ``sites``, ``z`` is zero and has no weight yet.
+    The bank is empty. Without a ``given`` draw, ``z`` is zero and has no weight yet.
     """
-    key, key_factor, key_path = random.split(key, 3)
+    begin = partial(_start, proposal, target, num_warmup, step_size, bank_size, local)
+    return begin(key, given) if is_prng_key(key) else jax.vmap(begin)(key, given)
+
+
+def _start(
+    proposal: AbstractProposal, target: Target, num_warmup: Array, step_size: Array, bank_size: int, local: bool,
+    key: Key, given: Weighted | None,
+) -> ScoreSDEState:  # fmt: skip
+    key, key_factor, _ = random.split(key, 3)
     shapes = jax.eval_shape(lambda key: draw_proposals(key, proposal, target, bank_size), key)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # These zeros depend on the key. So every array that NumPyro collects has a chain axis under any `vmap`.
@@ -280,8 +308,8 @@ def start(
     zero = 0 * random.uniform(key, dtype=empty.log_weight.dtype)
     nothing = zero + jnp.finfo(zero.dtype).min
     draw = Weighted(empty.z[0] + zero.astype(empty.z.dtype), nothing, empty.log_target[0] + zero)
-    if sites is not None:
-        draw = weigh_anew(key_path, proposal, target, flatten_sites(target.problem, sites).astype(empty.z.dtype))
+    if given is not None:
+        draw = cleaned(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), given, draw))
         lost = draw.log_weight == jnp.inf  # zero proposal density: the chain starts from a proposal instead
         draw = draw._replace(log_weight=jnp.where(lost, nothing, draw.log_weight))
     factor = preconditioner(key_factor, proposal, target) if local else jnp.eye(draw.z.size, dtype=draw.z.dtype)

@@ -111,7 +111,17 @@ class Survey:
 def probe_keys(num: int = NUM_PROBES, repeats: int = 1) -> Array:
     """Make the fixed key of each measured draw, ``repeats`` times over."""
     with jax.ensure_compile_time_eval():
-        return jnp.tile(jax.random.split(fixed_key(), num), repeats)
+        return _split_and_repeat(fixed_key(), num, repeats)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _split_and_repeat(key: Key, num: int, repeats: int) -> Array:
+    return jnp.tile(jax.random.split(key, num), repeats)
+
+
+@jax.jit
+def _rows_of(keys: Array) -> list[Key]:
+    return [keys[i] for i in range(len(keys))]
 
 
 def map_probes(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -127,7 +137,7 @@ def draw_probes(function: Callable[[Key], Any], keys: Array) -> Any:
     Exception: if a kernel makes a problem inside jit, the function is compiled for one key.
     """
     with jax.ensure_compile_time_eval():
-        rows = [keys[i] for i in range(len(keys))]
+        rows = _rows_of(keys)
     run = compiled(function, rows[0]) if is_traced(jnp.zeros(())) else function
     with numpyro.validation_enabled(False):  # as in compiled code: draws that are not finite are reported, no error
         drawn = [jax.device_get(run(row)) for row in rows]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._memory import each
+from scoreinfer._program import run_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.langevin import LogDensity
@@ -47,17 +48,22 @@ class FirstDraws(NamedTuple):
         return self.log_ratio.size
 
 
-def draw_first(key: Key, reference: AbstractReference, target: LogDensity, times: int = 1) -> FirstDraws:
-    """Draw from the reference, 65,536 times and fewer only of long vectors, and weigh each draw by the target.
+def draw_first(key: Key, reference: AbstractReference, target: LogDensity, most: int = NUM_FIRST) -> FirstDraws:
+    """Draw from the reference, ``most`` times and fewer only of long vectors, and weigh each draw by the target.
 
     Args:
         key: random key.
         reference: what is drawn from.
         target: log density up to a constant.
-        times: how many times as many draws to take.
+        most: the number of draws.
     """
-    num = max(min(NUM_FIRST * times, MAX_NUMBERS // dim_of(reference)), 4 * NUM_WITNESSES)
+    num = num_first(reference, most)
     return in_batches(lambda rows: _draw_and_weigh(key, reference, target, rows), num, BATCH)
+
+
+def num_first(reference: AbstractReference, most: int = NUM_FIRST) -> int:
+    """Return how many first draws `draw_first` makes."""
+    return max(min(most, MAX_NUMBERS // dim_of(reference)), 4 * NUM_WITNESSES)
 
 
 def dim_of(reference: AbstractReference) -> int:
@@ -65,7 +71,7 @@ def dim_of(reference: AbstractReference) -> int:
     return jax.eval_shape(reference.sample, jax.random.key(0)).size
 
 
-@eqx.filter_jit
+@run_once
 def resample_first(key: Key, first: FirstDraws, power: Float[Array | np.ndarray, ""], num: int) -> Population:
     """Resample ``num`` of the first draws by a power of their weights.
 
@@ -77,7 +83,7 @@ def resample_first(key: Key, first: FirstDraws, power: Float[Array | np.ndarray,
     return Population(first.values[rows], jnp.zeros(num, log_weight.dtype), rows, log_mean_weight(log_weight))
 
 
-@eqx.filter_jit
+@run_once
 def first_power(first: FirstDraws, num: int) -> Float[Array, ""]:
     """Find the largest power of the weights, at most 1, with an effective sample size of ``num``."""
     return next_power(first.log_ratio, num / first.num)

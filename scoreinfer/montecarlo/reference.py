@@ -9,6 +9,7 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Bool, Float, Int
 
+from scoreinfer._program import run_once
 from scoreinfer._typing import Key
 from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.problem import Problem
@@ -129,7 +130,7 @@ def overdispersed(
     return Start(start.prior, other, np.array(True)) if isinstance(start, Start) else other
 
 
-@eqx.filter_jit
+@run_once
 def reference_draws(key: Key, density: AbstractReference, num: int) -> Float[Array, "num dim"]:
     """Draw ``num`` times from a density."""
     return jax.vmap(density.sample)(jax.random.split(key, num))
@@ -152,8 +153,7 @@ def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
         scale: scale of the t distribution around zero.
     """
     if problem.simulate is None:
-        ones = jnp.ones(problem.dim, jnp.result_type(float))
-        return Overdispersed(0 * ones, scale * ones)
+        return _around_zero(problem.dim, scale)
     if not misdrawn_latents(problem):
         return Prior(problem)
     drawn = reference_rows(jax.random.key(0), Prior(problem), jnp.arange(NUM_LOCATED))
@@ -165,5 +165,9 @@ def start_of(problem: Problem, scale: float = 5.0) -> AbstractReference:
     reference = reference_of(problem, scale)
     if not isinstance(reference, Prior):
         return reference
-    ones = jnp.ones(problem.dim, jnp.result_type(float))
-    return Start(reference, Overdispersed(0 * ones, ones), np.array(False))
+    return Start(reference, _around_zero(problem.dim, 1.0), np.array(False))
+
+
+def _around_zero(dim: int, scale: float) -> Overdispersed:
+    ones = np.ones(dim, jnp.result_type(float))
+    return Overdispersed(jnp.asarray(0 * ones), jnp.asarray(scale * ones))

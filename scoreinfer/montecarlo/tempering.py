@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._program import run_once
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.moves import AbstractMoves, Seen
 from scoreinfer.montecarlo.population import ALWAYS, Population, resample
@@ -96,7 +97,7 @@ def advance(key: Key, moves: AbstractMoves, particles: Tempered, kept_share: Flo
     return Tempered(population._replace(values=values), power, seen, adapted)
 
 
-@eqx.filter_jit
+@run_once
 def _cooled(
     key: Key, particles: Tempered, kept_share: Float[Array | np.ndarray, ""], length: int
 ) -> tuple[Tempered, Int[Array, " chains"], Key]:

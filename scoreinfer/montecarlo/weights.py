@@ -32,8 +32,9 @@ def log_effective_share(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
     return 2 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2 * log_weight) - jnp.log(log_weight.size)
 
 
+@jax.jit
 def log_mean_weight(log_weight: Float[Array, " num"]) -> Float[Array, ""]:
-    """Compute the log of the mean weight within compiled code."""
+    """Compute the log of the mean weight."""
     return jax.nn.logsumexp(log_weight) - jnp.log(log_weight.size)
 
 

@@ -66,7 +66,7 @@ def weigh_places(
 
     Exactness: as for the proposal.
     """
-    return in_batches(lambda i: weigh_rows(key, proposal, target, i, z[np.asarray(i)]), len(z), SMALLEST_BATCH)
+    return in_batches(lambda i: weigh_rows(key, proposal, target, i, z[i]), len(z), SMALLEST_BATCH)
 
 
 class Defence(NamedTuple):

@@ -10,6 +10,7 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key
@@ -74,7 +75,8 @@ class ProbabilityFlow(AbstractSampler):
 
     where v = (1 + inflation / sqrt(dim))^2. The flow ends at the smallest noise level. The draw keeps that noise, and
     ``log_q`` is the density of the noisy draw. An ``inflation`` of 0.15 costs about 4 % of the effective sample size in
-    any dimension. It bounds the weights if the learned tails are a little too thin. Use 0.0 for unweighted draws.
+    any dimension. It bounds the weights if the learned tails are a little too thin. Use 0.0 for unweighted draws. With
+    ``num_steps=0`` the draws are those of N(0, v I), and the score is not asked.
 
     Exactness: exact at any number of steps if every T_k is injective. A step that folds space changes the sign of its
         Jacobian determinant. Draws with such a step get ``log_q`` = +inf, that is, weight zero. `log_q` of a given x
@@ -96,12 +98,31 @@ class ProbabilityFlow(AbstractSampler):
         """Return two per Heun step."""
         return 2 * self.num_steps
 
+    def with_steps(self, num_steps: int) -> "ShortenedFlow":
+        """Copy the sampler with fewer steps. All copies share their programs: the angles are an array in them.
+
+        Args:
+            num_steps: from 1 to the number of the original.
+
+        Raises:
+            ValueError: if there are no steps, or more than the original has.
+        """
+        if not 1 <= num_steps <= self.num_steps:
+            raise ValueError(f"`num_steps` must be from 1 to {self.num_steps}, got {num_steps}.")
+        angles = jnp.pad(ProbabilityFlow.angles(self, num_steps), (0, self.num_steps - num_steps), "edge")
+        return ShortenedFlow(self.process, self.num_steps, self.inflation, angles)
+
     def angles(self, num_steps: int | None = None) -> Float[Array, " angles"]:
         """Compute the angles between steps, from the highest to the lowest."""
         return jnp.arctan(self.process.levels(num_steps or self.num_steps)[::-1].astype(jnp.float32))
 
     def _start_variance(self, dim):
         return (1.0 + self.inflation / dim**0.5) ** 2
+
+    def _start(self, key, dim):
+        variance = self._start_variance(dim)
+        start = variance**0.5 * jax.random.normal(key, (dim,), jnp.float32)
+        return start, log_normal(start, 0.0, variance)
 
     def _velocity(self, score, angle, w, y):
         level, scale = jnp.tan(angle), 1.0 / jnp.cos(angle)
@@ -128,14 +149,13 @@ class ProbabilityFlow(AbstractSampler):
 
     def sample(self, key, score, dim, y=None):
         """Draw one x, from the highest level to the lowest; compute ``log_q`` from the determinants of the steps."""
-        return self.sample_along(key, score, dim, y, self.angles())
+        return self.sample_along(key, score, dim, y, self.angles()) if self.num_steps else self._start(key, dim)
 
     def sample_along(
         self, key: Key, score: AbstractScore, dim: int, y: PyTree, angles: Float[Array, " angles"]
     ) -> tuple[State, Scalar]:
         """Draw one x by steps between given angles; where two are equal there is no step, which costs nothing."""
-        variance = self._start_variance(dim)
-        start = variance**0.5 * jax.random.normal(key, (dim,), jnp.float32)
+        start, log_start = self._start(key, dim)
 
         def move(carry, pair):
             w, log_det = carry
@@ -148,17 +168,22 @@ class ProbabilityFlow(AbstractSampler):
 
         (w, log_det), _ = jax.lax.scan(step, (start, jnp.float32(0.0)), (angles[:-1], angles[1:]))
         scale = 1.0 / jnp.cos(angles[-1])
-        return scale * w, log_normal(start, 0.0, variance) - log_det - dim * jnp.log(scale)
+        return scale * w, log_start - log_det - dim * jnp.log(scale)
 
     def log_q(self, key, score, x, y=None):
         """Compute ``log_q`` of a given ``x`` by inverting every step; -inf if no inverse is found."""
+        if not self.num_steps:
+            return log_normal(x.astype(jnp.float32), 0.0, self._start_variance(x.size))
         angles = self.angles()[::-1]
         scale = 1.0 / jnp.cos(angles[0])
 
-        def up(carry, pair):
+        def invert(carry, pair):
             w, log_det, found = carry
             start, log_det_step, fits = self._invert(score, w, y, *pair)
-            return (start, log_det + log_det_step, found & fits), None
+            return start, log_det + log_det_step, found & fits
+
+        def up(carry, pair):
+            return jax.lax.cond(pair[0] < pair[1], invert, lambda carry, pair: carry, carry, pair), None
 
         carry = (x.astype(jnp.float32) / scale, jnp.float32(0.0), jnp.array(True))
         (start, log_det, found), _ = jax.lax.scan(up, carry, (angles[:-1], angles[1:]))
@@ -194,6 +219,24 @@ class ProbabilityFlow(AbstractSampler):
         carry = (guess, guess, jnp.float32(0.0), jnp.float32(jnp.inf), jnp.float32(jnp.inf), 0)
         _, start, log_det, error, _, _ = jax.lax.while_loop(going, newton, carry)
         return start, log_det, (error < allowed) & jnp.isfinite(log_det)
+
+
+class ShortenedFlow(ProbabilityFlow):
+    """A flow with fewer steps than its programs have: where two angles of its grid are equal, there is no step.
+
+    Exactness: as for `ProbabilityFlow`.
+    """
+
+    grid: Float[Array, " angles"] = eqx.field(default_factory=lambda: jnp.zeros(0))
+
+    @property
+    def num_evaluations(self):
+        """Return two per Heun step."""
+        return 2 * int(np.count_nonzero(np.diff(self.grid)))
+
+    def angles(self, num_steps=None):
+        """Return the grid, or the angles of another number of steps."""
+        return self.grid if num_steps is None else super().angles(num_steps)
 
 
 class ReverseSDE(AbstractSampler):

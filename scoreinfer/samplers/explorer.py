@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from scoreinfer._keys import keys_of
 from scoreinfer._typing import Key
-from scoreinfer.montecarlo.first_draws import draw_first, first_power, resample_first
+from scoreinfer.montecarlo.first_draws import NUM_FIRST, draw_first, first_power, resample_first
 from scoreinfer.montecarlo.langevin import LogDensity
 from scoreinfer.montecarlo.moves import LangevinMoves
 from scoreinfer.montecarlo.reference import AbstractReference
@@ -23,20 +23,22 @@ class Effort(NamedTuple):
 
     Args:
         num_particles: number of particles of the explorer, a multiple of eight.
-        max_passes: largest number of passes of eight Langevin steps at every temperature (`LangevinMoves`).
+        max_moves: largest number of Langevin steps of a chain at every temperature (`LangevinMoves`).
         num_steps: largest number of optimiser steps.
         kept_share: share of the effective sample size that each change of temperature keeps.
+        num_first: number of first draws, from which the particles are resampled.
     """
 
     num_particles: int = 8192
-    max_passes: int = 5
-    num_steps: int = 10_000
+    max_moves: int = 40
+    num_steps: int = 20_000
     kept_share: float = KEPT_SHARE
+    num_first: int = NUM_FIRST
 
 
 def moves_between(reference: AbstractReference, target: LogDensity, effort: Effort) -> LangevinMoves:
     """Make the explorer's moves."""
-    return LangevinMoves(reference, target, np.array(effort.max_passes))
+    return LangevinMoves(reference, target, np.array(effort.max_moves), short=not getattr(target, "is_dear", False))
 
 
 def explore(
@@ -44,8 +46,8 @@ def explore(
 ) -> Tempered:
     """Move particles from the reference to the target.
 
-    The particles are resampled from 65,536 weighted draws of the reference (fewer in high dimensions). Many first draws
-    also reach modes of small reference mass.
+    The particles are resampled from weighted first draws of the reference. Many first draws also reach modes of small
+    reference mass.
 
     Raises:
         FloatingPointError: if the target or its gradient is finite at no particle, or the target is not reached.
@@ -53,7 +55,7 @@ def explore(
     Exactness: consistent as the number of particles grows (see `scoreinfer.montecarlo.tempering.advance`).
     """
     for_first, for_rows, key, *_ = keys_of(key)
-    first = draw_first(for_first, reference, target)
+    first = draw_first(for_first, reference, target, effort.num_first)
     if not np.isfinite(first.log_ratio).any():
         where = "the prior" if reference.is_prior else "a t distribution of scale `start_scale` around zero"
         raise FloatingPointError(
@@ -70,7 +72,7 @@ def explore(
             particles = advance(for_pass, moves, particles, np.array(effort.kept_share))
             bar.update(float(particles.power) - before)
             _check_gradient(particles.seen.target_gradient)
-            if particles.power == 1.0:
+            if float(particles.power) == 1.0:
                 return particles
     raise FloatingPointError(
         f"The explorer must reach power 1 of the density, but reached only {float(particles.power):.2g} in "

@@ -21,7 +21,7 @@ from scoreinfer.samplers.base import Target
 from scoreinfer.samplers.batches import BATCH, weighted_draws
 from scoreinfer.samplers.explorer import Effort, moves_between
 from scoreinfer.samplers.focused import AbstractAdapted, FocusedProposal
-from scoreinfer.samplers.single import Pools, replace, teach
+from scoreinfer.samplers.single import Pools, judge, replace, teach
 from scoreinfer.score.network import ConditionalScore
 
 EFFORT = Effort(num_particles=4096)
@@ -116,7 +116,9 @@ def refine(
         return dataclasses.replace(adapted, embedding=module.embedding, score=module.score)
 
     module = ConditionalScore(adapted.embedding, adapted.score)
-    best = teach(for_rounds, module, make, pools, num_steps, progress_bar=progress_bar).best
+    for_first, for_rounds, *_ = keys_of(for_rounds)
+    first = judge(for_first, make(module), target, pools.particles.values, 0)
+    best = teach(for_rounds, module, make, pools, first, num_steps, progress_bar=progress_bar).best
     return RefinedProposal(proposal.original, best.proposal, flatten(x)), best.share
 
 

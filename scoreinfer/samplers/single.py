@@ -1,6 +1,7 @@
 """Learn one posterior from its density.
 
-Tempered particles, the explorer, move from a reference density to the posterior. They then train a sampler's score.
+Tempered particles, the explorer, move from a reference density to the posterior. Their shape makes an affine sampler.
+Where its weights are not good enough, the particles train a score.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._keys import keys_of
+from scoreinfer._program import run_once
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.base import Chain, Change, pull
 from scoreinfer.bijections.normalise import has_tails
@@ -35,9 +37,9 @@ from scoreinfer.nets import Concatenate
 from scoreinfer.samplers.amortised import default_sampler, log_q_whitened, propose_whitened
 from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import BATCH, spaced, weigh_places, weighted_draws
-from scoreinfer.samplers.diffusion import AbstractSampler
+from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow
 from scoreinfer.samplers.explorer import Effort, explore, moves_between
-from scoreinfer.score import NeuralScore
+from scoreinfer.score import AbstractScore, GaussianScore
 from scoreinfer.score.network import ConditionalScore, score_module
 from scoreinfer.training.loop import FINISHED, FLAT, GOOD, INTERRUPTED, Budget, History, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision
@@ -47,11 +49,13 @@ from scoreinfer.training.simulations import blame
 class SingleProposal(AbstractDensityProposal):
     """The learned sampler of one posterior: a whitening map, an unconditional score, a sampler.
 
+    Before training it is the whitening map of a Gaussian: a flow of no steps, with the score of N(0, I).
+
     Exactness: as for `AmortisedProposal`.
     """
 
     whitening: Chain
-    score: NeuralScore
+    score: AbstractScore
     sampler: AbstractSampler
     dim: int = eqx.field(static=True)
 
@@ -74,16 +78,25 @@ MAX_OCTAVES, MAX_WAVES = 6, 40
 """Most octaves of sine features of one score input, and of all together (more slow down learning). Judgement."""
 DETAIL = 10.0
 """Fisher information above which a whitened coordinate gets sine features (1 for a normal one). Chosen by judgement."""
-LEGS = (2, 1, 2, 5, 10)
-"""Lengths of the rounds of training, in twentieths of the largest number of steps. The second is short: it trains on
+LEGS = (2, 1, 2, 5, 10, 20)
+"""Lengths of the rounds of training, in fortieths of the largest number of steps. The second is short: it trains on
 particles that the sampler's own draws have mixed for the first time. Chosen by judgement."""
 NUM_DRAWN = 4096
 """Most draws of the sampler after a round: they judge it, and replace particles. Chosen by judgement."""
 GOOD_SHARE, GOOD_K_HAT, GOOD_MISSED = 0.8, 0.5, 0.005
 """A round is good enough from this effective share on, up to this k-hat and this missed share of the particles. Further
 training saves at most a fifth of later draws. k-hat is below its limit of 0.7 by a margin. Chosen by judgement."""
+AFFINE_SHARE, LONG, LONG_SHARE = 0.5, 4, 0.5
+"""A smaller effective share is good enough before training, where draws cost next to nothing, and from this round on,
+as the next takes as long as all before together, and saves at most half of later draws. Chosen by judgement."""
+LEARNING_RATE = 8e-3
+"""Largest learning rate. Half of it learns slower: shares of .37 and .65 instead of .50 and .73 (SLCP after 1250 steps,
+wells after 500; benchmark `single.py`)."""
 LEAST_GAIN, FLAT_SHARE = 0.05, 0.5
-"""Training stops if a round gains less than this in effective share, from this share on. Chosen by judgement."""
+"""Training stops if a round gains less than this in effective share, from this share on, and k-hat is good. Chosen by
+judgement."""
+FEWER_SHARE = 0.95
+"""Share of the effective draws that fewer steps of the flow must keep. Chosen by judgement."""
 REPLACED_SHARE = 0.3
 """Least effective share of the weights between rounds; below it they are tempered. Chosen by judgement."""
 ABLE = 0.5
@@ -93,6 +106,8 @@ REPLACED_EACH = 2
 planets."""
 RIDGE = 1e-6
 """Ridge of the whitening, for the rounding of float32 alone (`scoreinfer.bijections.base.spread`)."""
+INFLATION = 0.15
+"""Inflation of the affine sampler (see `ProbabilityFlow`)."""
 NUM_PLACES = 512
 """Number of particles that are compared with a sampler. Chosen by judgement."""
 
@@ -118,10 +133,9 @@ class Round(NamedTuple):
     log_evidence: float
     error: float
 
-    @property
-    def is_good(self) -> bool:
-        """Tell whether no further training is needed."""
-        return self.share >= GOOD_SHARE and self.k_hat <= GOOD_K_HAT and self.missed <= GOOD_MISSED
+    def is_good(self, share: float = GOOD_SHARE) -> bool:
+        """Tell whether no further training is needed, if this effective share is enough."""
+        return self.share >= share and self.k_hat <= GOOD_K_HAT and self.missed <= GOOD_MISSED
 
 
 class Evidence(NamedTuple):
@@ -204,7 +218,8 @@ def learn(
         progress_bar: whether to show progress bars on a terminal.
 
     Returns:
-        The sampler of the best round (see `choose`), the explorer's results and the rounds.
+        The sampler of the best round (see `choose`) with the fewest steps (`fewest_steps`), the explorer's results and
+        the rounds.
 
     Raises:
         UnsupportedModel: if the model has no density.
@@ -217,7 +232,7 @@ def learn(
     References: Del Moral, Doucet and Jasra 2006 (the explorer); De Bortoli et al. 2024, arXiv 2402.08667 (training
     with the gradient of the density); Gabrie, Rotskoff and Vanden-Eijnden 2022, PNAS 119 (training on own moves).
     """
-    for_explorer, for_net, for_rounds, *_ = keys_of(key)
+    for_explorer, for_net, for_rounds, for_steps, *_ = keys_of(key)
     problem, y = target.problem, target.y
     if not problem.has_density:
         raise UnsupportedModel("One posterior is learned from its density, but the model has no density: use `fit`.")
@@ -228,25 +243,63 @@ def learn(
         where = reference_draws(for_explorer, reference, 1)[0]
         raise FloatingPointError(f"{error}{blame(problem, where, y)}") from error
     whitening = _whitening(particles)
-    pools = Pools(moves_between(reference, target, effort), target, particles, whitening, _nothing())
-    octaves = () if has_tails(whitening) else choose_octaves(pools.batch())
-    module = _untrained(for_net, problem.dim, octaves)
+    sampler = default_sampler(problem.dim, weighed=True)
+    if isinstance(sampler, ProbabilityFlow):
+        sampler = sampler.with_steps(sampler.num_steps)
+    affine = SingleProposal(
+        whitening, _normal_score(problem.dim), ProbabilityFlow(num_steps=0, inflation=INFLATION), problem.dim
+    )
+    for_first, for_rounds, *_ = keys_of(for_rounds)
+    first = judge(for_first, affine, target, particles.values, 0)
+    taught = Taught((first[0],), GOOD, int(particles.adapted.num_gradients))
+    if not first[0].is_good(AFFINE_SHARE):
+        pools = Pools(moves_between(reference, target, effort), target, particles, whitening, _nothing())
+        octaves = () if has_tails(whitening) else choose_octaves(pools.batch())
+        module = _untrained(for_net, problem.dim, octaves)
 
-    def make(module: ConditionalScore) -> SingleProposal:
-        return SingleProposal(whitening, module.score, default_sampler(problem.dim, weighed=True), problem.dim)
+        def make(module: ConditionalScore) -> SingleProposal:
+            return SingleProposal(whitening, module.score, sampler, problem.dim)
 
-    taught = teach(for_rounds, module, make, pools, effort.num_steps, progress_bar=progress_bar)
+        taught = teach(for_rounds, module, make, pools, first, effort.num_steps, progress_bar=progress_bar)
     informative = num_ancestors(particles.ancestors)
     evidence = Evidence(y, particles.values, float(particles.log_evidence), taught.num_gradients, informative)
-    return Learned(taught.best.proposal, evidence, taught)
+    return Learned(fewest_steps(for_steps, taught.best, target, particles.values), evidence, taught)
+
+
+def fewest_steps(key: Key, best: Round, target: Target, places: Float[Array, "num dim"]) -> SingleProposal:
+    """Halve the number of steps of a round's flow as often as it stays good.
+
+    It does if it keeps `FEWER_SHARE` of the effective share, k-hat and the missed share are good, and its evidence is
+    not too low (`choose`).
+    """
+    proposal: SingleProposal = best.proposal
+    if not isinstance(proposal.sampler, ProbabilityFlow) or best.share < REPLACED_SHARE:
+        return proposal
+    num_steps = proposal.sampler.num_steps
+    for for_draws in keys_of(key):
+        num_steps //= 2
+        if not num_steps:
+            break
+        fewer = dataclasses.replace(proposal, sampler=proposal.sampler.with_steps(num_steps))
+        found, _ = judge(for_draws, fewer, target, places, best.num_steps)
+        low = found.log_evidence < best.log_evidence - 2 * np.hypot(found.error, best.error)
+        if low or not found.is_good(FEWER_SHARE * best.share):
+            break
+        proposal = fewer
+    return proposal
+
+
+def _normal_score(dim: int) -> GaussianScore:
+    """Make the score of N(0, I)."""
+    return GaussianScore(jnp.asarray(np.zeros(dim, np.float32)), jnp.asarray(np.eye(dim, dtype=np.float32)))
 
 
 def _nothing() -> Sites:
     """Make the observation of an unconditional score."""
-    return {"nothing": jnp.zeros(0, jnp.float32)}
+    return {"nothing": jnp.asarray(np.zeros(0, np.float32))}
 
 
-@eqx.filter_jit
+@run_once
 def _untrained(key: Key, dim: int, octaves: tuple[int, ...]) -> ConditionalScore:
     rows = jax.tree.map(lambda leaf: leaf[None], _nothing())
     return score_module(key, dim, Concatenate(), rows, octaves=octaves)
@@ -290,19 +343,22 @@ def teach(
     module: ConditionalScore,
     make: Callable[[ConditionalScore], P],
     pools: Pools,
+    first: tuple[Round, Weighted],
     num_steps: int,
     *,
     progress_bar: bool = True,
 ) -> Taught:
     """Train a score in rounds on particles near the posterior, until its sampler is good enough.
 
-    After each round, draws of the sampler, resampled by weight, replace half of the particles.
+    After each round, draws of the sampler, resampled by weight, replace half of the particles. Every round has new
+    particles, so that none are held out.
 
     Args:
         key: random key.
         module: the score at the start.
         make: makes a sampler from a score.
         pools: the particles of the first round.
+        first: the sampler before training, judged, and its draws (`judge`).
         num_steps: largest number of optimiser steps of all rounds together.
         progress_bar: whether to show progress bars on a terminal.
 
@@ -312,25 +368,23 @@ def teach(
     Exactness: as for `learn`.
     """
     unit, places = -(-num_steps // sum(LEGS)), pools.particles.values
-    for_judge, *for_rounds = keys_of(key)
-    first, drawn = _judge(for_judge, make(module), pools.target, places, 0)
-    rounds, precision, moving = [first], None, _Moving(pools)
-    stopped = GOOD if first.is_good else ""
-    for number, (length, for_round) in enumerate(zip(LEGS, for_rounds, strict=False)):
+    (start, drawn), rounds, precision, moving = first, [first[0]], None, _Moving(pools)
+    stopped = GOOD if start.is_good() else ""
+    for number, (length, for_round) in enumerate(zip(LEGS, keys_of(key), strict=False)):
         if stopped:
             break
-        for_rows, for_first, for_training, for_draws, *_ = keys_of(for_round)
+        for_rows, for_training, for_draws, *_ = keys_of(for_round)
         if number:
             moving.pools = replace(for_rows, moving.pools, drawn, REPLACED_EACH)
-        validation = moving(for_first)
-        precision = target_precision(validation) if number == 0 else precision
-        budget = Budget(length * unit, min(256, len(places)), min(EPOCH_STEPS, unit), learning_rate=4e-3)
+        else:
+            precision = target_precision(pools.batch())
+        budget = Budget(length * unit, min(256, len(places)), min(EPOCH_STEPS, unit), learning_rate=LEARNING_RATE)
         module, history = train(
-            for_training, module, jax.tree_util.Partial(denoising_loss, precision=precision), moving, validation,
-            budget, progress_bar=progress_bar, title=f"score {number + 1}/{len(LEGS)}",
+            for_training, module, jax.tree_util.Partial(denoising_loss, precision=precision), moving, None, budget,
+            progress_bar=progress_bar, title=f"score {number + 1}/{len(LEGS)}",
         )  # fmt: skip
         num_done = rounds[-1].num_steps + history.num_steps
-        latest, drawn = _judge(for_draws, make(module), pools.target, places, num_done)
+        latest, drawn = judge(for_draws, make(module), pools.target, places, num_done)
         stopped = stops(rounds, latest, history, number == len(LEGS) - 1)
         rounds.append(latest)
     return Taught(tuple(rounds), stopped, int(moving.pools.particles.adapted.num_gradients))
@@ -347,7 +401,7 @@ class _Moving:
         return self.pools.batch()
 
 
-def _judge(
+def judge(
     key: Key, proposal: AbstractProposal, target: Target, places: Float[Array, "num dim"], num_steps: int
 ) -> tuple[Round, Weighted]:
     """Draw from a sampler, compare it with the explorer's particles, and return what is known and the draws."""
@@ -367,24 +421,26 @@ def stops(rounds: list[Round], latest: Round, history: History, is_last: bool) -
     """Say why training stops after the latest round; the empty text if it goes on."""
     if history.stopped == INTERRUPTED:
         return INTERRUPTED
-    if latest.is_good and choose([*rounds, latest]) is latest:
+    enough = GOOD_SHARE if len(rounds) < LONG else LONG_SHARE
+    if latest.is_good(enough) and choose([*rounds, latest]) is latest:
         return GOOD
-    if FLAT_SHARE <= latest.share < (1 + LEAST_GAIN) * rounds[-1].share:
+    if FLAT_SHARE <= latest.share < (1 + LEAST_GAIN) * rounds[-1].share and latest.k_hat <= GOOD_K_HAT:
         return FLAT
     return FINISHED if is_last else ""
 
 
 def choose(rounds: Sequence[Round]) -> Round:
-    """Choose the round with the largest effective share among those whose evidence is not too low.
+    """Choose the round with the largest effective share among those whose evidence is not too low and k-hat is good.
 
     The evidence is too low if it is more than two standard errors below the largest. Such a sampler misses posterior
-    mass, and missing mass makes the weights look better.
+    mass, and missing mass makes the weights look better. If k-hat is good nowhere, it does not count.
     """
     most = max(one.share for one in rounds)
     able = [one for one in rounds if one.share >= ABLE * most]
     top = max(able, key=lambda one: one.log_evidence)
     covering = [one for one in able if top.log_evidence - one.log_evidence <= 2 * np.hypot(one.error, top.error)]
-    return max(covering or able, key=lambda one: one.share)
+    sound = [one for one in covering if one.k_hat <= GOOD_K_HAT]
+    return max(sound or covering or able, key=lambda one: one.share)
 
 
 def choose_octaves(batch: ScoreBatch) -> tuple[int, ...]:

@@ -122,12 +122,14 @@ class TrainingHistory(NamedTuple):
         score: record of the training of the score.
         budget: planned training of the score. None means it is not known.
         smaller: record of the training of a smaller score network, which fell short. None means there was none.
+        tuned_share: effective share of the whitening map after its tuning to each observation; NaN if it was not tuned.
     """
 
     whitening: History
     score: History
     budget: Budget | None = None
     smaller: History | None = None
+    tuned_share: float = math.nan
 
     @property
     def num_simulations(self) -> int:
@@ -137,7 +139,10 @@ class TrainingHistory(NamedTuple):
     def __str__(self) -> str:
         """Say of every run what stopped it, when, and how good it was then."""
         runs = {"whitening": self.whitening, "smaller score": self.smaller, "score": self.score}
-        return "\n".join(f"{name}: {run}" for name, run in runs.items() if run is not None)
+        told = {name: str(run) for name, run in runs.items() if run is not None}
+        if not math.isnan(self.tuned_share):
+            told["tuned to each observation"] = f"effective share {self.tuned_share:.2f}"
+        return "\n".join(f"{name}: {text}" for name, text in told.items())
 
 
 class _State(NamedTuple):
@@ -205,7 +210,8 @@ def train(
         module: the pytree to train; its inexact arrays are the weights.
         loss: ``(module, batch, key) -> scalar``.
         pools: ``key -> batch``: the simulations of one epoch, new ones (online) or always the same (fixed budget).
-        validation: held-out simulations.
+        validation: held-out simulations. None means that every epoch has new ones: then the mean of the training loss
+            over the second half of an epoch is its validation loss.
         budget: length and settings of training.
         judge: ``(key, module) -> share``, asked before training and after every leg. None means that the validation
             loss decides.
@@ -414,7 +420,9 @@ def _run_epoch(
 
     numbers = rate.first + jnp.arange(num_steps, dtype=jnp.float32)
     state, values = jax.lax.scan(step, state, (numbers, rows, jax.random.split(for_steps, num_steps)))
-    value = mean_loss(loss, eqx.combine(state.average, module), validation, for_validation)
+    value = values[num_steps // 2 :].mean()
+    if validation is not None:
+        value = mean_loss(loss, eqx.combine(state.average, module), validation, for_validation)
     return _Epoch(state, values.mean(), value, _all_finite(pool))
 
 

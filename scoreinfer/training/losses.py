@@ -46,13 +46,13 @@ class NoiseLevels(NamedTuple):
     sd: float = 1.6
 
     def sample(self, key: Key, num: int) -> Float[Array, " num"]:
-        """Draw ``num`` levels, one in each of ``num`` strata of equal probability.
+        """Draw ``num`` levels, one in each of ``num`` strata of equal probability, which begin at a random one.
 
         Exactness: every level has the stated distribution, cut at the probabilities 1e-6 and 1 - 1e-6.
         """
-        where, order = jax.random.split(key)
-        uniform = (jnp.arange(num) + jax.random.uniform(where, (num,))) / num
-        uniform = jax.random.permutation(order, jnp.clip(uniform, 1e-6, 1 - 1e-6))
+        for_first, for_uniform = jax.random.split(key)
+        strata = (jnp.arange(num) + jax.random.randint(for_first, (), 0, num)) % num
+        uniform = jnp.clip((strata + jax.random.uniform(for_uniform, (num,))) / num, 1e-6, 1 - 1e-6)
         return jnp.exp(self.mean + self.sd * jax.scipy.special.ndtri(uniform)).astype(jnp.float32)
 
 

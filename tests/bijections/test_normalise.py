@@ -8,7 +8,7 @@ import oracles
 from scoreinfer.bijections.asinh import fit_tails
 from scoreinfer.bijections.base import fisher_product, pull
 from scoreinfer.bijections.noncentring import fit_scales
-from scoreinfer.montecarlo.moves import CHAIN_LENGTH, LangevinMoves
+from scoreinfer.montecarlo.moves import CHAIN_LENGTH, SHORT, LangevinMoves
 from scoreinfer.montecarlo.population import first_population
 from scoreinfer.montecarlo.reference import Overdispersed
 from scoreinfer.montecarlo.tempering import advance, begin
@@ -68,19 +68,36 @@ def test_tails_are_bent_and_modes_are_not(funnel):
     assert (np.asarray(fit_tails(values, -jax.vmap(jax.grad(two_modes.potential))(values)).bend) == 0).all()
 
 
-def test_moves_leave_a_funnel_where_it_is(funnel):
+def test_a_parent_scales_what_it_explains_a_little():
+    """Data hide the scale of the last two coordinates in part: it explains a tenth of their log squares."""
+    slopes = np.array([1.0, 1.0, 1.0, 0.4, 0.4])
+    rng = np.random.default_rng(3)
+    parent = rng.normal(size=(8000, 1))
+    w = rng.normal(size=(8000, 5))
+    scale = np.exp(parent * slopes)
+    values, of_rest = np.hstack([parent, w * scale]), -w / scale
+    of_parent = -parent + ((w**2 - 1) * slopes).sum(1, keepdims=True)
+    gradient = jnp.asarray(np.hstack([of_parent, of_rest]), jnp.float32)
+    scales = jax.jit(fit_scales)(jnp.asarray(values, jnp.float32), gradient)
+    (row,) = np.flatnonzero(np.asarray(scales.parents) == 0)
+    found = np.asarray(scales.log_scale[1 + row] / scales.width[row])
+    assert np.allclose(found, [0.0, *slopes], atol=0.06)
+
+
+@pytest.mark.parametrize(("short", "length"), [(False, CHAIN_LENGTH), (True, SHORT)])
+def test_moves_leave_a_funnel_where_it_is(funnel, short, length):
     target, values, _ = funnel
     log_density = jax.tree_util.Partial(lambda z: -target.potential(z))
-    moves = LangevinMoves(Overdispersed(jnp.zeros(4), jnp.ones(4)), log_density, np.array(3))
+    moves = LangevinMoves(Overdispersed(jnp.zeros(4), jnp.ones(4)), log_density, np.array(24), short)
     particles = begin(moves, first_population(values, len(values)), np.array(1.0))
     for key in jax.random.split(KEY, 3):
         particles = advance(key, moves, particles, np.array(1.0))
     assert np.allclose(
         particles.seen.target_gradient, -jax.vmap(jax.grad(target.potential))(particles.values), rtol=1e-2, atol=1e-2
     )
-    # Starts are independent and exact, so the states of different chains are. Eight neighbours are of one chain.
-    v, unit = (np.asarray(part[::CHAIN_LENGTH]) for part in (particles.values[:, 0], particles.values[:, 1:]))
-    assert np.abs(v - values[::CHAIN_LENGTH, 0]).mean() > 0.5  # they have moved
+    # Starts are independent and exact, so the states of different chains are. Neighbours are of one chain.
+    v, unit = (np.asarray(part[::length]) for part in (particles.values[:, 0], particles.values[:, 1:]))
+    assert np.abs(v - values[::length, 0]).mean() > 0.5  # they have moved
     bound = 5 / np.sqrt(len(v))
     assert abs(v.mean()) < 3 * bound
     assert abs(v.std() / 3 - 1) < bound / np.sqrt(2)

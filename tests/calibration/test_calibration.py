@@ -122,6 +122,7 @@ def test_calibrated_posteriors_pass_at_the_stated_rate(problem):
     assert np.sum(refused) <= 1 + 5 * np.sqrt(0.99)
 
 
+@pytest.mark.slow
 def test_learned_posterior_is_calibrated_once_corrected(learned):
     raw = si.calibration.sbc(jax.random.key(3), learned, 200, corrected=False, **QUIET)
     corrected = si.calibration.sbc(jax.random.key(3), learned, 200, num_proposals=512, **QUIET)

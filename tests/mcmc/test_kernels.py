@@ -351,7 +351,7 @@ def test_learns_once_for_each_data_set(learned, method):
     for y in (2.5 * X, -2.5 * X, 2.5 * X):
         mcmc = run(kernel, X, y, chain_method=method)
         assert abs(mcmc.get_samples()["slope"].mean() - (X @ y) / (1 + X @ X)) < 0.3
-    assert [effort.num_steps for effort in learned] == [50, 50]
+    assert [effort.num_steps for effort in learned] == [100, 100]
 
 
 def test_chain_methods_learn_from_the_same_key(monkeypatch):
@@ -392,6 +392,7 @@ def test_other_covariates_are_another_fit(fits, jit_model_args):
     ("share", "bank_size", "expected"),
     [
         (0.9, 128, (1, 0)),
+        (0.75, 128, (1, 0)),
         (0.5, 128, (2, 0)),
         (0.2, 128, (4, 0)),
         (0.05, 128, (8, 5)),

@@ -92,6 +92,7 @@ def test_resampled_paths_with_an_unknown_rate(unknown_rate):
     assert unknown_rate.resampled(8).sample(jax.random.key(1), NUM, y=SEEN).certificate.ess > 0.95 * NUM
 
 
+@pytest.mark.slow
 def test_resampled_weights_are_unbiased_whatever_was_learned(unknown_rate):
     draws = randomised(unknown_rate, jax.random.key(5)).resampled(8).sample(jax.random.key(1), NUM, y=SEEN)
     check(draws, RATE.truth(SEEN), 0.1)

@@ -93,6 +93,30 @@ def test_flow_density_of_a_given_point_is_that_of_drawing_it(score):
     assert np.allclose(again[finite], log_q[finite], atol=5e-3)
 
 
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_fewer_steps_of_a_longer_flow_are_those_of_a_shorter_one(num_steps):
+    score = NeuralScore(random_network())
+    fewer = ProbabilityFlow(num_steps=8, inflation=0.1).with_steps(num_steps)
+    shorter = ProbabilityFlow(num_steps=num_steps, inflation=0.1)
+    assert fewer.num_evaluations == shorter.num_evaluations
+    (x, log_q, _), (expected, log_expected, _) = (
+        run(sampler, score, 100, lambda x: jnp.float32(0.0), 2) for sampler in (fewer, shorter)
+    )
+    assert np.allclose(x, expected, atol=1e-4) and np.allclose(log_q, log_expected, atol=1e-3)
+    again = eqx.filter_jit(jax.vmap(lambda x: fewer.log_q(jax.random.key(0), score, x)))(x)
+    assert np.median(np.abs(again - log_q)) < 5e-3
+
+
+def test_a_flow_without_steps_is_gaussian():
+    sampler = ProbabilityFlow(num_steps=0, inflation=0.15)
+    x, log_q, _ = run(sampler, NeuralScore(random_network()), 4000, lambda x: jnp.float32(0.0), 2)
+    variance = (1 + 0.15 / np.sqrt(2)) ** 2
+    assert np.abs(np.cov(x.T) - variance * np.eye(2)).max() < 5 * variance * np.sqrt(2 / 4000)
+    assert np.allclose(log_q, jax.vmap(lambda x: log_normal(x, 0.0, variance))(x), atol=1e-5)
+    again = jax.vmap(lambda x: sampler.log_q(jax.random.key(0), None, x))(x)
+    assert np.allclose(again, log_q, atol=1e-5)
+
+
 def test_flow_density_integrates_to_one_on_a_grid():
     """The density of the flow, from the inverse map alone, sums to one: no Jacobian is missing or doubled."""
     score, sampler = NeuralScore(random_network()), ProbabilityFlow(num_steps=8)

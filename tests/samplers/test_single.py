@@ -20,8 +20,10 @@ from scoreinfer.montecarlo.tempering import begin
 from scoreinfer.problem import from_potential
 from scoreinfer.samplers.base import Target, Weighted
 from scoreinfer.samplers.batches import weighted_draws
+from scoreinfer.samplers.diffusion import ProbabilityFlow
 from scoreinfer.samplers.explorer import Effort, explore
-from scoreinfer.samplers.single import Pools, Round, choose, learn, replace, stops
+from scoreinfer.samplers.single import Pools, Round, SingleProposal, choose, fewest_steps, judge, learn, replace, stops
+from scoreinfer.score import MixtureScore
 from scoreinfer.training.loop import History
 
 SIGMAS = 5
@@ -77,7 +79,7 @@ def test_half_of_the_particles_outlive_a_round():
     log_weight = jnp.log(jnp.where(position > 0, 3.0, 1.0))
     drawn = Weighted(position[:, None], log_weight, log_weight)
     target = Target(from_potential(lambda z: z @ z, jnp.zeros(1)), {})
-    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), target, np.array(1))
+    moves = LangevinMoves(Overdispersed(jnp.zeros(1), jnp.ones(1)), target, np.array(8))
     lost = begin(moves, first_population(jnp.full((1000, 1), -9.0), 1000), np.array(1.0))
     pools = Pools(moves, target, lost, Chain(()), {})
     values = np.asarray(replace(random.key(1), pools, drawn, 2).particles.values)
@@ -96,6 +98,8 @@ def test_round_that_misses_mass_is_not_chosen():
     ]
     assert choose(rounds).proposal == "best" and choose(rounds[:1]).proposal == "misses"
     assert choose([*rounds, Round("poor", 0, 0.01, 0.0, 0.0, 0.9, 0.2)]).proposal == "best"
+    heavy = Round("heavy tails", 0, 0.9, 0.6, 0.0, -0.02, 0.01)
+    assert choose([*rounds, heavy]).proposal == "best" and choose([heavy]).proposal == "heavy tails"
 
 
 def tilted(z):
@@ -110,8 +114,8 @@ def test_nothing_is_trained_where_the_affine_sampler_is_good_enough():
     assert learned.taught.best.share > 0.8
     truth = np.log(2 * np.pi * np.sqrt(0.19))
     assert abs(learned.taught.best.log_evidence - truth) < SIGMAS * learned.taught.best.error < 0.2
-    # At most five passes of 8 steps for one in eight of 512 particles, at few temperatures.
-    assert 512 <= learned.evidence.num_gradients <= 5 * 5 * 512
+    # At most forty steps of one in two of 512 particles, at few temperatures.
+    assert 512 <= learned.evidence.num_gradients <= 5 * 40 * 256
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,7 @@ def test_nothing_is_trained_where_the_affine_sampler_is_good_enough():
         ({"share": 0.9, "k_hat": 0.6}, 0.5, False, ""),
         ({"share": 0.9, "missed": 0.02}, 0.5, False, ""),
         ({"share": 0.6}, 0.01, False, "flat"),
+        ({"share": 0.6, "k_hat": 0.6}, 0.01, False, ""),
         ({"share": 0.6}, 0.2, False, ""),
         ({"share": 0.3}, 0.01, False, ""),
         ({"share": 0.3}, 0.01, True, "finished"),
@@ -132,6 +137,34 @@ def test_rounds_stop(last, gain, is_last, expected):
     before = latest._replace(share=latest.share / (1 + gain))
     history = History(np.zeros(1), np.zeros(1), 1, 1, 0.0, "finished")
     assert stops([before], latest, history, is_last) == expected
+
+
+@pytest.mark.parametrize(("num_rounds", "expected"), [(3, ""), (4, "good enough")])
+def test_a_long_round_begins_only_where_the_weights_are_poor(num_rounds, expected):
+    latest = Round(None, 0, 0.6, 0.0, 0.0, 0.0, 0.1)
+    history = History(np.zeros(1), np.zeros(1), 1, 1, 0.0, "finished")
+    assert stops(num_rounds * [latest._replace(share=0.3)], latest, history, False) == expected
+
+
+@pytest.mark.parametrize(("scale", "distance", "num_steps"), [(1.0, 0.0, 4), (0.1, 1.0, 8)])
+def test_the_flow_takes_the_fewest_steps(scale, distance, num_steps):
+    """For N(0, I) any number is exact, but steps of a quarter turn are not inverted far out. Narrow modes need all."""
+    means = distance * jnp.array([[-1.0, 0.0], [1.0, 0.5]])
+    score = MixtureScore(jnp.array([0.3, 0.7]), means, jnp.full(2, scale))
+
+    def potential(x):
+        squares = jnp.sum((x - means) ** 2, axis=1) / scale**2
+        return -jax.nn.logsumexp(jnp.log(WEIGHTS) - 0.5 * squares)
+
+    target = Target(from_potential(potential, jnp.zeros(2)), {})
+    proposal = SingleProposal(Chain(()), score, ProbabilityFlow(num_steps=8, inflation=0.15).with_steps(8), 2)
+    drawn = proposal.sampler.sample
+    places = jax.vmap(lambda key: drawn(key, score, 2)[0])(random.split(random.key(1), 512))
+    best, _ = judge(random.key(2), proposal, target, places, 0)
+    assert best.share > 0.8
+    assert fewest_steps(random.key(0), best, target, places).sampler.num_evaluations == 2 * num_steps
+    poor = best._replace(share=0.2)
+    assert fewest_steps(random.key(0), poor, target, places).sampler.num_evaluations == 16
 
 
 # --- the learned sampler -----------------------------------------------------------------------------------------
@@ -153,7 +186,8 @@ def test_learned_weights_are_exact(both_modes):
 @pytest.fixture
 def few_witnesses(monkeypatch):
     """Let a quarter of the particles be enough for the second opinions."""
-    monkeypatch.setattr(verdict, "CROSS_CHECK", verdict.CROSS_CHECK._replace(num_particles=1024))
+    few = verdict.EFFORT._replace(num_particles=1024)
+    monkeypatch.setattr(verdict, "EFFORT", few)
 
 
 def test_chain_visits_both_modes(both_modes):

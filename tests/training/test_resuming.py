@@ -31,6 +31,7 @@ def problem():
     return si.from_numpyro(location_scale)
 
 
+@pytest.mark.slow
 def test_interrupted_fit_goes_on_to_the_same_weights(problem, tmp_path, monkeypatch):
     """Interrupted in every epoch of all stages: each call gets one epoch further."""
     options = SMALL | {"sampler": SAMPLER, "width": 33, "target_share": 1.1}  # a ladder of two networks
