@@ -14,6 +14,8 @@
     python benchmarks/accuracy.py --suite smdp
     python benchmarks/accuracy.py --suite trust
     python benchmarks/accuracy.py --suite cost
+    python benchmarks/accuracy.py --suite single
+    python benchmarks/accuracy.py --suite quick_start
 
 The expected figures are in expected.json.
 """
@@ -22,7 +24,9 @@ import argparse
 import dataclasses
 import fnmatch
 import json
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -549,11 +553,44 @@ def run_cost(args) -> Iterator[Row]:
     yield "memory", cost.growth()
 
 
+def run_single(args) -> Iterator[Row]:
+    """One posterior with `ScoreSDE`, cold, beside NUTS; then both with JAX's compilation cache warm (`single.py`)."""
+    import single
+
+    for name in single.TARGETS:
+        if not _chosen(name, args.tasks):
+            continue
+        figures: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as cache:
+            for run in ("cold", "cached"):
+                own, nuts = (single.measure(method, name, args.seed, 0, cache) for method in ("scoreinfer", "nuts"))
+                figures |= {
+                    f"{run}_s": single.total(own), f"{run}_times_nuts": single.total(own) / single.total(nuts),
+                    f"{run}_again_times_nuts": own["again"]["cpu"] / nuts["again"]["cpu"],
+                }  # fmt: skip
+                if run == "cold":
+                    figures["programs"] = sum(own[stage]["programs"] for stage in ("learn", "first", "certify"))
+                    figures["xla_s"] = sum(own[stage]["xla"] for stage in ("learn", "first", "certify"))
+                    asked = ("share", "k_hat", "certified", "mode_error", "log_evidence_error", "mean_error")
+                    figures |= {key: float(own[key]) for key in asked if key in own}
+        yield name, figures
+
+
+def run_quick_start(args) -> Iterator[Row]:
+    """The quick starts in cold processes: CPU seconds, shares, milliseconds of warm draws (`quick_start.py`)."""
+    for name in ("posterior", "physics"):
+        if _chosen(name, args.tasks):
+            command = [sys.executable, str(HERE / "quick_start.py"), name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            yield name, json.loads(done.stdout.splitlines()[-1])
+
+
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
     "corners": run_corners, "reading": run_reading,
     "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
+    "single": run_single, "quick_start": run_quick_start,
 }  # fmt: skip
 
 
