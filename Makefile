@@ -17,9 +17,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 # Equinox's runtime errors are host callbacks, and JAX does not keep programs with callbacks. With NaN in their place
 # the demo's ODE is compiled once per machine; scoreinfer itself watches for NaN.
 demo: export EQX_ON_ERROR ?= nan
-# The tests spend their time compiling: optimising less is faster there (a quarter, measured), and so are XLA's older
-# emitters (a third; jaxlib 0.12 no longer has them).
+# The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured), and so
+# are XLA's older emitters (a third; jaxlib 0.12 no longer has them).
 test test-worlds test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+demo: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(SMOKE),1,0)
 QUICK_FLAG := --xla_cpu_use_fusion_emitters=false
 QUICK = XLA_FLAGS="$$XLA_FLAGS $$(XLA_FLAGS=$(QUICK_FLAG) $(BIN)/python -c 'import jax; jax.devices()' >/dev/null 2>&1 \
 	&& echo $(QUICK_FLAG))"
@@ -55,7 +56,7 @@ $(BENCH_STAMP): $(STAMP)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/lynx_hare.py $(if $(SMOKE),--smoke)
+	$(if $(SMOKE),$(QUICK)) $(BIN)/python examples/lynx_hare.py $(if $(SMOKE),--smoke)
 
 test: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
