@@ -26,8 +26,6 @@ CACHED, LEAST_CACHED = 1 << 21, 16
 long each, as products with matrices lose their fast form."""
 MANY = 8192
 """Where so many rows fit, no number of rows is set: one program then serves all problems. No batch is larger."""
-
-
 UNKNOWN_LENGTH = 100
 """Passes that are counted for a loop that ends by a condition. Chosen by judgement."""
 

@@ -98,8 +98,8 @@ def fit_scales(values: Float[Array, "num dim"], gradient: Float[Array, "num dim"
 
     First each coordinate is regressed on all before it, because models draw parents before children. A coordinate is a
     parent if it explains the size of the residual of another (see `EXPLAINED`), and scales all of which it explains
-    some (see `SCALED`). Then means and log scales are
-    regressed in turn, by weighted least squares. The result is the identity unless it passes `GAIN`.
+    some (see `SCALED`). Then means and log scales are regressed in turn, by weighted least squares. The result is the
+    identity unless it passes `GAIN`.
 
     Args:
         values: draws.

@@ -211,13 +211,12 @@ def gather_by(key: Key, reference: AbstractReference, target: Target, effort: Ef
 
     Exactness: as for `explore`.
     """
-    num = num_first(reference, effort.num_first)
+    of_prior = num_first(reference, effort.num_first) if reference.is_prior else 0
     try:
         found = explore(key, reference, target, effort, progress_bar=False)
     except FloatingPointError:  # it did not reach the posterior
-        return Witnesses(jnp.zeros((0, target.problem.dim)), 0.0, num if reference.is_prior else 0, -np.inf)
-    informative = num_ancestors(found.ancestors)
-    return Witnesses(found.values, informative, num if reference.is_prior else 0, float(found.log_evidence))
+        return Witnesses(jnp.zeros((0, target.problem.dim)), 0.0, of_prior, -np.inf)
+    return Witnesses(found.values, num_ancestors(found.ancestors), of_prior, float(found.log_evidence))
 
 
 def _effort(target: Target) -> Effort:

@@ -218,9 +218,9 @@ def move_all(
     def move(carry, key, rate):
         states, log_step = carry
         keys = jax.random.split(key, start.shape[0])
-        step_size = jnp.exp(log_step)
-        step = lambda key, state: metropolis_langevin_step(key, value_and_grad, state, factor, step_size)  # noqa: E731
-        states, accept = each(step, log_density)(keys, states)
+        size = jnp.exp(log_step)
+        step = each(lambda key, state: metropolis_langevin_step(key, value_and_grad, state, factor, size), log_density)
+        states, accept = step(keys, states)
         return (states, log_step + rate * (accept.mean() - TARGET_ACCEPT_PROB)), accept.mean()
 
     states = (start, *each(value_and_grad, log_density)(start))

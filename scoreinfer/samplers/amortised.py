@@ -20,6 +20,9 @@ from scoreinfer.score.network import score_module
 from scoreinfer.training.simulations import Standardiser, encode
 from scoreinfer.training.whitening import Whitening, untrained_whitening
 
+INFLATION = 0.15
+"""Inflation of flows whose draws are weighted (see `ProbabilityFlow`)."""
+
 
 class Context(NamedTuple):
     """What the proposal computes from one observation.
@@ -185,4 +188,4 @@ def default_sampler(dim: int, *, weighed: bool) -> AbstractSampler:
 
     The flow gets an inflated start if its draws are weighted (``weighed``).
     """
-    return ProbabilityFlow(inflation=0.15 if weighed else 0.0) if dim <= 16 else ReverseSDE()
+    return ProbabilityFlow(inflation=INFLATION if weighed else 0.0) if dim <= 16 else ReverseSDE()

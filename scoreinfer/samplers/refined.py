@@ -117,7 +117,7 @@ def refine(
 
     module = ConditionalScore(adapted.embedding, adapted.score)
     for_first, for_rounds, *_ = keys_of(for_rounds)
-    first = judge(for_first, make(module), target, pools.particles.values, 0)
+    first, _ = judge(for_first, make(module), target, pools.particles.values, 0)
     best = teach(for_rounds, module, make, pools, first, num_steps, progress_bar=progress_bar).best
     return RefinedProposal(proposal.original, best.proposal, flatten(x)), best.share
 

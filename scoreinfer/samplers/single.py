@@ -34,7 +34,7 @@ from scoreinfer.montecarlo.weights import (
     unseen_excess,
 )
 from scoreinfer.nets import Concatenate
-from scoreinfer.samplers.amortised import default_sampler, log_q_whitened, propose_whitened
+from scoreinfer.samplers.amortised import INFLATION, default_sampler, log_q_whitened, propose_whitened
 from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import BATCH, spaced, weigh_places, weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow
@@ -106,8 +106,6 @@ REPLACED_EACH = 2
 planets."""
 RIDGE = 1e-6
 """Ridge of the whitening, for the rounding of float32 alone (`scoreinfer.bijections.base.spread`)."""
-INFLATION = 0.15
-"""Inflation of the affine sampler (see `ProbabilityFlow`)."""
 NUM_PLACES = 512
 """Number of particles that are compared with a sampler. Chosen by judgement."""
 
@@ -136,6 +134,10 @@ class Round(NamedTuple):
     def is_good(self, share: float = GOOD_SHARE) -> bool:
         """Tell whether no further training is needed, if this effective share is enough."""
         return self.share >= share and self.k_hat <= GOOD_K_HAT and self.missed <= GOOD_MISSED
+
+    def is_below(self, other: "Round") -> bool:
+        """Tell whether its evidence is more than two standard errors below the other's: it misses posterior mass."""
+        return bool(other.log_evidence - self.log_evidence > 2 * np.hypot(self.error, other.error))
 
 
 class Evidence(NamedTuple):
@@ -250,9 +252,9 @@ def learn(
         whitening, _normal_score(problem.dim), ProbabilityFlow(num_steps=0, inflation=INFLATION), problem.dim
     )
     for_first, for_rounds, *_ = keys_of(for_rounds)
-    first = judge(for_first, affine, target, particles.values, 0)
-    taught = Taught((first[0],), GOOD, int(particles.adapted.num_gradients))
-    if not first[0].is_good(AFFINE_SHARE):
+    first, _ = judge(for_first, affine, target, particles.values, 0)
+    taught = Taught((first,), GOOD, int(particles.adapted.num_gradients))
+    if not first.is_good(AFFINE_SHARE):
         pools = Pools(moves_between(reference, target, effort), target, particles, whitening, _nothing())
         octaves = () if has_tails(whitening) else choose_octaves(pools.batch())
         module = _untrained(for_net, problem.dim, octaves)
@@ -282,8 +284,7 @@ def fewest_steps(key: Key, best: Round, target: Target, places: Float[Array, "nu
             break
         fewer = dataclasses.replace(proposal, sampler=proposal.sampler.with_steps(num_steps))
         found, _ = judge(for_draws, fewer, target, places, best.num_steps)
-        low = found.log_evidence < best.log_evidence - 2 * np.hypot(found.error, best.error)
-        if low or not found.is_good(FEWER_SHARE * best.share):
+        if found.is_below(best) or not found.is_good(FEWER_SHARE * best.share):
             break
         proposal = fewer
     return proposal
@@ -343,7 +344,7 @@ def teach(
     module: ConditionalScore,
     make: Callable[[ConditionalScore], P],
     pools: Pools,
-    first: tuple[Round, Weighted],
+    first: Round,
     num_steps: int,
     *,
     progress_bar: bool = True,
@@ -358,7 +359,7 @@ def teach(
         module: the score at the start.
         make: makes a sampler from a score.
         pools: the particles of the first round.
-        first: the sampler before training, judged, and its draws (`judge`).
+        first: the sampler before training, judged (`judge`).
         num_steps: largest number of optimiser steps of all rounds together.
         progress_bar: whether to show progress bars on a terminal.
 
@@ -368,13 +369,13 @@ def teach(
     Exactness: as for `learn`.
     """
     unit, places = -(-num_steps // sum(LEGS)), pools.particles.values
-    (start, drawn), rounds, precision, moving = first, [first[0]], None, _Moving(pools)
-    stopped = GOOD if start.is_good() else ""
+    rounds, drawn, precision, moving = [first], None, None, _Moving(pools)
+    stopped = GOOD if first.is_good() else ""
     for number, (length, for_round) in enumerate(zip(LEGS, keys_of(key), strict=False)):
         if stopped:
             break
         for_rows, for_training, for_draws, *_ = keys_of(for_round)
-        if number:
+        if drawn is not None:
             moving.pools = replace(for_rows, moving.pools, drawn, REPLACED_EACH)
         else:
             precision = target_precision(pools.batch())
@@ -438,7 +439,7 @@ def choose(rounds: Sequence[Round]) -> Round:
     most = max(one.share for one in rounds)
     able = [one for one in rounds if one.share >= ABLE * most]
     top = max(able, key=lambda one: one.log_evidence)
-    covering = [one for one in able if top.log_evidence - one.log_evidence <= 2 * np.hypot(one.error, top.error)]
+    covering = [one for one in able if not one.is_below(top)]
     sound = [one for one in covering if one.k_hat <= GOOD_K_HAT]
     return max(sound or covering or able, key=lambda one: one.share)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from scoreinfer._memory import map_rows
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.montecarlo.kernel_estimate import DEGREES, KernelEstimate
@@ -123,12 +124,8 @@ class TunedProposal(AbstractMixture, AbstractAdapted):
 
     def context(self, target: Target) -> KernelEstimate:
         """Tune the mixture to one observation."""
-        return tune(
-            jax.random.wrap_key_data(self.bits, impl="threefry2x32"),
-            target,
-            self.original.context(target).affine,
-            self.effort,
-        )
+        key = jax.random.wrap_key_data(self.bits, impl="threefry2x32")
+        return tune(key, target, self.original.context(target).affine, self.effort)
 
 
 @eqx.filter_jit
@@ -194,9 +191,8 @@ def _weighed(key: Key, target: Target, mixture: KernelEstimate, num: int) -> Wei
         log_weight = log_target - mixture.log_density(z)
         return Weighted(z, jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf), log_target)
 
-    return jax.lax.map(
-        one, jax.random.split(key, num), batch_size=min(getattr(target, "at_once", None) or TOGETHER, TOGETHER, num)
-    )
+    together = min(getattr(target, "at_once", None) or TOGETHER, TOGETHER)
+    return map_rows(one, together)(jax.random.split(key, num))
 
 
 def _matched(key: Key, mixture: KernelEstimate, drawn: Weighted, first: Array) -> KernelEstimate:
@@ -243,5 +239,5 @@ def _matched(key: Key, mixture: KernelEstimate, drawn: Weighted, first: Array) -
         lambda a, b: jnp.where(first, a, b), (jnp.full(num, 1 / num), picked, old[1]), (share, centres, factors)
     )
     log_shares = jnp.log(jnp.concatenate([jnp.full(1, HOME_SHARE, share.dtype), (1 - HOME_SHARE) * share]))
-    together = lambda first, rest: jnp.concatenate([first[:1], rest])  # noqa: E731
-    return KernelEstimate(together(mixture.centres, centres), together(mixture.factors, factors), log_shares)
+    centres = jnp.concatenate([mixture.centres[:1], centres])
+    return KernelEstimate(centres, jnp.concatenate([mixture.factors[:1], factors]), log_shares)
