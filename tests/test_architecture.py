@@ -17,12 +17,12 @@ RANKS = """
 _typing errors _pickling _memory
 _keys _tree files
 _program problem nets process bijections
-identity score agreement
+identity score agreement markov
 montecarlo
 model training arviz
 draws samplers
 simulators evidence paths
-posterior
+posterior filters
 mcmc
 calibration comparison
 __init__
