@@ -26,9 +26,11 @@ posterior filters
 mcmc
 calibration comparison
 __init__
+command
+__main__
 """
 RANK = {room: rank for rank, line in enumerate(RANKS.strip().splitlines()) for room in line.split()}
-NUMPYRO_DOORS = {"model", "mcmc", "comparison"}
+NUMPYRO_DOORS = {"model", "mcmc", "comparison", "command"}
 LAZY = {"arviz", "matplotlib", "sklearn"}  # imported inside functions only
 
 
