@@ -12,6 +12,7 @@ Functions that take weights can use them (`arviz.loo_approximate_posterior` of A
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -168,6 +169,31 @@ def _of_likelihood(
     return _chains(pointwise, np.arange(len(rows)), num_chains)
 
 
+def plot_sites(values: Values, pairs: bool) -> Any:
+    """Plot equally weighted draws by ArviZ.
+
+    Args:
+        values: values by site, with the draw axis first.
+        pairs: scatter plots of all pairs instead of one marginal for each component.
+
+    Returns:
+        An array of matplotlib axes: one for each component, or a matrix for pairs.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    import arviz as az
+
+    group = _chains(named_leaves(values), np.arange(len(jax.tree.leaves(values)[0])), 1)
+    data = _from_groups({"posterior": in_file_names(group)}, None, None)
+    if int(az.__version__.split(".")[0]) < 1:
+        return az.plot_pair(data, marginals=True) if pairs else np.ravel(az.plot_posterior(data))
+    plot = az.plot_pair if pairs else az.plot_dist
+    axes = np.array(plot(data, backend="matplotlib").viz["figure"].item().axes)
+    size = math.isqrt(axes.size)
+    return axes.reshape(size, size) if pairs else axes
+
+
 def to_prior_sbc(ranks: Mapping[str, np.ndarray]) -> Any:
     """Convert ranks of simulation-based calibration to the ArviZ group ``prior_sbc``.
 
@@ -262,10 +288,10 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten to attributes that netCDF can store: text, numbers and vectors of numbers. None is left out."""
+    """Flatten to attributes that netCDF can store: text, numbers, vectors of numbers. None and tuples are left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if value is None:
+        if value is None or isinstance(value, tuple):  # a record within a record, such as `Certificate.basis`
             continue
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}_")

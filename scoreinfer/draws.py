@@ -1,6 +1,7 @@
 """Draws: the weighted draws that a sampler returns."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._pickling import can_be_pickled
 from scoreinfer._typing import Key, Sites, Values
-from scoreinfer.arviz import to_arviz
+from scoreinfer.arviz import plot_sites, to_arviz
 from scoreinfer.montecarlo.resampling import resample_indices, stratified_indices
 from scoreinfer.montecarlo.weights import pareto_smooth
 from scoreinfer.problem import Problem
@@ -116,6 +117,25 @@ class Draws(NamedTuple):
     def to_arviz(self, key: Key, **options: Any) -> Any:
         """Convert the draws to ArviZ groups. `scoreinfer.to_arviz` lists the options and what it raises."""
         return to_arviz(key, self, **options)
+
+    def plot(self, *, sites: Sequence[str] = (), pairs: bool = False) -> Any:
+        """Plot the posterior by ArviZ, from equally weighted draws (`get_samples`).
+
+        Args:
+            sites: names of the sites. Empty means all of them, deterministic ones too.
+            pairs: scatter plots of all pairs instead of one marginal for each component.
+
+        Returns:
+            An array of matplotlib axes.
+
+        Raises:
+            ValueError: if a site is unknown, or no draw has a positive weight.
+            ImportError: if matplotlib is not installed.
+        """
+        if unknown := set(sites) - self.sites.keys():
+            raise ValueError(f"`sites` must be among {', '.join(self.sites)}, got {', '.join(sorted(unknown))}.")
+        values = self.get_samples()
+        return plot_sites({name: values[name] for name in sites or values}, pairs)
 
     def _smoothed(self) -> Float[np.ndarray, " num"]:
         return np.zeros(self.num) if self.log_weight is None else pareto_smooth(self.log_weight)[0]

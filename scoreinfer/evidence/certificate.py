@@ -1,10 +1,12 @@
 """Certificates: whether a batch of weighted draws can be trusted, in numbers and in words."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer.figures import draw_criteria, draw_evidence, draw_tail, row_of_axes
 from scoreinfer.montecarlo.weights import (
     effective_sample_size,
     log_evidence,
@@ -50,6 +52,22 @@ class ForwardCheck(NamedTuple):
     num_first: int = 0
 
 
+class Basis(NamedTuple):
+    """The numbers on which a verdict rests, for `Certificate.plot`.
+
+    Args:
+        tail: log of the largest weights over their mean, largest first: those to which k-hat is fitted.
+        places: log excess of the independent points, by source.
+        unseen: log excess from which a point counts as missed.
+        needed: effective sample size that was asked for.
+    """
+
+    tail: tuple[float, ...]
+    places: tuple[tuple[str, tuple[float, ...]], ...]
+    unseen: float
+    needed: float
+
+
 class Certificate(NamedTuple):
     """Whether a batch of weighted draws can be trusted, and why.
 
@@ -69,6 +87,7 @@ class Certificate(NamedTuple):
             evidence was gathered at the observation itself.
         seen_prior_mass: the mode must also lie in a region of at least this prior mass; NaN if it is not known. A mode
             of smaller posterior or prior mass may be missing.
+        basis: the numbers behind the verdict, for `plot`. None means that there were no weights.
 
     Exactness: consistent for a proposal that covers the posterior. Weights cannot show a mode that no draw visits. The
         independent evidence shows it with a probability of 95 % if its mass is above both ``seen_mass`` and
@@ -86,6 +105,31 @@ class Certificate(NamedTuple):
     distance_rank: float = np.nan
     seen_mass: float = np.nan
     seen_prior_mass: float = np.nan
+    basis: Basis | None = None
+
+    def plot(self) -> Any:
+        """Plot the weights' tail, the independent evidence, and each criterion as a share of its limit.
+
+        Returns:
+            Three matplotlib axes. What is red refuses.
+
+        Raises:
+            ValueError: if there were no weights.
+            ImportError: if matplotlib is not installed.
+        """
+        if self.basis is None:
+            raise ValueError(f"Expected the certificate of weighted draws, got one without weights: {self.reason}")
+        axes = row_of_axes(3)
+        draw_tail(axes[0], self.basis.tail, self.num, self.k_hat, MAX_K_HAT)
+        draw_evidence(axes[1], dict(self.basis.places), self.basis.unseen, self.missed)
+        criteria = {
+            "k-hat": self.k_hat / MAX_K_HAT,
+            "ESS": self.basis.needed / self.ess if self.ess else math.inf,
+            "missed share": self.missed / MAX_MISSED,
+            "unseen mass": self.seen_mass / MAX_UNSEEN,
+        }
+        draw_criteria(axes[2], criteria, "certified" if self.certified else "not certified")
+        return axes
 
     def __str__(self) -> str:
         head = "certified" if self.certified else "not certified"
@@ -183,6 +227,14 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     covered = [check.source for check, share in zip(checks, shares, strict=True) if not np.isnan(share)]
     reason = "; ".join(faults) or ", ".join(["weights well behaved", *(f"{source} covered" for source in covered)])
     missed = float(np.nanmax(shares)) if covered else np.nan
+    places = tuple((check.source, tuple(np.asarray(check.log_excess).tolist())) for check in checks)
+    basis = Basis(_tail(log_weight, evidence), places, unseen, needed)
     return Certificate(
-        not faults, reason, num, ess, k_hat, evidence, error, missed, rank, seen_mass, seen_prior_mass
+        not faults, reason, num, ess, k_hat, evidence, error, missed, rank, seen_mass, seen_prior_mass, basis
     )  # fmt: skip
+
+
+def _tail(log_weight: Float[np.ndarray, " num"], log_mean: float) -> tuple[float, ...]:
+    """Take the weights to which Pareto smoothing fits a tail: at most a fifth, about 3 sqrt(num) of them."""
+    length = min(log_weight.size // 5, math.ceil(3 * math.sqrt(log_weight.size)))
+    return tuple((np.sort(log_weight[np.isfinite(log_weight)])[::-1][:length] - log_mean).tolist())

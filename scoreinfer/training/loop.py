@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from scoreinfer._typing import Key
 from scoreinfer.errors import TrainingWarning, warn
+from scoreinfer.figures import draw_losses, draw_shares, row_of_axes
 from scoreinfer.training.losses import mean_loss
 from scoreinfer.training.resume import Progress, keep_progress, resume_progress
 
@@ -71,6 +72,17 @@ class History(NamedTuple):
     def share(self) -> float:
         """Largest share that the judge saw; NaN without a judge."""
         return max(self.shares, default=math.nan)
+
+    def plot(self) -> Any:
+        """Plot the losses over optimiser steps, and the effective share of exact weights over time.
+
+        Returns:
+            Two matplotlib axes.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        return _plot({"training": self})
 
     def __str__(self) -> str:
         """Say what stopped the run, when, and how good it was then."""
@@ -132,17 +144,38 @@ class TrainingHistory(NamedTuple):
     tuned_share: float = math.nan
 
     @property
+    def runs(self) -> dict[str, History]:
+        """The records by name, in the order of the training."""
+        runs = {"whitening": self.whitening, "smaller score": self.smaller, "score": self.score}
+        return {name: run for name, run in runs.items() if run is not None}
+
+    @property
     def num_simulations(self) -> int:
         """Number of simulations in all runs."""
-        return sum(run.num_simulations for run in (self.whitening, self.smaller, self.score) if run is not None)
+        return sum(run.num_simulations for run in self.runs.values())
+
+    def plot(self) -> Any:
+        """Plot all runs, as `History.plot` does one."""
+        return _plot(self.runs)
 
     def __str__(self) -> str:
         """Say of every run what stopped it, when, and how good it was then."""
-        runs = {"whitening": self.whitening, "smaller score": self.smaller, "score": self.score}
-        told = {name: str(run) for name, run in runs.items() if run is not None}
+        told = {name: str(run) for name, run in self.runs.items()}
         if not math.isnan(self.tuned_share):
             told["tuned to each observation"] = f"effective share {self.tuned_share:.2f}"
         return "\n".join(f"{name}: {text}" for name, text in told.items())
+
+
+def _plot(runs: dict[str, History]) -> Any:
+    """Plot losses and shares of runs, each run's shares after those of the runs before it."""
+    axes, began = row_of_axes(2), 0.0
+    for name, run in runs.items():
+        if len(run.loss):
+            draw_losses(axes[0], run.num_steps / len(run.loss), run.loss.tolist(), run.validation.tolist(), name)
+        if run.shares:
+            draw_shares(axes[1], [began + seconds for seconds in run.share_seconds], run.shares, name)
+        began += run.seconds
+    return axes
 
 
 class _State(NamedTuple):
