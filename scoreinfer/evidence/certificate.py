@@ -23,6 +23,8 @@ MIN_SHARE = 0.1
 """Least effective share of a smaller certified batch (and at least 40 effective draws). Chosen by judgement."""
 MAX_MISSED, FEW_MISSED = 0.03, 3
 """Largest share of the points of one source that may be missed; this many points always may. Chosen by judgement."""
+MAX_SHIFT = 3.0
+"""Largest distance, in standard errors, by which missed points may shift a mean. Chosen by judgement."""
 MAX_UNSEEN = 0.1
 """Largest posterior mass of a mode that a certified batch may fail to see, at `CONFIDENCE`. Chosen by judgement."""
 CONFIDENCE = 0.95
@@ -43,6 +45,8 @@ class ForwardCheck(NamedTuple):
         num_informative: effective number of independent points at the observation itself. NaN means the points belong
             to other observations near it.
         num_first: number of prior draws from which the points descend; zero if they do not come from the prior.
+        shift: largest distance, in standard errors of the weighted draws, by which the missed points would shift a
+            mean. NaN means it is not known.
     """
 
     log_excess: Float[Array | np.ndarray, " places"]
@@ -50,6 +54,7 @@ class ForwardCheck(NamedTuple):
     source: str = "simulated truths near the observation"
     num_informative: float = np.nan
     num_first: int = 0
+    shift: float = np.nan
 
 
 class Basis(NamedTuple):
@@ -60,12 +65,14 @@ class Basis(NamedTuple):
         places: log excess of the independent points, by source.
         unseen: log excess from which a point counts as missed.
         needed: effective sample size that was asked for.
+        shift: standard errors by which missed points would shift a mean; NaN if it is not known.
     """
 
     tail: tuple[float, ...]
     places: tuple[tuple[str, tuple[float, ...]], ...]
     unseen: float
     needed: float
+    shift: float = math.nan
 
 
 class Certificate(NamedTuple):
@@ -126,6 +133,7 @@ class Certificate(NamedTuple):
             "k-hat": self.k_hat / MAX_K_HAT,
             "ESS": self.basis.needed / self.ess if self.ess else math.inf,
             "missed share": self.missed / MAX_MISSED,
+            "shift of a mean": self.basis.shift / MAX_SHIFT,
             "unseen mass": self.seen_mass / MAX_UNSEEN,
         }
         draw_criteria(axes[2], criteria, "certified" if self.certified else "not certified")
@@ -177,6 +185,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
         - a source has points, but none with information;
         - the proposal misses more than 3 % (and more than three) of the points of one source: their weight is more than
           e times the largest weight of the draws, and the proposal is expected to draw hardly any point there;
+        - the missed points (more than three) would shift a mean by more than three standard errors of the draws;
         - every source at the observation itself could fail to see a mode of more than 10 % of the posterior;
         - there is no sufficient source at the observation itself, and the observation lies further from the simulations
           than every simulation from its neighbours.
@@ -198,7 +207,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     _, k_hat = pareto_smooth(log_weight)
     evidence, error = log_evidence(log_weight)
     needed = max(min(MIN_ESS, MIN_SHARE * num), 0.1 * MIN_ESS)
-    faults = []
+    faults, shift = [], np.nan
     if np.isnan(log_weight).any():
         faults.append(
             f"{np.isnan(log_weight).mean():.1%} of the weights are NaN: the model's density is NaN at these draws"
@@ -212,8 +221,16 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     for check, share in zip(checks, shares, strict=True):
         if np.size(check.log_excess) and np.isnan(share):
             faults.append(f"none of {check.source} can show whether the proposal misses a mode")
-        if share > MAX_MISSED and share * np.sum(~np.isnan(check.log_excess)) > FEW_MISSED:
+        if not share * np.sum(~np.isnan(check.log_excess)) > FEW_MISSED:
+            continue
+        shift = np.fmax(shift, check.shift)
+        if share > MAX_MISSED:
             faults.append(f"{share:.0%} of {check.source} are where the proposal never draws")
+        elif check.shift > MAX_SHIFT:
+            faults.append(
+                f"{share:.1%} of {check.source} are where the proposal never draws; with them a mean would shift by "
+                f"{check.shift:.1f} standard errors"
+            )
     informative = [check for check in checks if not np.isnan(check.num_informative)]
     seen_mass = min((seen(check.num_informative) for check in informative), default=np.nan)
     seen_prior_mass = min((seen(check.num_first) for check in informative if check.num_first), default=np.nan)
@@ -228,7 +245,7 @@ def certify_weights(log_weight: Float[Array | np.ndarray, " num"] | None, *check
     reason = "; ".join(faults) or ", ".join(["weights well behaved", *(f"{source} covered" for source in covered)])
     missed = float(np.nanmax(shares)) if covered else np.nan
     places = tuple((check.source, tuple(np.asarray(check.log_excess).tolist())) for check in checks)
-    basis = Basis(_tail(log_weight, evidence), places, unseen, needed)
+    basis = Basis(_tail(log_weight, evidence), places, unseen, needed, float(shift))
     return Certificate(
         not faults, reason, num, ess, k_hat, evidence, error, missed, rank, seen_mass, seen_prior_mass, basis
     )  # fmt: skip

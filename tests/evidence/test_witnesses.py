@@ -9,9 +9,11 @@ import pytest
 from scipy import stats
 
 import scoreinfer as si
+from doubles import GaussianProposal
 from modes import ornstein_uhlenbeck
 from oracles import disagreement, linear_gaussian, skewed
-from scoreinfer.evidence.witnesses import gather, repair
+from scoreinfer.evidence.certificate import ForwardCheck, certify_weights
+from scoreinfer.evidence.witnesses import gather, judge, repair, shift_of_means
 from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
 from scoreinfer.montecarlo.moves import DifferenceMoves
 from scoreinfer.montecarlo.reference import Prior
@@ -19,7 +21,8 @@ from scoreinfer.paths import Frame, Moments
 from scoreinfer.paths.build import read_reversal, samplers, untrained_kernels
 from scoreinfer.paths.proposal import END_STATE, KnownEnd, pinned
 from scoreinfer.process import Physics
-from scoreinfer.samplers.base import Target
+from scoreinfer.samplers.base import Target, Weighted
+from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.training.simulations import Standardiser
 
 SIGMAS = 5.0
@@ -107,9 +110,51 @@ def test_kernel_estimate_is_normalised_and_draws_what_it_says():
 def test_repair_is_fitted_to_what_is_missed():
     values = jnp.concatenate([jnp.zeros((300, 2)), 9.0 + jax.random.normal(jax.random.key(0), (100, 2))])
     excess = jnp.where(jnp.arange(400) < 300, 0.0, 8.0)
-    mending = repair(values, excess)
+    mending = repair(np.asarray(values), excess)
     assert mending.share == 0.25 and np.allclose(np.mean(mending.density.centres, 0), 9.0, atol=0.5)
-    assert repair(values, jnp.zeros(400)) is None
+    assert repair(np.asarray(values), jnp.zeros(400)) is None
+
+
+def two_modes():
+    """One normal mode, and one of 1.2 % at a distance of 20 standard deviations; no data."""
+    shares = dist.Categorical(jnp.array([1 - RARE, RARE]))
+    numpyro.sample("a", dist.MixtureSameFamily(shares, dist.Normal(jnp.array([0.0, 20.0]), 1.0)))
+
+
+RARE = 0.012
+
+
+def test_rare_mode_is_mended_or_refused():
+    """The weights of a proposal that never draws the second mode are perfect; its mean is 7 standard errors off."""
+    problem = si.from_numpyro(two_modes)
+    target, proposal = Target(problem, {}), GaussianProposal(jnp.zeros(1), jnp.ones(1), problem)
+    drawn = weighted_draws(jax.random.key(1), proposal, target, 1024, None, 0, 4000)
+    assert certify_weights(drawn.log_weight).certified
+    witnesses = gather(jax.random.key(2), Prior(problem), target)
+
+    def again(defence):
+        return weighted_draws(jax.random.key(3), proposal, target, 1024, defence, 0, 4000)
+
+    refused = judge(jax.random.key(4), proposal, target, drawn, witnesses, None, None)
+    assert not refused.certificate.certified
+    assert "a mean would shift by" in refused.certificate.reason
+    mended = judge(jax.random.key(4), proposal, target, drawn, witnesses, None, again)
+    assert mended.certificate.certified and mended.witnessed == 0.1
+    weight = np.exp(np.asarray(mended.drawn.log_weight, np.float64))
+    weight, far = weight / weight.sum(), np.asarray(mended.drawn.z)[:, 0] > 10.0
+    assert abs(weight[far].sum() - RARE) < SIGMAS * np.sqrt(np.sum(weight**2 * (far - RARE) ** 2)) < 0.005
+
+
+def test_shift_of_means_is_what_missed_points_would_do():
+    """One point in a hundred, eight standard deviations away, among 4000 draws with equal weights."""
+    rng = np.random.default_rng(0)
+    values = np.where(np.arange(1000) < 10, 8.0, rng.normal(size=1000))[:, None].astype(np.float32)
+    drawn = Weighted(jnp.asarray(rng.normal(size=(4000, 1)), jnp.float32), jnp.zeros(4000), jnp.zeros(4000))
+    log_excess = np.where(np.arange(1000) < 10, 30.0, 0.0)
+    shift = shift_of_means(drawn, values, log_excess)
+    assert abs(shift - 0.01 * 8.0 / values.std() * np.sqrt(4000)) < 0.1
+    assert shift_of_means(drawn, values, np.zeros(1000)) == 0.0
+    assert "shift" in certify_weights(np.zeros(4000), ForwardCheck(log_excess, shift=shift)).reason
 
 
 def test_known_end_is_normalised():
