@@ -5,14 +5,15 @@ The model's own density corrects the draws, and a certificate says whether they 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer import calibration, errors, mcmc, nets, paths, process, samplers, simulators
+from scoreinfer import calibration, errors, filters, mcmc, nets, paths, process, samplers, simulators
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate
+from scoreinfer.filters import FilterRun, extend, filter  # noqa: A004
 from scoreinfer.mcmc import ScoreSDE, certify
-from scoreinfer.model import PhysicsPath, check, from_numpyro
+from scoreinfer.model import PhysicsPath, StateSpace, check, from_numpyro
 from scoreinfer.posterior import NPSE, SMDP, PathPosterior, Posterior, fit, load
 from scoreinfer.problem import Problem
 
@@ -27,17 +28,22 @@ __all__ = [
     "Certificate",
     "Comparison",
     "Draws",
+    "FilterRun",
     "PathPosterior",
     "PhysicsPath",
     "Posterior",
     "Problem",
     "ScoreSDE",
+    "StateSpace",
     "calibrate",
     "calibration",
     "certify",
     "check",
     "compare",
     "errors",
+    "extend",
+    "filter",
+    "filters",
     "fit",
     "from_numpyro",
     "load",

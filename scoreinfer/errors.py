@@ -47,6 +47,10 @@ class MisspecificationWarning(UserWarning):
     """
 
 
+class DivergenceWarning(UserWarning):
+    """Some members of a filter were not finite, and were replaced."""
+
+
 class UnreadableFile(ValueError):
     """A file cannot be read: it is missing, damaged, changed, from a newer version, or not written by scoreinfer.
 

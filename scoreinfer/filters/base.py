@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key
 from scoreinfer.markov import Entries, MarkovModel, Observed, Sees, Time
 from scoreinfer.montecarlo.weights import log_mean_weight
 
-Memory = PyTree[Array]
+Memory = Any
+"""A tree of arrays."""
 EvidenceKind = Literal["unbiased", "approximate"]
 LEAST_MEMBERS = 3
 """Two members span one direction, and their variance has one degree of freedom."""
@@ -110,7 +111,7 @@ def predict(observed: Observed, t: Time, members: Members, added: Any = 0.0) -> 
     return Predictive(u, members.log_weight, jnp.broadcast_to(jnp.asarray(added, u.dtype), (observed.num,)))
 
 
-def weighed(members: Members, log_factor: Float[Array, " num"]) -> tuple[Members, Float[Array, ""]]:
+def weighed(members: Members, log_factor: Float[Array, " num"] | Float[Array, ""]) -> tuple[Members, Float[Array, ""]]:
     """Multiply the weights by factors; return the members, and the log mean weight.
 
     A factor that is NaN counts as zero. Where all are zero, the members become equally weighted and the log mean weight

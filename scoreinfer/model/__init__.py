@@ -22,12 +22,14 @@ from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
 from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
+from scoreinfer.model.states import StateSpace
 from scoreinfer.problem import Problem
 
 __all__ = [
     "NoisyEnd",
     "PhysicsPath",
     "Report",
+    "StateSpace",
     "Unknowns",
     "check",
     "from_numpyro",

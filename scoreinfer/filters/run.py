@@ -1,0 +1,209 @@
+"""Filtering a series, going on with new data, and what both return."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from scoreinfer import errors
+from scoreinfer._program import Program
+from scoreinfer._tree import is_traced
+from scoreinfer._typing import Key
+from scoreinfer.filters import cycle
+from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, EvidenceKind, Members, Predictive
+from scoreinfer.filters.cycle import Cycles, Now
+from scoreinfer.model.states import Series, StateSpace, read_space
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterRun:
+    """Members of the state at every time, before and after each observation.
+
+    Args:
+        method: the method.
+        series: the model, the times and the observations.
+        cycles: what the filter left at every time, states as flat vectors.
+        now: where the filter stands, for `extend`.
+    """
+
+    method: AbstractFilter
+    series: Series
+    cycles: Cycles
+    now: Now
+    source: Any = dataclasses.field(repr=False)
+
+    @property
+    def ts(self) -> Float[Array, " times"]:
+        """The times."""
+        return self.series.ts
+
+    @property
+    def forecast(self) -> Members:
+        """Members before each observation, ``(times, members, *state)``, with log weights."""
+        return self._shaped(self.cycles.forecast)
+
+    @property
+    def analysis(self) -> Members:
+        """Members after each observation, ``(times, members, *state)``, with log weights."""
+        return self._shaped(self.cycles.analysis.members)
+
+    @property
+    def predictive(self) -> Predictive:
+        """The one-step forecast of every entry of every observation."""
+        return self.cycles.analysis.predictive
+
+    @property
+    def log_evidence(self) -> Float[Array, ""]:
+        """Log evidence of all observations, as the method estimates it (see `log_evidence_kind`)."""
+        return self.cycles.analysis.log_evidence.sum()
+
+    @property
+    def log_evidence_kind(self) -> EvidenceKind:
+        """``"unbiased"`` (particles; the evidence itself, not its logarithm) or ``"approximate"``."""
+        return self.method.log_evidence_kind
+
+    @property
+    def replaced(self) -> Int[Array, " times"]:
+        """Members that were not finite, and were replaced, at each time."""
+        return self.cycles.replaced
+
+    def mean(self) -> Float[Array, "times *state"]:
+        """Compute the mean of the state given the observations so far."""
+        return _moment(self.analysis)
+
+    def sd(self) -> Float[Array, "times *state"]:
+        """Compute the standard deviation of the state given the observations so far, with divisor N - 1."""
+        members, num = self.analysis, self.now.members.log_weight.size
+        centred = members._replace(x=(members.x - self.mean()[:, None]) ** 2)
+        return jnp.sqrt(_moment(centred) * num / (num - 1))
+
+    def _shaped(self, members: Members) -> Members:
+        return members._replace(x=members.x.reshape(*members.log_weight.shape, *self.series.model.shape))
+
+
+def _moment(members: Members) -> Float[Array, "times *state"]:
+    weight = jax.nn.softmax(members.log_weight, axis=1)
+    return jax.vmap(lambda w, x: jnp.tensordot(w, x, 1))(weight, members.x)
+
+
+def filter(  # noqa: A001 - the verb of the field
+    key: Key, space: StateSpace, *, method: AbstractFilter, num_members: int, y: Any, ts: Any = None
+) -> FilterRun:
+    """Filter a series: draw p(x_k | y_1, ..., y_k) at every time k.
+
+    Args:
+        key: random key.
+        space: the state-space model.
+        method: the method, such as `scoreinfer.filters.BootstrapFilter()`.
+        num_members: number N of members.
+        y: the observations, times first. NaN (or masked) entries are missing; where they stand recompiles nothing.
+        ts: times of the observations, increasing; None: the state space's ``start`` + 1, 2, ...
+
+    Returns:
+        The run. It may be differentiated by what the state space closes over, and used inside a NumPyro model:
+        ``numpyro.factor("y", filter(...).log_evidence)``.
+
+    Raises:
+        ValueError: if shapes or times do not fit, there are fewer than three members, the method cannot filter this
+            model, or no member is finite at some time.
+        TypeError: if a part of the state space is not what it should be.
+
+    Exactness: as the method's.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> import scoreinfer as si
+        >>> space = si.StateSpace(
+        ...     initial=dist.Normal(0.0, 1.0),
+        ...     transition=lambda t0, t1, x: dist.Normal(0.9 * x, 0.5),
+        ...     observation=lambda t, x: dist.Poisson(jnp.exp(x)),
+        ... )
+        >>> run = si.filter(
+        ...     jax.random.key(0), space, method=si.filters.BootstrapFilter(), num_members=100, y=jnp.array([1.0, 0.0])
+        ... )
+        >>> run.analysis.x.shape, run.log_evidence_kind
+        ((2, 100), 'unbiased')
+    """
+    if num_members < LEAST_MEMBERS:
+        raise ValueError(
+            f"`num_members` must be at least {LEAST_MEMBERS}, got {num_members}: fewer have no usable variance. "
+            "Twenty and more are usual; particle methods need hundreds."
+        )
+    series = read_space(space, y, ts)
+    method.check(series.model)
+
+    def whole(key: Key, ts: Array, y: Array) -> tuple[Now, Cycles]:
+        for_first, for_cycles = jax.random.split(key)
+        now = cycle.begin(for_first, method, series.model, num_members, series.start)
+        return cycle.run(for_cycles, method, series.model, now, ts, y)
+
+    now, cycles = _execute(whole, key, series.ts, series.y)
+    return _checked(FilterRun(method, series, cycles, now, space))
+
+
+def extend(key: Key, run: FilterRun, *, y: Any, ts: Any = None) -> FilterRun:
+    """Go on with new observations from where a run stands; nothing is computed again.
+
+    Args:
+        key: random key, another than the run's.
+        run: the run so far.
+        y: the new observations, times first.
+        ts: their times; None: the time of the last observation + 1, 2, ...
+
+    Returns:
+        The run with the new times at its end.
+
+    Raises:
+        ValueError: if shapes or times do not fit.
+
+    Exactness: as the method's: the same law as filtering the whole series at once.
+    """
+    series = run.series
+    more = read_space(dataclasses.replace(run.source, start=run.now.t), y, ts)
+    model = series.model
+    go_on = lambda key, now, ts, y: cycle.run(key, run.method, model, now, ts, y)  # noqa: E731
+    now, cycles = _execute(go_on, key, run.now, more.ts, more.y)
+    ts, y, joined = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]), (series.ts, series.y, run.cycles), (more.ts, more.y, cycles)
+    )
+    return _checked(FilterRun(run.method, series._replace(ts=ts, y=y), joined, now, run.source))
+
+
+def _execute(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function by a program that is compiled once for all functions that do the same with other constants."""
+    program = Program(function, *args)
+    return _compiled(program, program.constants, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(program: Program, constants: list[Any], *args: Any) -> Any:
+    return program(constants, *args)
+
+
+def _checked(run: FilterRun) -> FilterRun:
+    """Tell how many members were replaced.
+
+    Raises:
+        ValueError: if no member was finite at some time.
+    """
+    if is_traced(run.replaced):
+        return run
+    replaced, num = np.asarray(run.replaced), run.now.members.log_weight.size
+    if (replaced == num).any():
+        first = int(np.argmax(replaced == num))
+        raise ValueError(
+            f"No member is finite at time {float(run.ts[first]):g}: the transition, or the analysis before it, returns "
+            "numbers that are not finite. Use smaller solver steps, or bound the state."
+        )
+    if replaced.any():
+        errors.warn(
+            f"{int(replaced.sum())} of {replaced.size * num} members were not finite after a forecast, first at time "
+            f"{float(run.ts[int(np.argmax(replaced > 0))]):g}. They were replaced by others (`run.replaced`).",
+            errors.DivergenceWarning,
+        )
+    return run
