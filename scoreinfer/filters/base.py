@@ -38,17 +38,19 @@ class Members(NamedTuple):
 
 
 class Predictive(NamedTuple):
-    """The one-step forecast of every entry of an observation: a mixture of its laws given u_j + sqrt(added) e.
+    """The one-step forecast of every entry of an observation: a mixture of its laws given u_j + sqrt(added_k) e.
 
     Args:
         u: the number that each entry sees, of every forecast member.
         log_weight: log weights of the forecast members.
-        added: variance that the method adds to u by itself (inflation, jumps), beyond that of the members.
+        added: variances that the method adds to u by itself (inflation, jumps of scale k), beyond that of the members.
+        log_share: log probabilities of the scales k; one scale where the method has no jumps.
     """
 
     u: Float[Array, "*times num entries"]
     log_weight: Float[Array, "*times num"]
-    added: Float[Array, "*times entries"]
+    added: Float[Array, "*times scales entries"]
+    log_share: Float[Array, "*times scales"]
 
 
 class Analysis(NamedTuple):
@@ -108,7 +110,8 @@ class AbstractFilter(eqx.Module):
 def predict(observed: Observed, t: Time, members: Members, added: Any = 0.0) -> Predictive:
     """Make the forecast of the observation from the forecast members."""
     u = jax.vmap(observed.predict, (None, 0))(t, members.x)
-    return Predictive(u, members.log_weight, jnp.broadcast_to(jnp.asarray(added, u.dtype), (observed.num,)))
+    scale = jnp.broadcast_to(jnp.asarray(added, u.dtype), (1, observed.num))
+    return Predictive(u, members.log_weight, scale, jnp.zeros(1, u.dtype))
 
 
 def weighed(members: Members, log_factor: Float[Array, " num"] | Float[Array, ""]) -> tuple[Members, Float[Array, ""]]:

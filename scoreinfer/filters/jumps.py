@@ -1,0 +1,149 @@
+"""Model error as a scale mixture whose weights are learned on the way.
+
+Beside the forecast's own variance P_i, every point may have white noise of standard deviation beta_k, with weight pi_k;
+beta_0 = 0. With the scalar evidences
+
+    l_ik = log int p(y_i | x) N(x; m_i, P_i + beta_k^2) dx
+
+of the points near i, tapered, the weights of the scales at i are p_i(k), proportional to pi_k exp(sum_j rho_ij l_jk).
+The variance added at i is sum_k p_i(k) beta_k^2. Then pi moves towards the mean of p over the points that are informed.
+
+*Sparse*: at first all scales but 0 have tiny weights. Where observations say nothing of small noise, the evidences are
+flat, p stays pi, and next to nothing is added. Where noise is real, the sum of evidences of one analysis outweighs any
+tiny weight, and pi grows within some analyses.
+
+The scales are multiples of each component's standard deviation over members and time so far (its climate).
+
+References: Anderson 2009, Tellus A 61 (inflation varying in space and time, learned from innovations); Raanes, Bocquet
+and Carrassi 2019, QJRMS 145 (Gaussian scale mixtures).
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from scoreinfer._typing import Key
+from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
+from scoreinfer.filters.sites import over_points
+from scoreinfer.filters.taper import Locality
+
+SCALES = 0.01, 0.03, 0.1, 0.3, 1.0, 3.0
+"""Standard deviations, relative to the climate's."""
+
+
+class Climate(NamedTuple):
+    """Mean and mean square of every component, over members and times so far.
+
+    Args:
+        num: number of times.
+        mean: the mean.
+        square: the mean of squares about zero.
+    """
+
+    num: Float[Array, ""]
+    mean: Numbers
+    square: Numbers
+
+    @property
+    def sd(self) -> Numbers:
+        """The standard deviation of every component."""
+        return jnp.sqrt(jnp.maximum(self.square - self.mean**2, 0.0))
+
+    def seen(self, x: Float[Array, "num points"]) -> "Climate":
+        """Take the members of one more time in."""
+        num = self.num + 1.0
+        mean, square = x.mean(0), (x**2).mean(0)
+        return Climate(num, self.mean + (mean - self.mean) / num, self.square + (square - self.square) / num)
+
+
+class Error(NamedTuple):
+    """What is believed of the model's error.
+
+    Args:
+        log_weight: log pi_k, the scale 0 first.
+        climate: mean and spread of the state so far.
+    """
+
+    log_weight: Float[Array, " scales"]
+    climate: Climate
+
+
+class Jumps(eqx.Module):
+    """The scale mixture.
+
+    Args:
+        scales: beta_k relative to the climate's standard deviation, without the scale 0.
+        first_weight: weight of each of them before the first analysis.
+        rate: how far pi moves in one analysis.
+        least: pi_k never falls below this share of its first value.
+
+    Good values: the defaults. With ``first_weight`` of .02 and more, forecasts whose observations are vague are
+        inflated without need (Lorenz-96, linear, .22 instead of .19).
+    """
+
+    scales: tuple[float, ...] = eqx.field(static=True, default=SCALES)
+    first_weight: float = eqx.field(static=True, default=1e-3)
+    rate: float = eqx.field(static=True, default=0.05)
+    least: float = eqx.field(static=True, default=0.1)
+
+    @property
+    def first(self) -> Float[Array, " scales"]:
+        """Log weights before the first analysis."""
+        rest = jnp.full(len(self.scales), self.first_weight)
+        return jnp.log(jnp.concatenate([1.0 - rest.sum(keepdims=True), rest]))
+
+    def init(self, x: Float[Array, "num points"]) -> Error:
+        """Begin with the first members."""
+        nothing = jnp.zeros(x.shape[1], x.dtype)
+        return Error(self.first.astype(x.dtype), Climate(jnp.zeros((), x.dtype), nothing, nothing).seen(x))
+
+    def infer(
+        self,
+        error: Error,
+        mean: Numbers,
+        variance: Numbers,
+        log_likelihood: LogLikelihood,
+        informed: Bool[Array, " points"],
+        locality: Locality,
+    ) -> tuple[Error, Numbers]:
+        """Weigh the scales at every point, and learn.
+
+        Returns:
+            the new belief, and the variance to be added to every point.
+
+        Exactness: biased: neighbours' evidences are summed as if they were independent.
+        """
+        scales = jnp.asarray((0.0, *self.scales), mean.dtype)
+        added = (scales[:, None] * error.climate.sd) ** 2
+        evidence = jax.vmap(lambda more: tilt(log_likelihood, mean, variance + more).log_evidence)(added)
+        evidence = jnp.where(informed, evidence, 0.0)
+        log_share = jax.nn.log_softmax(error.log_weight[:, None] + _pooled(evidence, locality), axis=0)
+        share = jnp.exp(log_share)
+        seen = jnp.where(informed, share, 0.0).sum(1) / jnp.maximum(informed.sum(), 1)
+        return error._replace(log_weight=self._learned(error.log_weight, seen)), (share * added).sum(0)
+
+    def _learned(self, log_weight, seen):
+        """Move pi, and keep every scale possible."""
+        moved = (1.0 - self.rate) * jnp.exp(log_weight) + self.rate * seen
+        moved = jnp.maximum(moved, self.least * jnp.exp(self.first))
+        return jnp.log(moved / moved.sum())
+
+
+def _pooled(evidence: Float[Array, "scales points"], locality: Locality) -> Float[Array, "scales points"]:
+    """Sum the evidences of every block, tapered."""
+
+    def pool(point):
+        index, present = locality.index[point], locality.present[point]
+        return evidence[:, index] @ jnp.where(present, locality.taper(point, index), 0.0)
+
+    return over_points(pool, evidence.shape[1]).T
+
+
+def white_noise(key: Key, num: int, variance: Numbers) -> Float[Array, "num points"]:
+    """Draw noise for ``num`` members whose mean is zero and whose variance is exactly the one asked for."""
+    noise = jax.random.normal(key, (num, variance.size), variance.dtype)
+    noise = noise - noise.mean(0)
+    return noise * jnp.sqrt(variance * (num - 1) / jnp.sum(noise**2, axis=0))
