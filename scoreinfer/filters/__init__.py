@@ -4,9 +4,13 @@ A filter moves an ensemble of states by the model's own transition, and puts one
 """
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Predictive
+from scoreinfer.filters.jumps import Jumps
 from scoreinfer.filters.kalman import LETKF, EnKF
 from scoreinfer.filters.particle import BootstrapFilter
+from scoreinfer.filters.published import EnSF
 from scoreinfer.filters.run import FilterRun, extend, filter  # noqa: A004
+from scoreinfer.filters.score import ScoreFilter
+from scoreinfer.filters.taper import Locality, gaspari_cohn, grid, near
 
 __all__ = [
     "LETKF",
@@ -14,9 +18,16 @@ __all__ = [
     "Analysis",
     "BootstrapFilter",
     "EnKF",
+    "EnSF",
     "FilterRun",
+    "Jumps",
+    "Locality",
     "Members",
     "Predictive",
+    "ScoreFilter",
     "extend",
     "filter",
+    "gaspari_cohn",
+    "grid",
+    "near",
 ]

@@ -100,6 +100,10 @@ class AbstractFilter(eqx.Module):
         keys = jax.random.split(key, members.log_weight.size)
         return members._replace(x=jax.vmap(model.transition, (0, None, None, 0))(keys, t0, t1, members.x))
 
+    def foresee(self, memory: Memory, t: Time, members: Members, observed: Observed) -> Predictive:
+        """Forecast the observation from the forecast members, before it is used."""
+        return predict(observed, t, members)
+
     @abc.abstractmethod
     def analyse(
         self, key: Key, memory: Memory, t: Time, members: Members, observed: Observed, y: Entries

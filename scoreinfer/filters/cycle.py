@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Memory, predict, weighed
-from scoreinfer.markov import Entries, MarkovModel, Time
+from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Memory, weighed
+from scoreinfer.markov import Entries, MarkovModel, Observed, Time
 from scoreinfer.montecarlo.resampling import multinomial
 
 
@@ -74,12 +74,17 @@ def run(
         members, replaced = repaired(for_repair, method, members)
         memory, analysis = jax.lax.cond(
             jnp.isnan(y).all(),
-            lambda: (now.memory, Analysis(*weighed(members, jnp.zeros(())), predict(model.observed, t, members))),
+            lambda: (now.memory, unchanged(method, now.memory, t, members, model.observed)),
             lambda: method.analyse(for_analysis, now.memory, t, members, model.observed, y),
         )
         return Now(t, analysis.members, memory), Cycles(members, analysis, replaced, memory)
 
     return jax.lax.scan(step, now, (jax.random.split(key, ts.size), ts, y))
+
+
+def unchanged(method: AbstractFilter, memory: Memory, t: Time, members: Members, observed: Observed) -> Analysis:
+    """Keep the members where nothing is observed."""
+    return Analysis(*weighed(members, jnp.zeros(())), method.foresee(memory, t, members, observed))
 
 
 def repaired(key: Key, method: AbstractFilter, members: Members) -> tuple[Members, Int[Array, ""]]:

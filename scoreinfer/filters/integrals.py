@@ -49,10 +49,9 @@ def tilt(log_likelihood: LogLikelihood, mean: Numbers, variance: Numbers) -> Til
     >>> float(tilted.mean[0]), float(tilted.variance[0])
     (1.0, 0.5)
     """
-    sd = jnp.sqrt(variance)
-    low, high = mean - WIDEST * sd, mean + WIDEST * sd
-    for _ in range(NUM_GRIDS - 1):
-        low, high = _narrowed(log_likelihood, mean, variance, low, high)
+    reach = WIDEST * jnp.sqrt(variance)
+    narrow = lambda _, ends: _narrowed(log_likelihood, mean, variance, *ends)  # noqa: E731
+    low, high = jax.lax.fori_loop(0, NUM_GRIDS - 1, narrow, (mean - reach, mean + reach))
     u, log_density = _on_grid(log_likelihood, mean, variance, low, high)
     top = jnp.max(log_density, axis=0)
     weight = jnp.exp(log_density - top)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._typing import Key
 from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
-from scoreinfer.filters.sites import over_points
+from scoreinfer.filters.sites import Prior, over_points
 from scoreinfer.filters.taper import Locality
 
 SCALES = 0.01, 0.03, 0.1, 0.3, 1.0, 3.0
@@ -100,30 +100,38 @@ class Jumps(eqx.Module):
         nothing = jnp.zeros(x.shape[1], x.dtype)
         return Error(self.first.astype(x.dtype), Climate(jnp.zeros((), x.dtype), nothing, nothing).seen(x))
 
+    def variances(self, unit: Numbers) -> Float[Array, "scales points"]:
+        """Compute the variance beta_k^2 of every scale at every point; ``unit`` is a climate's standard deviation."""
+        return (jnp.asarray((0.0, *self.scales), unit.dtype)[:, None] * unit) ** 2
+
     def infer(
         self,
         error: Error,
-        mean: Numbers,
-        variance: Numbers,
+        prior: Prior,
+        scales: Float[Array, "scales points"],
         log_likelihood: LogLikelihood,
         informed: Bool[Array, " points"],
-        locality: Locality,
     ) -> tuple[Error, Numbers]:
         """Weigh the scales at every point, and learn.
+
+        Args:
+            error: the belief so far.
+            prior: the forecast.
+            scales: variances of the scales.
+            log_likelihood: log likelihood of every point.
+            informed: which points have one.
 
         Returns:
             the new belief, and the variance to be added to every point.
 
         Exactness: biased: neighbours' evidences are summed as if they were independent.
         """
-        scales = jnp.asarray((0.0, *self.scales), mean.dtype)
-        added = (scales[:, None] * error.climate.sd) ** 2
-        evidence = jax.vmap(lambda more: tilt(log_likelihood, mean, variance + more).log_evidence)(added)
-        evidence = jnp.where(informed, evidence, 0.0)
-        log_share = jax.nn.log_softmax(error.log_weight[:, None] + _pooled(evidence, locality), axis=0)
-        share = jnp.exp(log_share)
+        mean, variance = prior.mean, prior.variance
+        evidence = jax.vmap(lambda added: tilt(log_likelihood, mean, variance + added).log_evidence)(scales)
+        pooled = _pooled(jnp.where(informed, evidence, 0.0), prior.locality)
+        share = jax.nn.softmax(error.log_weight[:, None] + pooled, axis=0)
         seen = jnp.where(informed, share, 0.0).sum(1) / jnp.maximum(informed.sum(), 1)
-        return error._replace(log_weight=self._learned(error.log_weight, seen)), (share * added).sum(0)
+        return error._replace(log_weight=self._learned(error.log_weight, seen)), (share * scales).sum(0)
 
     def _learned(self, log_weight, seen):
         """Move pi, and keep every scale possible."""
@@ -146,4 +154,5 @@ def white_noise(key: Key, num: int, variance: Numbers) -> Float[Array, "num poin
     """Draw noise for ``num`` members whose mean is zero and whose variance is exactly the one asked for."""
     noise = jax.random.normal(key, (num, variance.size), variance.dtype)
     noise = noise - noise.mean(0)
-    return noise * jnp.sqrt(variance * (num - 1) / jnp.sum(noise**2, axis=0))
+    noise = noise * jnp.sqrt((num - 1) / jnp.sum(noise**2, axis=0))
+    return noise * jnp.sqrt(variance)

@@ -172,6 +172,5 @@ def propagate(
     """
     none = jnp.zeros_like(prior.mean)
     sites = _matched(Sites(none, none), prior.mean, prior.variance + prior.added, log_likelihood, informed, 1.0)
-    for _ in range(num_sweeps - 1):
-        sites = sweep(prior, sites, log_likelihood, informed, damping)
-    return sites
+    again = lambda _, sites: sweep(prior, sites, log_likelihood, informed, damping)  # noqa: E731
+    return jax.lax.fori_loop(0, num_sweeps - 1, again, sites)
