@@ -10,6 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-benchmarks
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # JAX keeps compiled programs here between runs; `make clean` forgets them.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
@@ -32,13 +33,13 @@ WORLDS := scoreinfer tests/test_arviz.py tests/test_architecture.py tests/test_c
 	tests/model/test_model.py tests/posterior/test_saving.py \
 	tests/posterior/test_path_saving.py tests/posterior/test_surface.py
 
-.PHONY: help demo test test-worlds test-all lint format types bench setup clean
+.PHONY: help demo test test-worlds test-all lint format types bench docs setup clean
 
 help:
 	@echo "make demo [SMOKE=1]   the lynx-hare example, end to end"
 	@echo "make test             the tests (test-all: the slow ones too; test-worlds: those of another Python or ArviZ)"
 	@echo "make lint | types     ruff | mypy        make format   let ruff rewrite"
-	@echo "make bench            the accuracy benchmarks"
+	@echo "make bench            the accuracy benchmarks   make docs    the site, in docs/_build/html"
 
 setup: $(STAMP)
 
@@ -53,6 +54,10 @@ $(STAMP): pyproject.toml
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -81,5 +86,12 @@ types: $(STAMP)
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/accuracy.py $(BENCH_ARGS)
 
+# Everything from nothing, offline: warnings are errors, every internal link is checked, then a browser looks.
+docs: $(DOCS_STAMP)
+	rm -rf docs/_build/html docs/api
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	$(BIN)/python docs/_ext/check_links.py docs/_build/html
+	$(BIN)/python -m pytest -q tests/docs/test_browser.py
+
 clean:
-	rm -rf .jax_cache .mypy_cache .pytest_cache .ruff_cache build dist outputs
+	rm -rf docs/_build docs/_made docs/api .jax_cache .mypy_cache .pytest_cache .ruff_cache build dist outputs

@@ -3,6 +3,7 @@
     python examples/toy_process_holzschuh2023.py                     # two minutes on one core
     python examples/toy_process_holzschuh2023.py --num 25            # trajectories to learn from: 2500, 250 or 25
     python examples/toy_process_holzschuh2023.py --num 25 --resimulate   # from their first states, by the known physics
+    python examples/toy_process_holzschuh2023.py --figure toy.png    # paths back, P(+1) beside the exact one
     python examples/toy_process_holzschuh2023.py --implicit          # the baseline: a score by implicit score matching
     python examples/toy_process_holzschuh2023.py --smoke             # half a minute, nearly all compilation
 
@@ -23,6 +24,7 @@ import argparse
 import dataclasses
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -219,6 +221,30 @@ def measure(key, posterior, truth, num=40_000, rounds=8):
     return figures | {name: float(np.abs(x).max()) for name, x in worst.items()} | {"ess_share": float(min(shares))}
 
 
+def plot(path, posterior, truth, key, num=40):
+    """Plot paths back from three ends, and the probability of a start at +1 beside the exact one."""
+    import matplotlib.pyplot as plt
+
+    figure, (paths, starts) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    times = np.linspace(0.0, 10.0, 501)
+    for i, end in enumerate((-0.1, 0.0, 0.1)):
+        drawn = np.asarray(posterior.reverse_sde(key, jnp.full(num, end)))
+        paths.plot(times, drawn.reshape(num, -1).T, color=f"C{i}", linewidth=0.5, alpha=0.6)
+    paths.set(title="which start did the end come from?", xlabel="time", ylabel="signal")
+    ends = np.linspace(-0.1, 0.1, 9)
+    found, error = [], []
+    for end in ends:
+        draws = posterior.condition_on_end(end).sample(key, 2000)
+        found.append((draws.resample(key, draws.num)["x"][:, 0] > 0).mean())
+        error.append(2 * (0.25 / draws.certificate.ess) ** 0.5)
+    starts.plot(ends, [truth.probability(end) for end in ends], "k", label="exact")
+    starts.errorbar(ends, found, error, fmt="o", label="weighted draws, 2 standard errors")
+    starts.set(title="P(start at +1)", xlabel="end")
+    starts.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main():
     """Learn, draw, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,6 +252,7 @@ def main():
     parser.add_argument("--num-steps", type=int, help="optimiser steps")
     parser.add_argument("--resimulate", action="store_true", help="learn from the first states and the known physics")
     parser.add_argument("--implicit", action="store_true", help="learn a score by implicit score matching instead")
+    parser.add_argument("--figure", type=Path, help="where to save a figure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="everything runs, little is learned")
     args = parser.parse_args()
@@ -241,6 +268,8 @@ def main():
         return
     posterior = learn(key, args.num, resimulate=args.resimulate, **options)
     print(f"trained on {args.num} trajectories in {time.perf_counter() - start:.0f} s")
+    if args.figure:
+        plot(args.figure, posterior, truth, jax.random.fold_in(key, 2))
     figures = measure(jax.random.fold_in(key, 1), posterior, truth, *budget)
     published = dict(zip(("q_ode", "q_sde"), PUBLISHED.get(args.num, ()), strict=False))
     for name, value in figures.items():

@@ -15,6 +15,7 @@ from numpyro import handlers
 from scipy.stats import multivariate_normal, norm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import interferometer
 import k2_24_velocities as k2_24
 import rainfall_runoff
 import toy_process_holzschuh2023 as toy
@@ -86,6 +87,33 @@ def test_toy_process_has_its_published_answers():
     x = np.linspace(-1.1, 1.1, 12)
     assert np.asarray(toy.grow(0.0, toy.STEP, toy.decay(0.0, toy.STEP, x))) == pytest.approx(x, abs=1e-5)
     assert toy.q_metric(np.array([1.0, -1.05, 0.5, 0.95])) == 0.5
+
+
+# --- the interferometer
+
+
+def test_fringes_are_whole_turns_apart():
+    """Moved by lattice vectors, a position sees the same and is numbered as many fringes on."""
+    place, turns = np.array([0.3, -0.2]), np.array([[1, 0], [0, 1], [-2, 3]])
+    moved = place + 2 * np.pi * turns @ np.linalg.inv(interferometer.BASELINES).T
+    seen = np.asarray(interferometer.visibility(place))
+    assert np.asarray(jax.vmap(interferometer.visibility)(moved)) == pytest.approx(np.tile(seen, (3, 1)), abs=1e-5)
+    assert (interferometer.fringe(moved, seen) - interferometer.fringe(place, seen) == turns).all()
+
+
+def test_the_grid_of_positions_is_exact():
+    """Evidence and shares agree with 400,000 prior draws, weighed by the likelihood, within five standard errors."""
+    y = np.asarray(interferometer.visibility(interferometer.SOURCE)) + np.array([0.1, -0.2, 0.15, 0.05])
+    truth = interferometer.exact(y, 501)
+    draws = np.random.default_rng(0).normal(size=(400_000, 2))
+    phase = draws @ interferometer.BASELINES.T
+    likelihood = norm.pdf(y, np.concatenate([np.cos(phase), np.sin(phase)], 1), interferometer.NOISE).prod(1)
+    error = likelihood.std() / likelihood.mean() / np.sqrt(len(draws))
+    assert truth.log_evidence == pytest.approx(np.log(likelihood.mean()), abs=5 * error)
+    numbers, ess = interferometer.fringe(draws, y), likelihood.sum() ** 2 / (likelihood**2).sum()
+    for number, share in truth.shares.items():
+        found = likelihood[(numbers == number).all(1)].sum() / likelihood.sum()
+        assert found == pytest.approx(share, abs=5 * np.sqrt((share * (1 - share) + 1e-6) / ess) + 1e-3)
 
 
 # --- rainfall and runoff

@@ -1,0 +1,58 @@
+"""How the site is built: `make docs`."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+
+import scoreinfer
+
+project, author = "scoreinfer", "The scoreinfer developers"
+copyright = author
+release = version = scoreinfer.__version__
+
+extensions = [
+    "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "myst_nb", "made_pages",
+]  # fmt: skip
+exclude_patterns = ["_build", "_ext", "_made"]
+needs_sphinx = "7.4"
+
+# Pages are MyST Markdown. Code cells run when the site is built; results are kept until a cell changes.
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "executed")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type", "config.cache"]
+
+# Docstrings are Google's, with single backticks for names.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+
+html_theme = "pydata_sphinx_theme"
+html_title = "scoreinfer"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "navbar_align": "left",
+    "header_links_before_dropdown": 6,
+    "show_prev_next": False,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
+    "navbar_end": ["theme-switcher"],
+}
+ALONE = ("index", "getting_started", "concepts", "exact", "when_not", "benchmarks", "faq", "glossary", "changelog")
+html_sidebars = {page: [] for page in ALONE}
+# Formulas become MathML, which browsers draw by themselves: reading the site needs no network either.
+html_math_renderer = "mathml"
