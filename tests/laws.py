@@ -36,6 +36,7 @@ from scoreinfer.bijections.base import Chain, spread
 from scoreinfer.bijections.noncentring import Scales
 from scoreinfer.mcmc.contract import layout
 from scoreinfer.model import from_numpyro
+from scoreinfer.model.seen import read_seen
 from scoreinfer.montecarlo.kernel_estimate import kernel_estimate
 from scoreinfer.montecarlo.reference import Prior
 from scoreinfer.nets import Concatenate, ConditionalMLP
@@ -44,17 +45,19 @@ from scoreinfer.paths import Frame, Moments, ReverseEuler
 from scoreinfer.paths.build import read_reversal, samplers, untrained_kernels
 from scoreinfer.paths.particles import ResampledPaths
 from scoreinfer.paths.proposal import END_STATE, PARAMETERS, PathProposal, StartedPaths, pinned
-from scoreinfer.problem import Problem, from_potential
-from scoreinfer.process import Physics
+from scoreinfer.problem import Problem, Site, from_potential
+from scoreinfer.process import VE, Noising, Physics
 from scoreinfer.samplers.amortised import AmortisedProposal
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, mixed, weigh_rows, weighted_draws
 from scoreinfer.samplers.diffusion import AbstractSampler
 from scoreinfer.samplers.focused import FocusedProposal
 from scoreinfer.samplers.refined import RefinedProposal
+from scoreinfer.samplers.reverse import DiscretisedPrior, discretised_problem
 from scoreinfer.samplers.single import SingleProposal
 from scoreinfer.samplers.tuned import TunedProposal, Tuning
-from scoreinfer.score import NeuralScore
+from scoreinfer.samplers.twisted import AbstractTwisted, Twisted, TwistedNoise
+from scoreinfer.score import AbstractScore, GaussianLikelihood, MomentMatched, NeuralScore
 from scoreinfer.training.simulations import Standardiser, encode
 from scoreinfer.training.whitening import Whitening, whitening_network
 
@@ -322,6 +325,50 @@ def of_witnesses(target: Exact) -> Defence:
     return Defence(kernel_estimate(values[values[:, 0] > np.median(values[:, 0])]), 0.3)
 
 
+class WithoutContext(AbstractScore):
+    """A score that nobody has trained, of no observation."""
+
+    score: NeuralScore
+
+    def denoise(self, level, x, y=None):
+        return self.score.denoise(level, x, jnp.zeros(0))
+
+
+COARSE = Noising(VE(level_min=0.5, level_max=2.0, power=3.0))
+RANDOM = WithoutContext(random_score(2, 0))
+
+
+def twisted(num_particles: int) -> Case:
+    """Make twisted particles of a random score, for a model that has a density."""
+    target = mixture()
+    seen = read_seen("theta", gaussian_mixture().model, **target.data).likelihood
+    change = Affine(jnp.array([0.3, -0.2]), jnp.array([[2.5, 0.0], [0.2, 0.8]]))
+    guidance = MomentMatched(RANDOM, seen.through(change.forward))
+    return Case(target, Twisted(guidance, COARSE, change, 2, 3, num_particles), 10_000)
+
+
+@cache
+def twisted_noise(num_particles: int) -> Case:
+    """Make twisted particles for the discretised prior of a random score; exact draws are by rejection."""
+    prior, rows = DiscretisedPrior(RANDOM, COARSE, 3, 2), jnp.array([[1.0, -0.5]])
+    seen = GaussianLikelihood(lambda x: rows @ x, jnp.array([0.9]), jnp.array([0.4]))
+    problem = discretised_problem(prior, seen, Site("x", (2,), "float32", "real vector", 8))
+    log_seen = jax.jit(jax.vmap(lambda z: problem.log_likelihood(z, {})))
+    most = float(-jnp.log(0.4) - 0.5 * jnp.log(2 * jnp.pi))
+
+    def sample(rng: np.random.Generator, num: int) -> np.ndarray:
+        kept = np.zeros((0, 8))
+        while len(kept) < num:
+            z = rng.standard_normal((50_000, 8))
+            kept = np.concatenate([kept, z[np.log(rng.uniform(size=len(z))) < np.asarray(log_seen(z)) - most]])
+        return kept[:num]
+
+    draws = jax.random.normal(jax.random.key(8), (400_000, 8))
+    log_evidence = float(jax.nn.logsumexp(log_seen(draws)) - jnp.log(len(draws)))
+    proposer: AbstractTwisted = TwistedNoise(MomentMatched(RANDOM, seen), COARSE, 2, 3, num_particles)
+    return Case(Exact(problem, {}, sample, log_evidence), proposer, 10_000)
+
+
 def proposers() -> dict[str, Callable[[], Case]]:
     """Name every proposer."""
     one, two, rate = two_counts, mixture, unknown_rate
@@ -347,6 +394,8 @@ def proposers() -> dict[str, Callable[[], Case]]:
         "started paths, flow": lambda: Case(rate(), started(FLOW), 4000, paths=False),
         "started paths, SDE": lambda: Case(rate(), started(SDE), 4000),
         "resampled paths": lambda: Case(rate(), ResampledPaths(started(SDE), 4), 20_000),
+        "twisted particles": lambda: twisted(4),
+        "twisted noise": lambda: twisted_noise(4),
     }
 
 

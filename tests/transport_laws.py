@@ -32,7 +32,17 @@ from scoreinfer.process import (
 )
 from scoreinfer.process.base import square_root
 from scoreinfer.process.physics import add_noise_stage
-from scoreinfer.score import AbstractScore, EnsembleScore, GaussianScore, MixtureScore, NeuralScore
+from scoreinfer.score import (
+    AbstractLikelihood,
+    AbstractScore,
+    DensityLikelihood,
+    EnsembleScore,
+    GaussianLikelihood,
+    GaussianScore,
+    MixtureScore,
+    MomentMatched,
+    NeuralScore,
+)
 
 
 def distance(left: Any, right: Any) -> float:
@@ -342,6 +352,21 @@ def exact_network(mean: Any, variance: Any) -> NeuralScore:
     return NeuralScore(network)
 
 
+def guided(seen: Callable[[Any, Any, Any], AbstractLikelihood]) -> ScoreCase:
+    """Make the score of a Gaussian posterior: its prior's score, guided by y = A x + scale e."""
+    mean, covariance = jnp.array([0.5, -0.3]), jnp.array([[1.0, 0.6], [0.6, 0.8]])
+    rows, scale, y = jnp.array([[1.0, -0.5], [0.3, 0.8], [0.2, 0.0]]), jnp.array([0.5, 0.9, 0.3]), jnp.arange(3.0)
+    gain = covariance @ rows.T @ jnp.linalg.inv(rows @ covariance @ rows.T + jnp.diag(scale**2))
+    posterior = mean + gain @ (y - rows @ mean), covariance - gain @ rows @ covariance
+    score = MomentMatched(GaussianScore(mean, covariance), seen(rows, scale, y))
+    return ScoreCase(score, jnp.ones(1), posterior[0][None], posterior[1][None])
+
+
+def as_density(rows: Any, scale: Any, y: Any) -> DensityLikelihood:
+    """Write a Gaussian likelihood as any density."""
+    return DensityLikelihood(lambda x: x, lambda x: -0.5 * (((y - rows @ x) / scale) ** 2).sum())
+
+
 def scores() -> dict[str, Callable[[], ScoreCase]]:
     """Name every score that can be exact."""
     one, zero, mean = jnp.ones(1), jnp.zeros(2), jnp.array([0.5, -0.3])
@@ -360,6 +385,8 @@ def scores() -> dict[str, Callable[[], ScoreCase]]:
         ),
         "neural, silent": lambda: ScoreCase(blank, one, zero[None], eye[None]),
         "neural, exact": lambda: ScoreCase(exact_network(mean, variance), one, mean[None], jnp.diag(variance)[None]),
+        "guided": lambda: guided(lambda rows, scale, y: GaussianLikelihood(lambda x: rows @ x, y, scale)),
+        "guided by a density": lambda: guided(as_density),
     }
 
 
@@ -386,7 +413,8 @@ def posterior_is_off(case: ScoreCase) -> float:
     def law(level: Any, x: Any) -> tuple[Any, Any]:
         mean, covariance = case.posterior(float(level), x)
         own = case.score.denoise(level, x), level**2 * case.score.jacobian(level, x), case.score.moments(level, x)
-        return own, (mean, covariance, (mean, covariance.diagonal()))
+        whole, expected = case.score.gaussian(level, x), (mean, covariance, (mean, covariance.diagonal()))
+        return (own, whole.mean, whole.covariance), (expected, mean, covariance)
 
     return at_levels(law)
 

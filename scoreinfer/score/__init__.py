@@ -1,17 +1,28 @@
-"""Scores: grad log p of a noisy draw at every noise level, in closed form or learned."""
+"""Scores: grad log p of a noisy draw at every noise level, in closed form, learned, or guided by a likelihood."""
 
 from scoreinfer.score.analytic import EnsembleScore, GaussianScore, MixtureScore
-from scoreinfer.score.base import AbstractScore
+from scoreinfer.score.base import AbstractScore, Moments
 from scoreinfer.score.ensemble import LocalGaussianScore, PublishedScore, ShrunkenMixtureScore
+from scoreinfer.score.guidance import AbstractGuidance, MomentMatched, Published, Steered
+from scoreinfer.score.likelihood import AbstractLikelihood, DensityLikelihood, GaussianLikelihood, SiteLikelihood
 from scoreinfer.score.network import NeuralScore
 
 __all__ = [
+    "AbstractGuidance",
+    "AbstractLikelihood",
     "AbstractScore",
+    "DensityLikelihood",
     "EnsembleScore",
+    "GaussianLikelihood",
     "GaussianScore",
     "LocalGaussianScore",
     "MixtureScore",
+    "MomentMatched",
+    "Moments",
     "NeuralScore",
+    "Published",
     "PublishedScore",
     "ShrunkenMixtureScore",
+    "SiteLikelihood",
+    "Steered",
 ]
