@@ -5,7 +5,7 @@ The model's own density corrects the draws, and a certificate says whether they 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreinfer import calibration, errors, filters, mcmc, nets, paths, process, samplers, simulators
+from scoreinfer import calibration, errors, filters, mcmc, nets, paths, process, samplers, score, simulators
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
@@ -13,8 +13,19 @@ from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate
 from scoreinfer.filters import FilterRun, extend, filter  # noqa: A004
 from scoreinfer.mcmc import ScoreSDE, certify
-from scoreinfer.model import PhysicsPath, StateSpace, check, from_numpyro
-from scoreinfer.posterior import NPSE, SMDP, PathPosterior, Posterior, fit, load
+from scoreinfer.model import PhysicsPath, ScorePrior, StateSpace, check, from_numpyro, score_prior
+from scoreinfer.posterior import (
+    NPSE,
+    SMDP,
+    Guided,
+    PathPosterior,
+    Posterior,
+    fit,
+    fit_score,
+    load,
+    load_score,
+    save_score,
+)
 from scoreinfer.problem import Problem
 
 try:
@@ -29,10 +40,12 @@ __all__ = [
     "Comparison",
     "Draws",
     "FilterRun",
+    "Guided",
     "PathPosterior",
     "PhysicsPath",
     "Posterior",
     "Problem",
+    "ScorePrior",
     "ScoreSDE",
     "StateSpace",
     "calibrate",
@@ -45,13 +58,18 @@ __all__ = [
     "filter",
     "filters",
     "fit",
+    "fit_score",
     "from_numpyro",
     "load",
+    "load_score",
     "mcmc",
     "nets",
     "paths",
     "process",
     "samplers",
+    "save_score",
+    "score",
+    "score_prior",
     "simulators",
     "to_arviz",
 ]

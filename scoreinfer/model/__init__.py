@@ -22,6 +22,8 @@ from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
 from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_physics, sees_path, unknowns
 from scoreinfer.model.report import Report, check
+from scoreinfer.model.score_prior import ScorePrior, score_prior
+from scoreinfer.model.seen import Seen, read_seen
 from scoreinfer.model.states import StateSpace
 from scoreinfer.problem import Problem
 
@@ -29,6 +31,8 @@ __all__ = [
     "NoisyEnd",
     "PhysicsPath",
     "Report",
+    "ScorePrior",
+    "Seen",
     "StateSpace",
     "Unknowns",
     "check",
@@ -37,6 +41,8 @@ __all__ = [
     "problem_of",
     "read_likelihood",
     "read_physics",
+    "read_seen",
+    "score_prior",
     "sees_path",
     "unknowns",
 ]

@@ -128,12 +128,14 @@ class _Reading(NamedTuple):
 def _likelihood(site: str, reading: _Reading) -> AbstractLikelihood:
     slopes = np.asarray(reading.over_probes(jax.jacfwd(reading.terms)))
     depends = (slopes != 0).any(axis=0)  # NaN counts as dependent
-    if not depends.any():
+    if not depends.any() and np.isfinite(reading.over_probes(reading.terms)).any():
         raise ValueError(
             f"The data see nothing of {site!r}: their density is the same for every value of it. Use the site in the "
             "model of the data."
         )
     gaussian = _gaussian(reading)
+    if not depends.any():  # zero at all draws: perhaps not elsewhere
+        return DensityLikelihood(lambda x: x, lambda x: reading.terms(x).sum())
     if gaussian is not None and _is_linear(reading, gaussian.predict):
         return gaussian
     if (depends.sum(axis=1) <= 1).all():

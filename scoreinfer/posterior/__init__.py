@@ -2,8 +2,10 @@
 
 from scoreinfer.posterior.amortised import Conditioned, Posterior
 from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior
+from scoreinfer.posterior.guided import Guided, GuidedPosterior
 from scoreinfer.posterior.npse import NPSE, fit, load
 from scoreinfer.posterior.paths import ConditionedPaths, PathPosterior
+from scoreinfer.posterior.score_fit import fit_score, load_score, save_score
 from scoreinfer.posterior.smdp import SMDP
 
 __all__ = [
@@ -13,8 +15,13 @@ __all__ = [
     "AbstractPosterior",
     "Conditioned",
     "ConditionedPaths",
+    "Guided",
+    "GuidedPosterior",
     "PathPosterior",
     "Posterior",
     "fit",
+    "fit_score",
     "load",
+    "load_score",
+    "save_score",
 ]

@@ -170,10 +170,22 @@ class ProbabilityFlow(AbstractSampler):
         scale = 1.0 / jnp.cos(angles[-1])
         return scale * w, log_start - log_det - dim * jnp.log(scale)
 
+    def transport(self, score: AbstractScore, noise: State, y: PyTree = None) -> State:
+        """Move standard normal ``noise`` down the flow, without a density."""
+        angles = self.angles()
+        w = self._start_variance(noise.size) ** 0.5 * noise.astype(jnp.float32)
+        step = lambda w, pair: (self._step(score, w, y, *pair), None)  # noqa: E731
+        return jax.lax.scan(step, w, (angles[:-1], angles[1:]))[0] / jnp.cos(angles[-1])
+
     def log_q(self, key, score, x, y=None):
         """Compute ``log_q`` of a given ``x`` by inverting every step; -inf if no inverse is found."""
+        return self.invert(score, x, y)[1]
+
+    def invert(self, score: AbstractScore, x: State, y: PyTree = None) -> tuple[State, Scalar]:
+        """Compute the noise that `transport` moves to ``x``, and ``log_q`` of x; -inf if no inverse is found."""
         if not self.num_steps:
-            return log_normal(x.astype(jnp.float32), 0.0, self._start_variance(x.size))
+            noise = x.astype(jnp.float32) / self._start_variance(x.size) ** 0.5
+            return noise, log_normal(x.astype(jnp.float32), 0.0, self._start_variance(x.size))
         angles = self.angles()[::-1]
         scale = 1.0 / jnp.cos(angles[0])
 
@@ -188,7 +200,8 @@ class ProbabilityFlow(AbstractSampler):
         carry = (x.astype(jnp.float32) / scale, jnp.float32(0.0), jnp.array(True))
         (start, log_det, found), _ = jax.lax.scan(up, carry, (angles[:-1], angles[1:]))
         value = log_normal(start, 0.0, self._start_variance(x.size)) - log_det - x.size * jnp.log(scale)
-        return jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
+        noise = start / self._start_variance(x.size) ** 0.5
+        return noise, jnp.where(found & jnp.isfinite(value), value, -jnp.inf)
 
     def _invert(self, score, w, y, low, high, *, max_newton: int = 10):
         """Invert the step from ``high`` to ``low`` at ``w`` by Newton's method, from the flow's own step upwards.

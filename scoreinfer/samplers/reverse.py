@@ -10,6 +10,7 @@ prior. It is a probability distribution for any score, and near the prior for a 
 References: Ho et al. 2020, arXiv 2006.11239, equation 7; Bao et al. 2022, arXiv 2201.06503 (optimal variance).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -133,13 +134,19 @@ class DiscretisedPrior(eqx.Module):
         return self.path(jax.random.normal(key, self.noise_shape))[-1]
 
 
-def discretised_problem(prior: DiscretisedPrior, likelihood: AbstractLikelihood, site: Site) -> Problem:
+def discretised_problem(
+    prior: DiscretisedPrior,
+    likelihood: AbstractLikelihood,
+    site: Site,
+    change: Callable[[State], State] = lambda x: x,
+) -> Problem:
     """Make the problem whose unknowns are the noise of the discretised prior's kernels.
 
     Args:
         prior: the discretised prior.
         likelihood: the likelihood of x.
-        site: name and shape of x.
+        site: name and shape of the site.
+        change: from x to the flat site.
 
     Exactness: exact: the noise is standard normal, and x is a function of it.
     """
@@ -148,7 +155,7 @@ def discretised_problem(prior: DiscretisedPrior, likelihood: AbstractLikelihood,
         return prior.path(z.reshape(prior.noise_shape))[-1]
 
     def constrain(z: Float[Array, " noise"]) -> Sites:
-        return {site.name: state(z).reshape(site.shape)}
+        return {site.name: change(state(z)).reshape(site.shape)}
 
     def noise(sites: Sites) -> Float[Array, " noise"]:
         raise ValueError(f"Many paths of noise lead to one {site.name!r}: the noise of a given value is not defined.")

@@ -5,7 +5,7 @@ from scoreinfer.score.base import AbstractScore, Moments
 from scoreinfer.score.ensemble import LocalGaussianScore, PublishedScore, ShrunkenMixtureScore
 from scoreinfer.score.guidance import AbstractGuidance, MomentMatched, Published, Steered
 from scoreinfer.score.likelihood import AbstractLikelihood, DensityLikelihood, GaussianLikelihood, SiteLikelihood
-from scoreinfer.score.network import NeuralScore
+from scoreinfer.score.network import NeuralScore, Unconditional
 
 __all__ = [
     "AbstractGuidance",
@@ -25,4 +25,5 @@ __all__ = [
     "ShrunkenMixtureScore",
     "SiteLikelihood",
     "Steered",
+    "Unconditional",
 ]

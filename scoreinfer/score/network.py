@@ -64,6 +64,23 @@ class NeuralScore(AbstractScore):
         return self._denoise(level, x, y)
 
 
+class Unconditional(AbstractScore):
+    """A learned score of no observation: its network is given an empty context.
+
+    Exactness: biased: as good as its training.
+    """
+
+    score: NeuralScore
+
+    def denoise(self, level, x, y=None):
+        """Compute D."""
+        return self.score.denoise(level, x, jnp.zeros(0, jnp.float32))
+
+    def moments(self, level, x, y=None):
+        """Compute D, and the learned variances."""
+        return self.score.moments(level, x, jnp.zeros(0, jnp.float32))
+
+
 class ConditionalScore(NamedTuple):
     """An embedding, which maps an observation to its context, and a score that is given this context as its y."""
 
