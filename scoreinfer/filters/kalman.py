@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
@@ -24,7 +25,7 @@ from scoreinfer.filters.spectral import inverse_and_root
 from scoreinfer.markov import Entries, Observed, Time
 from scoreinfer.process.base import LOG_2PI
 
-Taper = Callable[[Int[Array, "..."], Int[Array, "..."]], Float[Array, "..."]] | Float[Array, "dim dim"]
+Taper = Callable[[Int[Array, "..."], Int[Array, "..."]], Float[Array, "..."]] | Float[Array | np.ndarray, "dim dim"]
 """A number from 0 to 1 for two components: a function of two arrays of their numbers, or a matrix."""
 
 

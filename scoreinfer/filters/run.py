@@ -17,7 +17,8 @@ from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
 from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, EvidenceKind, Members, Predictive
 from scoreinfer.filters.cycle import Cycles, Now
-from scoreinfer.model.states import Series, StateSpace, read_space
+from scoreinfer.model.series import read_series
+from scoreinfer.model.states import Series, StateSpace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +93,26 @@ def _moment(members: Members) -> Float[Array, "times *state"]:
 
 
 def filter(  # noqa: A001 - the verb of the field
-    key: Key, space: StateSpace, *, method: AbstractFilter, num_members: int, y: Any, ts: Any = None
+    key: Key,
+    model: Callable[..., Any] | StateSpace,
+    site: str | None = None,
+    *args: Any,
+    method: AbstractFilter,
+    num_members: int,
+    **kwargs: Any,
 ) -> FilterRun:
     """Filter a series: draw p(x_k | y_1, ..., y_k) at every time k.
 
     Args:
         key: random key.
-        space: the state-space model.
+        model: a NumPyro model with known parameters, or a `scoreinfer.StateSpace`.
+        site: the site of the state in a NumPyro model: ``EulerMaruyama``, `scoreinfer.PhysicsPath`, or sampled in the
+            body of NumPyro's ``scan``. Not for a state space.
+        *args: the model's arguments, with data, as `numpyro.infer.MCMC.run` takes them.
         method: the method, such as `scoreinfer.filters.BootstrapFilter()`.
         num_members: number N of members.
-        y: the observations, times first. NaN (or masked) entries are missing; where they stand recompiles nothing.
-        ts: times of the observations, increasing; None: the state space's ``start`` + 1, 2, ...
+        **kwargs: the model's keyword arguments, such as ``y=data``. For a state space: ``y``, the observations, times
+            first; and ``ts``, their times, or its ``start`` + 1, 2, ... NaN entries are missing in both.
 
     Returns:
         The run. It may be differentiated by what the state space closes over, and used inside a NumPyro model:
@@ -111,7 +121,9 @@ def filter(  # noqa: A001 - the verb of the field
     Raises:
         ValueError: if shapes or times do not fit, there are fewer than three members, the method cannot filter this
             model, or no member is finite at some time.
-        TypeError: if a part of the state space is not what it should be.
+        UnsupportedModel: if the site is no process in time, the model has unknown parameters, or an observation depends
+            on two times.
+        TypeError: if a part of the state space, or an argument, is not what it should be.
 
     Exactness: as the method's.
 
@@ -134,7 +146,7 @@ def filter(  # noqa: A001 - the verb of the field
             f"`num_members` must be at least {LEAST_MEMBERS}, got {num_members}: fewer have no usable variance. "
             "Twenty and more are usual; particle methods need hundreds."
         )
-    series = read_space(space, y, ts)
+    series = read_series(model, site, args, kwargs)
     method.check(series.model)
 
     def whole(key: Key, ts: Array, y: Array) -> tuple[Now, Cycles]:
@@ -143,17 +155,18 @@ def filter(  # noqa: A001 - the verb of the field
         return cycle.run(for_cycles, method, series.model, now, ts, y)
 
     now, cycles = _execute(whole, key, series.ts, series.y)
-    return _checked(FilterRun(method, series, cycles, now, space))
+    return _checked(FilterRun(method, series, cycles, now, (model, site)))
 
 
-def extend(key: Key, run: FilterRun, *, y: Any, ts: Any = None) -> FilterRun:
+def extend(key: Key, run: FilterRun, *args: Any, **kwargs: Any) -> FilterRun:
     """Go on with new observations from where a run stands; nothing is computed again.
 
     Args:
         key: random key, another than the run's.
         run: the run so far.
-        y: the new observations, times first.
-        ts: their times; None: the time of the last observation + 1, 2, ...
+        *args: for a NumPyro model, its arguments with the longer series: the times of the run, and further ones.
+        **kwargs: its keyword arguments. For a state space ``y``, the new observations, and ``ts``, their times, or
+            the last time + 1, 2, ...
 
     Returns:
         The run with the new times at its end.
@@ -163,15 +176,27 @@ def extend(key: Key, run: FilterRun, *, y: Any, ts: Any = None) -> FilterRun:
 
     Exactness: as the method's: the same law as filtering the whole series at once.
     """
-    series = run.series
-    more = read_space(dataclasses.replace(run.source, start=run.now.t), y, ts)
-    model = series.model
-    go_on = lambda key, now, ts, y: cycle.run(key, run.method, model, now, ts, y)  # noqa: E731
+    series, more = run.series, _more(run, args, kwargs)
+    go_on = lambda key, now, ts, y: cycle.run(key, run.method, more.model, now, ts, y)  # noqa: E731
     now, cycles = _execute(go_on, key, run.now, more.ts, more.y)
     ts, y, joined = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b]), (series.ts, series.y, run.cycles), (more.ts, more.y, cycles)
     )
-    return _checked(FilterRun(run.method, series._replace(ts=ts, y=y), joined, now, run.source))
+    return _checked(FilterRun(run.method, series._replace(model=more.model, ts=ts, y=y), joined, now, run.source))
+
+
+def _more(run: FilterRun, args: tuple, kwargs: dict[str, Any]) -> Series:
+    """Read the observations that a run has not met."""
+    model, site = run.source
+    if site is None:
+        return read_series(dataclasses.replace(model, start=run.now.t), None, args, kwargs)
+    whole, num = read_series(model, site, args, kwargs), run.ts.size
+    if whole.ts.size <= num or not jnp.array_equal(whole.ts[:num], run.ts):
+        raise ValueError(
+            f"`extend` needs the {num} times of the run and further ones, got {whole.ts.size} times"
+            f"{'' if whole.ts.size <= num else ' that begin otherwise'}. Pass the longer series."
+        )
+    return whole._replace(ts=whole.ts[num:], y=whole.y[num:])
 
 
 def _execute(function: Callable[..., Any], *args: Any) -> Any:

@@ -215,6 +215,8 @@ class Measured(NamedTuple):
 
 TOLERANCE = 1e-3
 """How far a function on the real line may be from a linear one, relative to its differences between states."""
+ROUNDING = 64.0
+"""Units of rounding within which two numbers count as equal: one compiled loop may round unlike another."""
 SHARE = 0.3
 """Where between two states linearity is measured."""
 
@@ -224,27 +226,43 @@ def measure(laws: Laws, key: Key, t: Time, states: Float[Array, "num dim"]) -> M
     others = jnp.roll(states, 1, axis=0)
     some_y = [fn.sample(jax.random.fold_in(key, i)) for i, fn in enumerate(_bare(laws, t, states[0]))]
 
-    def features(x: State) -> Array:
-        """List numbers that tell the laws apart: their parameters, or densities where those are unknown."""
-        found = []
-        for fn, y in zip(_bare(laws, t, x), some_y, strict=True):
-            own = [] if fn.event_shape else list(parameters(fn).values())
-            found.append(_padded([jnp.ravel(v) for v in own or [_numbers([fn], lambda _, fn: fn.log_prob(y))]]))  # noqa: B023
-        return jnp.concatenate(found, axis=1)
-
-    def changed(mask: Bool[Array, " dim"]) -> Bool[Array, " numbers"]:
-        before, after = jax.vmap(features)(states), jax.vmap(features)(jnp.where(mask, others, states))
-        # One function may be compiled in two ways, whose results differ in the last digits.
-        rounding = 64 * jnp.finfo(before.dtype).eps
-        return ~jnp.isclose(before, after, rtol=rounding, atol=0.0, equal_nan=True).all(axis=(0, 1))
-
+    features = lambda x: features_of(laws(t, x))  # noqa: E731
+    changed = lambda mask: differ(features, states, jnp.where(mask, others, states))  # noqa: E731
     dim = states.shape[1]
     digit = (np.arange(dim) >> np.arange(max(1, (dim - 1).bit_length()))[:, None]) & 1
     masks = np.stack([digit == 0, digit == 1], axis=1)
     digits = jax.lax.map(changed, jnp.asarray(masks.reshape(-1, dim))).reshape(*masks.shape[:2], -1)
     lines = [jax.vmap(lambda x: _lines(_bare(laws, t, x)))(x) for x in (states, others, _between(states, others))]
-    moves = jax.tree.map(lambda a, b: (a != b).any(axis=0).ravel(), *lines[:2])
+    moves = jax.tree.map(lambda a, b: _apart(a, b).any(axis=0).ravel(), *lines[:2])
     return Measured(digits, moves, jax.tree.map(_bent, *lines), jnp.concatenate([jnp.ravel(y) for y in some_y]) * 1.0)
+
+
+def differ(
+    features: Callable[[Array], Float[Array, "features numbers"]],
+    a: Float[Array, "num *of"],
+    b: Float[Array, "num *of"],
+) -> Bool[Array, " numbers"]:
+    """Say which numbers have other features at ``a`` than at ``b``, by more than rounding."""
+    here, there = jnp.split(jax.vmap(features)(jnp.concatenate([a, b])), 2)
+    return _apart(here, there).any(axis=(0, 1))
+
+
+def _apart(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Say where numbers differ by more than rounding."""
+    return ~jnp.isclose(a, b, rtol=ROUNDING * jnp.finfo(a.dtype).eps, atol=0.0, equal_nan=True)
+
+
+def features_of(laws: tuple[dist.Distribution, ...]) -> Float[Array, "features numbers"]:
+    """List numbers that tell laws apart: their parameters, or others where those are unknown."""
+    return jnp.concatenate([_padded([jnp.ravel(v) for v in _features(bare(fn))]) for fn in laws], axis=1)
+
+
+def _features(fn: dist.Distribution) -> list[Array]:
+    if fn.event_shape:  # all entries of a vector together
+        leaves = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(fn)])
+        return [jnp.full(fn.shape(), leaves @ jnp.linspace(0.5, 1.5, leaves.size))]
+    known = list(parameters(fn).values())
+    return known or [jnp.broadcast_to(fn.log_prob(jnp.ones(())), fn.shape()), jnp.broadcast_to(fn.mean, fn.shape())]
 
 
 def _bare(laws: Laws, t: Time, x: State) -> list[dist.Distribution]:

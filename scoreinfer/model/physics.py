@@ -49,13 +49,13 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
 
     def site(values: Sites) -> Any:
         played = trace(substitute(seed(Open(run), fixed_key()), data=values)).get_trace()
-        return _process_site(physics.site, played)
+        return process_site(physics.site, played)
 
     fn = site({})
     state = tuple(fn.init_dist.event_shape)
     ts = check_times(fn.ts if isinstance(fn, PhysicsPath) else fn.t, "Physics")
     paths = jax.jit(lambda key: fn.sample(key, (NUM_PROBES,)))(jax.random.fold_in(fixed_key(), 1))
-    advance, scale_of = _transitions(fn)
+    advance, scale_of = transitions(fn)
     scale = _constant_noise(physics.site, scale_of, ts, paths).reshape(len(ts) - 1, -1)
     if physics.waves and not (state and np.allclose(scale, scale[:, :1], rtol=1e-5)):
         raise ValueError(
@@ -65,7 +65,7 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     usual = np.asarray(paths).mean(0)[:-1]
 
     def given(values: Sites) -> PhysicsProcess:
-        advance, scale_of = _transitions(site(values))
+        advance, scale_of = transitions(site(values))
         scales = jax.vmap(scale_of)(jnp.arange(len(usual)), ts[:-1], usual)
         return _process(physics, ts, scales.reshape(len(usual), -1), advance, state)
 
@@ -75,12 +75,22 @@ def read_physics(physics: Physics, model: Callable[..., Any], *args: Any, **kwar
     return process
 
 
-def _process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
+def is_process(fn: dist.Distribution) -> bool:
+    """Say whether a distribution is that of a process in time."""
+    return isinstance(layers(fn)[-1], dist.EulerMaruyama | PhysicsPath)
+
+
+def process_site(name: str, played: dict[str, dict[str, Any]]) -> Any:
+    """Return the distribution of a process in time.
+
+    Raises:
+        UnsupportedModel: if there is no such site, or it is no process in time or has a batch shape.
+    """
     if name not in played or played[name]["type"] != "sample":
         found = ", ".join(repr(key) for key, site in played.items() if site["type"] == "sample")
         raise UnsupportedModel((Offence(name, f"is no sample site of this model, which has {found}", "Name one"),))
     fn = layers(played[name]["fn"])[-1]
-    if not isinstance(fn, dist.EulerMaruyama | PhysicsPath):
+    if not is_process(fn):
         way_out = "Make it `numpyro.distributions.EulerMaruyama` or `scoreinfer.PhysicsPath`"
         raise UnsupportedModel((Offence(name, f"is a {type(fn).__name__}, no process in time", way_out),))
     if played[name]["fn"].batch_shape or fn.init_dist.batch_shape:
@@ -102,7 +112,7 @@ def _process(
     return PhysicsProcess(ts, scale, advance, reverse, state, physics.waves, physics)
 
 
-def _transitions(fn: Any) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
+def transitions(fn: Any) -> tuple[Step, Callable[[Any, Any, Any], Array]]:
     """Return the step of a path's distribution, and its noise as a function of step number, time and state."""
     if isinstance(fn, PhysicsPath):
         return _checked(fn.step, "step"), lambda k, t, x: fn.noise_scale[k]

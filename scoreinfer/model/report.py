@@ -16,6 +16,8 @@ from scoreinfer.errors import UnsupportedModel
 from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
 from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms
+from scoreinfer.model.series import describe, describe_series
+from scoreinfer.model.states import StateSpace, observed_of
 from scoreinfer.model.survey import NUM_PROBES, map_probes
 from scoreinfer.montecarlo.langevin import Differentiation, derivatives, differentiate
 from scoreinfer.problem import Problem, Site
@@ -68,7 +70,7 @@ class Report:
 
 
 def check(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | StateSpace,
     *args: Any,
     observed: Any = None,
     file: Any = None,
@@ -79,7 +81,7 @@ def check(
     It does not raise if a model cannot be read.
 
     Args:
-        model: any callable with NumPyro primitives.
+        model: any callable with NumPyro primitives; or a `scoreinfer.StateSpace`.
         *args: the model's arguments, with or without data.
         observed: see `from_numpyro`.
         file: the text file to print to. None means standard output.
@@ -107,6 +109,8 @@ def check(
 
 
 def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> Report:
+    if isinstance(model, StateSpace):
+        return _report_space(model)
     try:
         args, kwargs, observed = bind(model, args, kwargs, observed)
         problem, facts = read_model(model, args, kwargs, observed)
@@ -118,13 +122,23 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
         return Report(False, None, (reason, "✗ verdict: this model cannot be used"))
     messages = [f"{problem.dim} unconstrained dimensions"]
     messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
-    messages += _say_agreement(problem)
+    messages += _say_agreement(problem) + describe_series(
+        facts.script.run, tuple(site.name for site in problem.observed)
+    )
     lines, has_gradient = _say_gradient(problem, facts)
     fault = _data_fault(problem, facts, args, kwargs)
     messages += [*lines, f"✗ data: {fault}"] if fault else [*lines, *_say_use(problem, has_gradient)]
     usable = has_gradient or not problem.not_simulable
     verdict = "✗ verdict: the data do not fit the model" if fault else _verdict(problem, usable)
     return Report(usable and not fault, problem, (*messages, verdict))
+
+
+def _report_space(space: StateSpace) -> Report:
+    try:
+        lines = [f"✓ `filter`: {line}" for line in describe(observed_of(space))]
+    except Exception as error:  # as above
+        return Report(False, None, (f"✗ the state space failed: {type(error).__name__}: {error}",))
+    return Report(True, None, tuple(lines))
 
 
 def _say_observed(problem: Problem, facts: Facts) -> list[str]:

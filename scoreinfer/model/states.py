@@ -12,14 +12,14 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from scoreinfer._program import Program, shapes_of
+from scoreinfer._program import RUN_ONCE, Program, shapes_of
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key
 from scoreinfer.markov import MarkovModel, State, Time
 from scoreinfer.model.entries import bare
 from scoreinfer.model.observation import Laws, Measured, ObservedSites, Slots, conclude, measure
 from scoreinfer.model.path import check_shape, check_times
-from scoreinfer.model.replay import compiled, fixed_key
+from scoreinfer.model.replay import fixed_key, needs_no_values
 from scoreinfer.model.survey import NUM_PROBES, in_words
 from scoreinfer.process.base import Gaussian
 
@@ -52,7 +52,7 @@ class StateSpace:
     initial: dist.Distribution | Callable[[Key], Array]
     transition: Transition
     observation: Callable[[Any, Any], Any]
-    start: float = 0.0
+    start: float | Float[Array, ""] = 0.0
 
 
 class Series(NamedTuple):
@@ -87,13 +87,29 @@ def read_space(space: StateSpace, y: Any, ts: Any = None) -> Series:
     draw, shape = _initial_of(space.initial)
     transition, log_transition, moments = _transition_of(space.transition, shape, start)
     laws, names = _laws_of(space.observation, shape, start)
-    sites = _sites(laws, start, int(np.prod(shape)))
+    sites = [bare(fn) for fn in abstract(laws, start, jnp.zeros(int(np.prod(shape))))]
     values = _rows(y, names, sites)
     ts = start + jnp.arange(1.0, len(values) + 1) if ts is None else _times(ts, len(values), start)
     observed = read_observed(laws, sites, lambda key: _probes(key, draw, transition, start, ts), ts)
-    check_support(observed, sites, names, values)
+    _check_support(sites, names, values)
     model = MarkovModel(int(np.prod(shape)), shape, draw, transition, observed, log_transition, moments)
     return Series(model, start, ts, values)
+
+
+def observed_of(space: StateSpace) -> ObservedSites:
+    """Measure what the observations of a state space see.
+
+    Raises:
+        ValueError: as `read_space`.
+        TypeError: as `read_space`.
+    """
+    start = jnp.asarray(space.start, jnp.result_type(float))
+    draw, shape = _initial_of(space.initial)
+    transition = _transition_of(space.transition, shape, start)[0]
+    laws, _ = _laws_of(space.observation, shape, start)
+    sites = [bare(fn) for fn in abstract(laws, start, jnp.zeros(int(np.prod(shape))))]
+    ts = jnp.atleast_1d(start)
+    return read_observed(laws, sites, lambda key: _probes(key, draw, transition, start, ts), ts)
 
 
 def _initial_of(initial: Any) -> tuple[Callable[[Key], State], tuple[int, ...]]:
@@ -203,7 +219,10 @@ def evaluate(function: Callable[..., Any], *args: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(program: Program) -> Callable[..., Any]:
-    return compiled(program, shapes_of(program.constants), *program.shapes)
+    options: dict[str, Any] = dict(RUN_ONCE)
+    return needs_no_values(
+        lambda: jax.jit(program).lower(shapes_of(program.constants), *program.shapes).compile(options)
+    )
 
 
 def _stand_in(value: Any) -> Any:
@@ -265,15 +284,9 @@ def _times(ts: Any, number: int, start: Time) -> Float[Array, " times"]:
     return ts
 
 
-def check_support(
-    observed: ObservedSites, sites: list[dist.Distribution], names: tuple[str, ...], y: Float[Array, "times entries"]
-) -> None:
-    """Refuse values that the observation's distribution cannot have. Traced values are not checked.
-
-    Raises:
-        ValueError: if a value lies outside of the support.
-    """
-    if is_traced(y) or observed.slots is not None:
+def _check_support(sites: list[dist.Distribution], names: tuple[str, ...], y: Float[Array, "times entries"]) -> None:
+    """Refuse values that the observation's distribution cannot have. Traced values are not checked."""
+    if is_traced(y):
         return
     with jax.ensure_compile_time_eval():
         values, start = np.asarray(y), 0
@@ -296,10 +309,6 @@ def abstract(function: Callable[..., Any], *args: Any) -> Any:
     told: list[Any] = []
     jax.eval_shape(lambda *args: told.append(function(*args)), *args)
     return told[0]
-
-
-def _sites(laws: Laws, t: Time, dim: int) -> list[dist.Distribution]:
-    return [bare(fn) for fn in abstract(laws, t, jnp.zeros(dim))]
 
 
 def _num_positional(function: Callable[..., Any]) -> int:
