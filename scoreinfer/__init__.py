@@ -11,7 +11,7 @@ from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate
-from scoreinfer.filters import FilterRun, extend, filter  # noqa: A004
+from scoreinfer.filters import FilterCertificate, FilterRun, extend, filter, twin  # noqa: A004
 from scoreinfer.mcmc import ScoreSDE, certify
 from scoreinfer.model import PhysicsPath, ScorePrior, StateSpace, check, from_numpyro, score_prior
 from scoreinfer.posterior import (
@@ -39,6 +39,7 @@ __all__ = [
     "Certificate",
     "Comparison",
     "Draws",
+    "FilterCertificate",
     "FilterRun",
     "Guided",
     "PathPosterior",
@@ -72,4 +73,5 @@ __all__ = [
     "score_prior",
     "simulators",
     "to_arviz",
+    "twin",
 ]

@@ -53,6 +53,10 @@ class Observed(eqx.Module):
     def present(self, t: Time) -> Bool[Array, " entries"]:
         """Say which entries exist at time ``t``; the model may mask the others."""
 
+    def discrete(self, t: Time) -> Bool[Array, " entries"]:
+        """Say which entries have a discrete law; none by default."""
+        return jnp.zeros(self.num, bool)
+
     @abc.abstractmethod
     def predict(self, t: Time, x: State) -> Entries:
         """Compute u, the number that each entry sees."""

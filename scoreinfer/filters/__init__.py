@@ -4,6 +4,7 @@ A filter moves an ensemble of states by the model's own transition, and puts one
 """
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Predictive
+from scoreinfer.filters.certificate import FilterCertificate, certify
 from scoreinfer.filters.jumps import Jumps
 from scoreinfer.filters.kalman import LETKF, EnKF
 from scoreinfer.filters.particle import BootstrapFilter
@@ -11,6 +12,7 @@ from scoreinfer.filters.published import EnSF
 from scoreinfer.filters.run import FilterRun, extend, filter  # noqa: A004
 from scoreinfer.filters.score import ScoreFilter
 from scoreinfer.filters.taper import Locality, gaspari_cohn, grid, near
+from scoreinfer.filters.twins import Twins, twin
 
 __all__ = [
     "LETKF",
@@ -19,15 +21,19 @@ __all__ = [
     "BootstrapFilter",
     "EnKF",
     "EnSF",
+    "FilterCertificate",
     "FilterRun",
     "Jumps",
     "Locality",
     "Members",
     "Predictive",
     "ScoreFilter",
+    "Twins",
+    "certify",
     "extend",
     "filter",
     "gaspari_cohn",
     "grid",
     "near",
+    "twin",
 ]

@@ -79,6 +79,7 @@ class Jumps(eqx.Module):
         first_weight: weight of each of them before the first analysis.
         rate: how far pi moves in one analysis.
         least: pi_k never falls below this share of its first value.
+        sure: nothing is added at a point where the scale 0 has this weight or more.
 
     Good values: the defaults. With ``first_weight`` of .02 and more, forecasts whose observations are vague are
         inflated without need (Lorenz-96, linear, .22 instead of .19).
@@ -88,6 +89,7 @@ class Jumps(eqx.Module):
     first_weight: float = eqx.field(static=True, default=1e-3)
     rate: float = eqx.field(static=True, default=0.05)
     least: float = eqx.field(static=True, default=0.1)
+    sure: float = eqx.field(static=True, default=0.9)
 
     @property
     def first(self) -> Float[Array, " scales"]:
@@ -131,7 +133,8 @@ class Jumps(eqx.Module):
         pooled = _pooled(jnp.where(informed, evidence, 0.0), prior.locality)
         share = jax.nn.softmax(error.log_weight[:, None] + pooled, axis=0)
         seen = jnp.where(informed, share, 0.0).sum(1) / jnp.maximum(informed.sum(), 1)
-        return error._replace(log_weight=self._learned(error.log_weight, seen)), (share * scales).sum(0)
+        added = jnp.where(share[0] < self.sure, (share * scales).sum(0), 0.0)
+        return error._replace(log_weight=self._learned(error.log_weight, seen)), added
 
     def _learned(self, log_weight, seen):
         """Move pi, and keep every scale possible."""

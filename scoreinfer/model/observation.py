@@ -67,6 +67,11 @@ class ObservedSites(Observed):
         mask = self._pick(t, jnp.concatenate([mask_of(fn).ravel() for fn in self.laws(t, self.some_state)]))
         return mask if self.slots is None else mask & (self._rows(t) < self.some_y.size)
 
+    def discrete(self, t):
+        """Say which entries are counts, or other numbers that have probabilities."""
+        laws = self.laws(t, self.some_state)
+        return self._pick(t, jnp.concatenate([jnp.full(np.prod(fn.shape(), dtype=int), fn.is_discrete) for fn in laws]))
+
     def predict(self, t, x):
         """Take the components; compute the parameters of the other entries."""
         seen = self._components
