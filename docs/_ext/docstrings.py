@@ -31,6 +31,12 @@ class Statement(NamedTuple):
     kind: str
     text: str
 
+    @property
+    def first(self) -> str:
+        """The first sentence, and the second one where that says when it is otherwise."""
+        sentences = re.split(r"(?<=[^.][.])\s", self.text)
+        return " ".join(sentences[: 2 if len(sentences) > 1 and sentences[1].startswith(("Otherwise", "Its")) else 1])
+
 
 def rooms(package: Path) -> dict[str, list[str]]:
     """Find the public modules with a public class or function, by room."""
@@ -59,11 +65,15 @@ def kind_of(text: str) -> str:
 
     >>> kind_of("biased: the steps have finite length")
     'biased'
+    >>> kind_of("exact for linear models; else biased")
+    'exact or biased'
     >>> kind_of("``log_q`` is exact for any score")
     'exact'
     >>> kind_of("not a random sample")
     ''
     """
+    if re.search(r"\b(else|otherwise) biased", text, flags=re.IGNORECASE):
+        return "exact or biased"
     sentence = re.split(r"\.\s", text)[0]
     places = {kind: found.start() for kind, word in KINDS.items() if (found := re.search(word, sentence))}
     return min(places, key=places.__getitem__, default="")
