@@ -52,7 +52,8 @@ html_theme_options = {
     "pygments_dark_style": "monokai",
     "navbar_end": ["theme-switcher"],
 }
-ALONE = ("index", "getting_started", "concepts", "exact", "when_not", "benchmarks", "faq", "glossary", "changelog", "gallery/index")
-html_sidebars = {page: [] for page in ALONE}
+# Pages without pages below them have no side bar.
+alone = "index getting_started concepts exact when_not benchmarks faq glossary changelog gallery/index"
+html_sidebars = {page: [] for page in alone.split()}
 # Formulas become MathML, which browsers draw by themselves: reading the site needs no network either.
 html_math_renderer = "mathml"
