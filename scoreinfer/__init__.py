@@ -27,6 +27,7 @@ from scoreinfer.posterior import (
     save_score,
 )
 from scoreinfer.problem import Problem
+from scoreinfer.reweighing import bridge, reweigh, sensitivity
 
 try:
     __version__ = version("scoreinfer")
@@ -49,6 +50,7 @@ __all__ = [
     "ScorePrior",
     "ScoreSDE",
     "StateSpace",
+    "bridge",
     "calibrate",
     "calibration",
     "certify",
@@ -67,10 +69,12 @@ __all__ = [
     "nets",
     "paths",
     "process",
+    "reweigh",
     "samplers",
     "save_score",
     "score",
     "score_prior",
+    "sensitivity",
     "simulators",
     "to_arviz",
     "twin",

@@ -49,6 +49,7 @@ def to_arviz(
     num_chains: int = 1,
     resample: bool = True,
     log_likelihood: bool | Mapping[str, ArrayLike] = False,
+    log_prior: bool = False,
     predictive: bool = False,
     prior: int = 0,
     coords: Mapping[str, ArrayLike] | None = None,
@@ -57,7 +58,7 @@ def to_arviz(
     r"""Convert draws to an ArviZ `InferenceData` (ArviZ 0.x) or `DataTree` (ArviZ 1.x).
 
     Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_weight``, ``log_q``, ``lp``) and
-    ``observed_data``. ``log_q`` is NaN where ``lp`` is minus infinity. On request: ``log_likelihood``,
+    ``observed_data``. ``log_q`` is NaN where ``lp`` is minus infinity. On request: ``log_likelihood``, ``log_prior``,
     ``posterior_predictive``, ``prior`` and ``prior_predictive``. The attributes of ``posterior`` hold the versions, the
     `DrawInfo`, the certificate (``certificate_*``), and the ``renamed`` sites.
 
@@ -74,6 +75,7 @@ def to_arviz(
             are never resampled.
         log_likelihood: True adds the pointwise log likelihood of every observed site. A dictionary, as
             `numpyro.infer.log_likelihood(model, draws.sites, ...)` returns it (draw axis first), is added.
+        log_prior: add the log prior density of every latent site, as ``arviz.psense`` of ArviZ 1.x needs it.
         predictive: simulate one observation for every draw of the posterior group.
         prior: number of prior draws, each with one simulated observation. 0 means none.
         coords: coordinate values by dimension name, as in ArviZ.
@@ -84,7 +86,7 @@ def to_arviz(
 
     Raises:
         ValueError: if there are fewer draws than chains, or the problem cannot be simulated or has no pointwise
-            likelihood and the options need it; or if no draw has a positive weight.
+            likelihood or prior and the options need it; or if no draw has a positive weight.
 
     Exactness: consistent as the number of draws grows. Resampling adds Monte Carlo noise to the weighted batch.
 
@@ -107,6 +109,8 @@ def to_arviz(
     groups = _of_draws(draws, rows, num_chains)
     if log_likelihood is not False:
         groups["log_likelihood"] = _of_likelihood(draws, rows, num_chains, log_likelihood)
+    if log_prior:
+        groups["log_prior"] = _of_prior(draws, rows, num_chains)
     if predictive:
         problem = _simulable(draws, "predictive=True")
         simulated = _predict(problem, jax.random.split(for_data, num), draws.unconstrained[rows])
@@ -167,6 +171,15 @@ def _of_likelihood(
         )
     pointwise = _pointwise(problem, draws.unconstrained[rows], draws.observed)
     return _chains(pointwise, np.arange(len(rows)), num_chains)
+
+
+def _of_prior(draws: Draws, rows: np.ndarray, num_chains: int) -> Group:
+    """Compute the log prior density of every latent site."""
+    problem = draws.problem
+    if problem is None or problem.site_log_prior is None:
+        why = NO_PROBLEM if problem is None else "this problem has none"
+        raise ValueError(f"`log_prior=True` needs the prior densities of the sites: {why}.")
+    return _chains(_site_log_prior(problem, draws.unconstrained[rows]), np.arange(len(rows)), num_chains)
 
 
 def plot_sites(values: Values, pairs: bool) -> Any:
@@ -243,6 +256,13 @@ def _pointwise(problem: Problem, values: Float[Array, "num dim"], observed: Site
     assert problem.pointwise_log_likelihood is not None
     pointwise = problem.pointwise_log_likelihood
     return jax.lax.map(lambda z: pointwise(z, observed), values, batch_size=_BLOCK)
+
+
+@partial(jax.jit, static_argnums=0)
+def _site_log_prior(problem: Problem, values: Float[Array, "num dim"]) -> Sites:
+    """Compute the log prior density of every latent site at every draw."""
+    assert problem.site_log_prior is not None
+    return jax.lax.map(problem.site_log_prior, values, batch_size=_BLOCK)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -73,6 +73,8 @@ class Problem:
         is_foreign: whether the data come from a simulator outside JAX, whose runs are stored.
         pointwise_log_likelihood: log density of every observed value given ``z``, one array per observed site, in
             ArviZ's form for leave-one-out cross-validation. None means it is not known.
+        site_log_prior: log prior density of every latent site given ``z``, in the constrained space: without the log
+            determinants of the bijectors. None means it is not known.
         model: the NumPyro model that the problem was read from. None means there is none.
         observation: the known likelihood of the data given a foreign simulator's outputs, as a problem whose flat
             vector is the parameters followed by the outputs. None means there is no such likelihood.
@@ -96,6 +98,7 @@ class Problem:
     not_simulable: str = ""
     is_foreign: bool = False
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None = None
+    site_log_prior: Callable[[Float[Array, " dim"]], Sites] | None = None
     model: Callable | None = None
     observation: "Problem | None" = None
     recipe: "Callable[[], Problem] | None" = None

@@ -22,7 +22,7 @@ montecarlo
 model training arviz
 draws samplers
 simulators evidence paths
-posterior filters
+posterior filters reweighing
 mcmc
 calibration comparison
 __init__

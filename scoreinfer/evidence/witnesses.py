@@ -41,7 +41,7 @@ from scoreinfer.montecarlo.langevin import LogDensity
 from scoreinfer.montecarlo.moves import DifferenceMoves
 from scoreinfer.montecarlo.population import num_ancestors
 from scoreinfer.montecarlo.reference import AbstractReference
-from scoreinfer.montecarlo.tempering import KEPT_SHARE, advance, begin
+from scoreinfer.montecarlo.tempering import begin, walk
 from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, relative_weights, unseen_excess
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
 from scoreinfer.samplers.batches import Defence, mixed, spaced, weigh_places
@@ -52,8 +52,6 @@ MAX_DIM = 256
 """Largest dimension with tempering; moves along differences are too slow above. Chosen by judgement."""
 MIN_INFORMATIVE = 60.0
 """With fewer independent witnesses, tempering is repeated with three times as many moves. Chosen by judgement."""
-MAX_TEMPERATURES = 200
-"""Number of temperatures after which tempering fails. Chosen by judgement."""
 NUM_HELD = 512
 """Approximate number of witnesses that are weighed under the proposal. Chosen by judgement."""
 LEAST_EXCESS, MIN_FITTED, SHARES = math.log(2.0), 4, (0.1, 0.5)
@@ -114,15 +112,9 @@ def gather(key: Key, reference: AbstractReference, target: LogDensity, *, thorou
 def _temper(key: Key, reference: AbstractReference, target: LogDensity, first: FirstDraws, num_moves: int) -> Witnesses:
     key, for_first, *_ = keys_of(key)
     moves, power = DifferenceMoves(reference, target, np.array(num_moves)), first_power(first, NUM_WITNESSES)
-    drawn = begin(moves, resample_first(for_first, first, power, NUM_WITNESSES), power)
-    kept_share = np.array(1.0)  # first the copies of the same draws are moved apart
-    for _ in range(MAX_TEMPERATURES):
-        key, for_pass, *_ = keys_of(key)
-        drawn = advance(for_pass, moves, drawn, kept_share)
-        if float(drawn.power) == 1.0:
-            return Witnesses(drawn.values, num_ancestors(drawn.ancestors), first.num, float(drawn.log_evidence))
-        kept_share = np.array(KEPT_SHARE)
-    return Witnesses(drawn.values, 0.0, first.num, float(drawn.log_evidence))
+    drawn = walk(key, moves, begin(moves, resample_first(for_first, first, power, NUM_WITNESSES), power))
+    informative = num_ancestors(drawn.ancestors) if float(drawn.power) == 1.0 else 0.0
+    return Witnesses(drawn.values, informative, first.num, float(drawn.log_evidence))
 
 
 def hold_against(

@@ -138,6 +138,7 @@ class _Densities(NamedTuple):
     log_prior: Callable[[Float[Array, " dim"]], Float[Array, ""]]
     log_likelihood: Callable[[Float[Array, " dim"], Sites], Float[Array, ""]]
     pointwise_log_likelihood: Callable[[Float[Array, " dim"], Sites], Sites] | None
+    site_log_prior: Callable[[Float[Array, " dim"]], Sites]
 
 
 def _densities(parts: _Parts) -> _Densities:
@@ -149,6 +150,10 @@ def _densities(parts: _Parts) -> _Densities:
     def log_prior(z: Float[Array, " dim"]) -> Float[Array, ""]:
         terms = script.terms(parts.key, parts.layout.unflatten(z), parts.example)
         return sum_terms(terms, lambda name: name in prior)
+
+    def site_log_prior(z: Float[Array, " dim"]) -> Sites:
+        terms = script.terms(parts.key, parts.layout.unflatten(z), parts.example)
+        return {name: terms[name] for name in survey.latents if name in prior}
 
     def log_likelihood(z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         if not has_density:
@@ -162,7 +167,7 @@ def _densities(parts: _Parts) -> _Densities:
         terms = script.terms(parts.key, parts.layout.unflatten(z), y)
         return {name: terms[name] for name in parts.names}
 
-    return _Densities(log_prior, log_likelihood, pointwise_log_likelihood if has_density else None)
+    return _Densities(log_prior, log_likelihood, pointwise_log_likelihood if has_density else None, site_log_prior)
 
 
 class _Bijections(NamedTuple):

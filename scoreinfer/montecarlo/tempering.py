@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scoreinfer._keys import keys_of
 from scoreinfer._program import run_once
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.moves import AbstractMoves, Seen
@@ -31,6 +32,8 @@ from scoreinfer.montecarlo.resampling import next_power, systematic
 KEPT_SHARE = 0.7
 """Share of the effective sample size that a change of temperature keeps. Chosen by judgement: smaller shares make fewer
 temperatures, and noisier evidence."""
+MAX_TEMPERATURES = 200
+"""Number of temperatures after which tempering fails. Chosen by judgement."""
 
 
 class Tempered(NamedTuple):
@@ -95,6 +98,21 @@ def advance(key: Key, moves: AbstractMoves, particles: Tempered, kept_share: Flo
     population, power = cooled.population, cooled.power
     values, seen, adapted = moves.move(for_moves, power, cooled.values, cooled.seen, starts, cooled.adapted)
     return Tempered(population._replace(values=values), power, seen, adapted)
+
+
+def walk(key: Key, moves: AbstractMoves, particles: Tempered) -> Tempered:
+    """Move the particles apart, and advance to power 1, or as far as `MAX_TEMPERATURES` temperatures reach.
+
+    Exactness: as for `advance`.
+    """
+    kept_share = np.array(1.0)  # first the copies of the same draws are moved apart
+    for _ in range(MAX_TEMPERATURES):
+        key, for_pass, *_ = keys_of(key)
+        particles = advance(for_pass, moves, particles, kept_share)
+        if float(particles.power) == 1.0:
+            break
+        kept_share = np.array(KEPT_SHARE)
+    return particles
 
 
 @run_once

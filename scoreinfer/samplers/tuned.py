@@ -77,6 +77,19 @@ class AbstractMixture(AbstractDensityProposal):
         return context.log_density(z)
 
 
+class FittedMixture(AbstractMixture):
+    """A given mixture, for one observation.
+
+    Exactness: exact.
+    """
+
+    mixture: KernelEstimate
+
+    def context(self, target):
+        """Return the mixture."""
+        return self.mixture
+
+
 class TunedMixture(AbstractMixture, AbstractAdapted):
     """The mixture that was tuned to one observation.
 
