@@ -11,7 +11,7 @@ from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate
-from scoreinfer.filters import FilterCertificate, FilterRun, extend, filter, twin  # noqa: A004
+from scoreinfer.filters import FilterCertificate, FilterRun, extend, filter, smooth, twin  # noqa: A004
 from scoreinfer.mcmc import ScoreSDE, certify
 from scoreinfer.model import PhysicsPath, ScorePrior, StateSpace, check, from_numpyro, score_prior
 from scoreinfer.posterior import (
@@ -76,6 +76,7 @@ __all__ = [
     "score_prior",
     "sensitivity",
     "simulators",
+    "smooth",
     "to_arviz",
     "twin",
 ]

@@ -122,12 +122,12 @@ def to_arviz(
     named = {group: in_file_names(values) for group, values in groups.items() if values}
     pairs = [pair for group, values in named.items() for pair in zip(groups[group], values, strict=True)]
     renamed = {old: new for old, new in pairs if old != new}
-    data = _from_groups(named, coords, dims and {renamed.get(site, site): names for site, names in dims.items()})
+    data = from_groups(named, coords, dims and {renamed.get(site, site): names for site, names in dims.items()})
     data["posterior"].attrs.update(
-        _versions()
+        version_attributes()
         | {"num_draws": draws.num, "resampled": int(resample), "weighted": int(weighted and not resample)}
-        | _flatten(_fields(draws.info))
-        | _flatten(_fields(draws.certificate), "certificate_")
+        | flatten(_fields(draws.info))
+        | flatten(_fields(draws.certificate), "certificate_")
         | ({"renamed": "; ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {})
         | {"note": _NOTE}
     )
@@ -198,7 +198,7 @@ def plot_sites(values: Values, pairs: bool) -> Any:
     import arviz as az
 
     group = _chains(named_leaves(values), np.arange(len(jax.tree.leaves(values)[0])), 1)
-    data = _from_groups({"posterior": in_file_names(group)}, None, None)
+    data = from_groups({"posterior": in_file_names(group)}, None, None)
     if int(az.__version__.split(".")[0]) < 1:
         return az.plot_pair(data, marginals=True) if pairs else np.ravel(az.plot_posterior(data))
     plot = az.plot_pair if pairs else az.plot_dist
@@ -285,7 +285,7 @@ def _prior(problem: Problem, keys: Array) -> tuple[Values, Sites]:
     return jax.lax.map(one, keys, batch_size=_BLOCK)
 
 
-def _from_groups(groups: dict[str, dict[str, np.ndarray]], coords: Any, dims: Any) -> Any:
+def from_groups(groups: dict[str, dict[str, np.ndarray]], coords: Any, dims: Any) -> Any:
     """Build the container of the installed version of ArviZ."""
     import arviz as az
 
@@ -307,14 +307,14 @@ def _fields(record: Any) -> dict[str, Any]:
     return record._asdict()
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten to attributes that netCDF can store: text, numbers, vectors of numbers. None and tuples are left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if value is None or isinstance(value, tuple):  # a record within a record, such as `Certificate.basis`
             continue
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}_")
+            flat |= flatten(value, f"{prefix}{name}_")
             continue
         numeric = isinstance(value, bool | int | float | np.generic | np.ndarray | jax.Array) and np.ndim(value) <= 1
         if numeric and np.asarray(value).dtype.kind in "biuf":
@@ -326,7 +326,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _versions() -> dict[str, str]:
+def version_attributes() -> dict[str, str]:
     """Return the versions of the packages under ArviZ's attribute names."""
     found = versions()
     return {

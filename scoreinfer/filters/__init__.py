@@ -5,12 +5,14 @@ A filter moves an ensemble of states by the model's own transition, and puts one
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Predictive
 from scoreinfer.filters.certificate import FilterCertificate, certify
+from scoreinfer.filters.guided import GuidedFilter
 from scoreinfer.filters.jumps import Jumps
 from scoreinfer.filters.kalman import LETKF, EnKF
 from scoreinfer.filters.particle import BootstrapFilter
 from scoreinfer.filters.published import EnSF
 from scoreinfer.filters.run import FilterRun, extend, filter  # noqa: A004
 from scoreinfer.filters.score import ScoreFilter
+from scoreinfer.filters.smooth import smooth
 from scoreinfer.filters.taper import Locality, gaspari_cohn, grid, near
 from scoreinfer.filters.twins import Twins, twin
 
@@ -23,6 +25,7 @@ __all__ = [
     "EnSF",
     "FilterCertificate",
     "FilterRun",
+    "GuidedFilter",
     "Jumps",
     "Locality",
     "Members",
@@ -35,5 +38,6 @@ __all__ = [
     "gaspari_cohn",
     "grid",
     "near",
+    "smooth",
     "twin",
 ]

@@ -66,7 +66,8 @@ def _on_grid(log_likelihood, mean, variance, low, high):
     """Evaluate the log of the integrand on evenly spaced nodes."""
     u = low + (high - low) * jnp.linspace(0.0, 1.0, NUM_NODES, dtype=mean.dtype)[:, None]
     log_normal = -0.5 * ((u - mean) ** 2 / variance + jnp.log(variance) + LOG_2PI)
-    return u, jax.vmap(log_likelihood)(u) + log_normal
+    log_density = jax.vmap(log_likelihood)(u) + log_normal
+    return u, jnp.where(jnp.isfinite(log_density), log_density, -jnp.inf)  # a law that fails far out: no mass there
 
 
 def _narrowed(log_likelihood, mean, variance, low, high):

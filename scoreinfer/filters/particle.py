@@ -40,15 +40,18 @@ class BootstrapFilter(AbstractFilter):
     def forecast(self, key, memory, model, t0, t1, members, y):
         """Resample where the weights are uneven, then move."""
         for_rows, for_moves = jax.random.split(key)
-        return super().forecast(for_moves, memory, model, t0, t1, self._resampled(for_rows, members), y)
+        return super().forecast(
+            for_moves, memory, model, t0, t1, resampled(for_rows, members, self.scheme, self.least_share), y
+        )
 
     def analyse(self, key, memory, t, members, observed, y):
         """Multiply the weights by the likelihood."""
         log_likelihood = jax.vmap(observed.log_density, (None, 0, None))(t, members.x, y)
         return memory, Analysis(*weighed(members, log_likelihood), predict(observed, t, members))
 
-    def _resampled(self, key: Key, members: Members) -> Members:
-        """Resample the particles; the mean weight stays one."""
-        population = first_population(members.x, members.log_weight.size)._replace(log_weight=members.log_weight)
-        drawn, _ = resample(key, population, self.scheme, self.least_share)
-        return Members(drawn.values, drawn.log_weight)
+
+def resampled(key: Key, members: Members, scheme: Scheme, least_share: float) -> Members:
+    """Resample particles whose weights are uneven; the mean weight stays one."""
+    population = first_population(members.x, members.log_weight.size)._replace(log_weight=members.log_weight)
+    drawn, _ = resample(key, population, scheme, least_share)
+    return Members(drawn.values, drawn.log_weight)

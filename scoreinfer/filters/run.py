@@ -17,6 +17,7 @@ from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
 from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, EvidenceKind, Members, Predictive
 from scoreinfer.filters.cycle import Cycles, Now
+from scoreinfer.filters.to_arviz import to_arviz
 from scoreinfer.model.series import read_series
 from scoreinfer.model.states import Series, StateSpace
 
@@ -82,6 +83,10 @@ class FilterRun:
         members, num = self.analysis, self.now.members.log_weight.size
         centred = members._replace(x=(members.x - self.mean()[:, None]) ** 2)
         return jnp.sqrt(_moment(centred) * num / (num - 1))
+
+    def to_arviz(self, key: Key, **options: Any) -> Any:
+        """Convert the run to ArviZ groups. `scoreinfer.filters.to_arviz` lists the options and what it raises."""
+        return to_arviz(key, self, **options)
 
     def _shaped(self, members: Members) -> Members:
         return members._replace(x=members.x.reshape(*members.log_weight.shape, *self.series.model.shape))
@@ -154,7 +159,7 @@ def filter(  # noqa: A001 - the verb of the field
         now = cycle.begin(for_first, method, series.model, num_members, series.start)
         return cycle.run(for_cycles, method, series.model, now, ts, y)
 
-    now, cycles = _execute(whole, key, series.ts, series.y)
+    now, cycles = execute(whole, key, series.ts, series.y)
     return _checked(FilterRun(method, series, cycles, now, (model, site)))
 
 
@@ -178,7 +183,7 @@ def extend(key: Key, run: FilterRun, *args: Any, **kwargs: Any) -> FilterRun:
     """
     series, more = run.series, _more(run, args, kwargs)
     go_on = lambda key, now, ts, y: cycle.run(key, run.method, more.model, now, ts, y)  # noqa: E731
-    now, cycles = _execute(go_on, key, run.now, more.ts, more.y)
+    now, cycles = execute(go_on, key, run.now, more.ts, more.y)
     ts, y, joined = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b]), (series.ts, series.y, run.cycles), (more.ts, more.y, cycles)
     )
@@ -199,7 +204,7 @@ def _more(run: FilterRun, args: tuple, kwargs: dict[str, Any]) -> Series:
     return whole._replace(ts=whole.ts[num:], y=whole.y[num:])
 
 
-def _execute(function: Callable[..., Any], *args: Any) -> Any:
+def execute(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function by a program that is compiled once for all functions that do the same with other constants."""
     program = Program(function, *args)
     return _compiled(program, program.constants, *args)

@@ -143,10 +143,10 @@ def sweep(
         damping: share of the new site; the rest stays.
     """
     mean, variance = marginals(prior, sites)
-    return _matched(sites, mean, variance, log_likelihood, informed, damping)
+    return matched(sites, mean, variance, log_likelihood, informed, damping)
 
 
-def _matched(sites, mean, variance, log_likelihood, informed, damping):
+def matched(sites, mean, variance, log_likelihood, informed, damping):
     """Match the sites to the likelihoods, given the marginals."""
     cavity = jnp.maximum(1.0 / variance - sites.precision, LEAST_CAVITY / variance)
     centre = (mean / variance - sites.shift) / cavity
@@ -171,6 +171,6 @@ def propagate(
         propagation, which has no general bound.
     """
     none = jnp.zeros_like(prior.mean)
-    sites = _matched(Sites(none, none), prior.mean, prior.variance + prior.added, log_likelihood, informed, 1.0)
+    sites = matched(Sites(none, none), prior.mean, prior.variance + prior.added, log_likelihood, informed, 1.0)
     again = lambda _, sites: sweep(prior, sites, log_likelihood, informed, damping)  # noqa: E731
     return jax.lax.fori_loop(0, num_sweeps - 1, again, sites)

@@ -14,6 +14,7 @@ from numpyro.distributions.util import validate_sample
 
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key
+from scoreinfer.process.terms import drift_and_noise, from_diffrax, noise_scale
 
 
 class PhysicsPath(dist.Distribution):
@@ -75,6 +76,44 @@ class PhysicsPath(dist.Distribution):
         state = tuple(init_dist.event_shape)
         self.noise_scale = check_noise(noise_scale, (self.ts.shape[0] - 1, *state), "PhysicsPath")
         super().__init__((), (self.ts.shape[0], *state), validate_args=validate_args)
+
+    @classmethod
+    def from_diffrax(
+        cls, terms: Any, solver: Any, ts: Any, init_dist: Any, *, num_steps: int = 1, args: Any = None
+    ) -> "PhysicsPath":
+        """Make a path from the terms and the solver of a stochastic differential equation with additive noise.
+
+        A step solves the drift alone, and then adds the noise of the whole step, sqrt(diag(G G^T) (t_(k+1) - t_k)) e.
+
+        Args:
+            terms: ``MultiTerm(ODETerm(drift), ControlTerm(diffusion, path))`` of diffrax, with a Brownian path.
+            solver: a solver of diffrax for the drift.
+            ts: increasing times of the states, including the first state.
+            init_dist: distribution of the first state.
+            num_steps: steps of the solver from one time to the next.
+            args: the arguments of the vector fields.
+
+        Raises:
+            ValueError: if there is no noise, or it depends on the state or mixes components.
+            TypeError: if the terms are of another kind.
+
+        Exactness: draws and log density of the discrete path are exact. As a solution of the equation it is consistent
+            as the times become denser, of weak order one.
+        """
+        drift, noise = drift_and_noise(terms)
+        if noise is None:
+            raise ValueError(
+                "A path without noise has no density, and these terms are an ordinary differential equation. Add a "
+                "`ControlTerm`, or filter a `StateSpace` with `from_diffrax(terms, solver)` as its transition."
+            )
+        ts = check_times(ts, "PhysicsPath")
+        states = init_dist.sample(jax.random.key(0), (2,))
+        return cls(
+            from_diffrax(drift, solver, num_steps=num_steps, args=args),
+            noise_scale(noise, ts, states, args),
+            ts,
+            init_dist,
+        )
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:

@@ -3,6 +3,7 @@
 from scoreinfer.process.base import AbstractLinearSDE, AbstractProcess, Gaussian, LinearGaussian
 from scoreinfer.process.noising import VE, VP, AbstractSchedule, Angular, Noising, SubVP
 from scoreinfer.process.physics import Physics, PhysicsProcess
+from scoreinfer.process.terms import from_diffrax
 
 __all__ = [
     "VE",
@@ -17,4 +18,5 @@ __all__ = [
     "Physics",
     "PhysicsProcess",
     "SubVP",
+    "from_diffrax",
 ]

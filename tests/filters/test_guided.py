@@ -1,0 +1,69 @@
+"""The guided filter: exact weights for every law, and as good as the exact proposal where that is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import scoreinfer as si
+from filters.linear import AR1, PARTLY
+from filters.test_particle import LAWS, grid_answer, moments_off
+from scoreinfer.filters.guided import propose
+from scoreinfer.markov import Sees
+from scoreinfer.process.base import Gaussian
+
+PRECISE = PARTLY._replace(error=0.05)
+
+
+def test_moments_are_those_of_the_kalman_filter():
+    y = PRECISE.simulate(1, 8)
+    y[3] = np.nan
+    means, covs, log_evidence = PRECISE.kalman(y)
+    run = si.filter(jax.random.key(0), PRECISE.space(), method=si.filters.GuidedFilter(), num_members=4000, y=y)
+    assert moments_off(run, means, covs) < 5
+    assert float(run.log_evidence) == pytest.approx(log_evidence, abs=0.2)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_evidence_is_unbiased_for_every_law(name):
+    """The mean of exp(log evidence) over many runs of four particles, of one state and one observation."""
+    law, y, log_likelihood = LAWS[name]
+    truth = grid_answer(log_likelihood)[2]
+    space = si.StateSpace(dist.Normal(0.0, 1.0), lambda t0, t1, x: dist.Normal(0.9 * x, 0.6), law)
+    method = si.filters.GuidedFilter()
+
+    @jax.jit
+    def evidences(keys):
+        run = lambda key: si.filter(key, space, method=method, num_members=4, y=np.array([y])).log_evidence  # noqa: E731
+        return jax.lax.map(run, keys, batch_size=500)
+
+    ratio = np.exp(np.asarray(evidences(jax.random.split(jax.random.key(2), 4000)), np.float64) - truth)
+    error = ratio.std() / np.sqrt(4000)
+    assert abs(ratio.mean() - 1.0) < 5 * error and error < 0.02
+
+
+def test_proposal_is_the_exact_posterior_of_a_linear_observation():
+    observed = si.filter(
+        jax.random.key(0),
+        PRECISE.space(),
+        method=si.filters.GuidedFilter(),
+        num_members=3,
+        y=np.ones((1, 1)),
+    ).series.model.observed
+    assert observed.kinds == (Sees.LINEAR,)
+    mean, sd, y = np.array([0.3, -0.8]), np.array([0.4, 0.7]), np.array([0.9])
+    found = propose(observed, jnp.array(1.0), Gaussian(jnp.asarray(mean), jnp.asarray(sd)), jnp.asarray(y))
+    covariance = np.linalg.inv(np.diag(1 / sd**2) + PRECISE.see.T @ PRECISE.see / PRECISE.error**2)
+    expected = covariance @ (mean / sd**2 + PRECISE.see.T @ y / PRECISE.error**2)
+    np.testing.assert_allclose(found.mean, expected, atol=2e-3)
+    np.testing.assert_allclose(found.factor @ found.factor.T, covariance, atol=2e-3)
+    np.testing.assert_allclose(found.inverse @ found.factor, np.eye(2), atol=1e-3)
+    peak = found.log_density(found.mean)
+    assert float(peak) == pytest.approx(-np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(covariance)[1], abs=0.02)
+
+
+def test_models_without_gaussian_noise_are_refused():
+    space = si.StateSpace(AR1.space().initial, lambda key, t0, t1, x: x, AR1.space().observation)
+    with pytest.raises(ValueError, match="needs a transition with independent Gaussian noise"):
+        si.filter(jax.random.key(0), space, method=si.filters.GuidedFilter(), num_members=10, y=np.ones((2, 1)))
