@@ -26,7 +26,8 @@ nb_execution_cache_path = str(HERE / "_build" / "executed")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-suppress_warnings = ["mystnb.unknown_mime_type", "config.cache"]
+# "ref.python": two rooms may have a class of the same name, and signatures name it without its room.
+suppress_warnings = ["mystnb.unknown_mime_type", "config.cache", "ref.python"]
 
 # Docstrings are Google's, with single backticks for names.
 default_role = "py:obj"

@@ -67,6 +67,11 @@ MAIN = {
         "large states, nonlinear sight, model errors",
     ),
     "EnSF": ("the same, and 200 Euler steps", "comparison with published filters only"),
+    "GuidedPosterior.sample": (
+        "one guided path a draw, or as many as particles",
+        "a learned prior, any likelihood, no training",
+    ),
+    "score_prior": ("one flow a density", "a learned prior as a site under NUTS"),
     "ResampledPaths": ("as many paths a draw as particles", "what `resampled` uses"),
 }
 """Samplers and kernels that users choose between: cost, and when to use them."""
