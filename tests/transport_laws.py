@@ -25,7 +25,7 @@ from scoreinfer.process import (
     AbstractLinearSDE,
     AbstractProcess,
     Angular,
-    LinearGaussian,
+    CriticallyDamped,
     Noising,
     PhysicsProcess,
     SubVP,
@@ -90,34 +90,6 @@ class ProcessCase(NamedTuple):
         return jnp.arange(1.0, 4.0) if np.ndim(self.mean) == 0 else jnp.array([[1.0, 2.0, -1.5], [0.3, -0.4, 0.8]])
 
 
-class CriticallyDamped(AbstractLinearSDE):
-    """Critically damped Langevin diffusion, in position x and velocity v, states ``(2, dim)``.
-
-        dx = beta v / mass dt,      dv = -beta (x + friction v / mass) dt + sqrt(2 friction beta) dW,
-
-    with friction^2 = 4 mass. Then A = beta (N - friction / (2 mass)) with N^2 = 0, so exp(A t) is a polynomial times an
-    exponential. N(0, diag(1, mass)) is stationary. The velocity starts from N(0, start_share mass).
-
-    References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068, section 3.
-    """
-
-    beta: float = 4.0
-    mass: float = 0.25
-    start_share: float = 0.04
-
-    @property
-    def friction(self) -> float:
-        return 2.0 * self.mass**0.5
-
-    def marginal(self, t):
-        rate = self.friction / (2 * self.mass)
-        nilpotent = jnp.array([[rate, 1 / self.mass], [-1.0, -rate]])
-        mean = jnp.exp(-rate * self.beta * t) * (jnp.eye(2) + self.beta * t * nilpotent)
-        stationary = jnp.diag(jnp.array([1.0, self.mass]))
-        start = jnp.diag(jnp.array([0.0, self.start_share * self.mass]))
-        return LinearGaussian(mean, square_root(stationary + mean @ (start - stationary) @ mean.T))
-
-
 def linear_rate(t: Any, low: float = 0.1, high: float = 20.0, first: float = 1e-4) -> tuple[Any, Any]:
     """Compute beta at t and its integral up to t."""
     u = first + t * (1 - first)
@@ -142,8 +114,9 @@ def processes() -> dict[str, ProcessCase]:
     beta, integral = (lambda t, n=n: linear_rate(t)[n] for n in (0, 1))
     first, damped = float(integral(0.0)), CriticallyDamped()
     b, m, friction = damped.beta, damped.mass, damped.friction
-    rates = b * jnp.array([[0.0, 1 / m], [-1.0, -friction / m]])
-    push_of_velocity = jnp.diag(jnp.array([0.0, 2 * friction * b]))
+    rates = jnp.array([[0.0, 1 / m], [-1.0, -friction / m]])
+    push = jnp.diag(jnp.array([0.0, 2 * friction]))
+    faster = CriticallyDamped(growth=6.0, mass=0.4)
     keep, lost = np.exp(-0.5 * first), 1 - np.exp(-first)
     sub_noise = lambda t: beta(t) * (1 - jnp.exp(-2 * integral(t)))  # noqa: E731
     return {
@@ -152,7 +125,14 @@ def processes() -> dict[str, ProcessCase]:
         "VP": ProcessCase(Noising(VP()), lambda t: -0.5 * beta(t), beta, keep, lost),
         "sub-VP": ProcessCase(Noising(SubVP()), lambda t: -0.5 * beta(t), sub_noise, keep, lost**2),
         "critically damped": ProcessCase(
-            damped, lambda t: rates, lambda t: push_of_velocity, jnp.eye(2), jnp.diag(jnp.array([0.0, 0.04 * m]))
+            damped, lambda t: b * rates, lambda t: b * push, jnp.eye(2), jnp.diag(jnp.array([0.0, 0.04 * m]))
+        ),
+        "critically damped, faster": ProcessCase(
+            faster,
+            lambda t: (4.0 + 6.0 * t) * jnp.array([[0.0, 2.5], [-1.0, -2.5 * faster.friction]]),
+            lambda t: (4.0 + 6.0 * t) * jnp.diag(jnp.array([0.0, 2 * faster.friction])),
+            jnp.eye(2),
+            jnp.diag(jnp.array([0.0, 0.04 * 0.4])),
         ),
     }
 
