@@ -26,7 +26,7 @@ MADE = ROOT / "docs" / "_made"
 ROOMS = {
     "Models and data": ["model", "problem", "agreement", "simulators"],
     "Learning": ["posterior", "training", "nets", "score", "process", "bijections"],
-    "Drawing": ["samplers", "paths", "mcmc", "montecarlo", "filters", "markov", "draws"],
+    "Drawing": ["samplers", "paths", "mcmc", "montecarlo", "filters", "markov", "draws", "reweighing"],
     "Trusting": ["evidence", "calibration", "comparison", "arviz"],
     "Underneath": ["command", "errors", "files", "figures", "identity"],
 }
@@ -56,6 +56,9 @@ MAIN = {
     "PathPosterior.resampled": ("as many paths a draw as particles", "long or large paths"),
     "PathPosterior.reverse_sde": ("one backward path a draw", "comparison with published draws"),
     "PathPosterior.probability_flow": ("one backward path a draw", "comparison with published draws"),
+    "reweigh": ("one evaluation of both densities a draw", "a changed prior, likelihood or data"),
+    "bridge": ("a few hundred evaluations a draw", "a change too large for `reweigh`"),
+    "smooth": ("one density a path, member and time", "paths of a filter, given all data"),
     "BootstrapFilter": (
         "one transition a particle and time",
         "filtering up to about ten dimensions; unbiased evidence",

@@ -59,6 +59,17 @@ def test_howtos_run(path, room, tmp_path, monkeypatch):
     exec("\n".join(blocks(path)), room | {"y": y, "draws": draws})
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_gallery_lists_every_example(example):
+    assert f"`examples/{example.name}`" in (DOCS / "gallery" / "index.md").read_text()
+
+
+def test_thumbnails_exist_and_are_small():
+    pictures = re.findall(r"^:img-top: \.\./(\S+)", (DOCS / "gallery" / "index.md").read_text(), flags=re.MULTILINE)
+    assert len(pictures) >= 3
+    assert all((DOCS / picture).stat().st_size < 200_000 for picture in pictures)
+
+
 # --- what is made
 
 
