@@ -16,6 +16,7 @@
     python benchmarks/accuracy.py --suite cost
     python benchmarks/accuracy.py --suite single
     python benchmarks/accuracy.py --suite quick_start
+    python benchmarks/accuracy.py --suite filters
 
 The expected figures are in expected.json.
 """
@@ -585,12 +586,20 @@ def run_quick_start(args) -> Iterator[Row]:
             yield name, json.loads(done.stdout.splitlines()[-1])
 
 
+def run_filters(args) -> Iterator[Row]:
+    """Filters of Lorenz-96 beside rivals tuned in the same run (`filters.py`)."""
+    import filters
+
+    yield from filters.rows(lambda name: _chosen(name, args.tasks), first_seed=1000 + 100 * args.seed)
+
+
 SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
     "corners": run_corners, "reading": run_reading,
     "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
     "single": run_single, "quick_start": run_quick_start,
+    "filters": run_filters,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from scipy.stats import multivariate_normal, norm
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import interferometer
 import k2_24_velocities as k2_24
+import lorenz96_shocks as lorenz96
 import rainfall_runoff
 import toy_process_holzschuh2023 as toy
 
@@ -175,3 +176,28 @@ def test_rainfall_runoff_runs(tmp_path, catchment):
     assert "resumed: 1500 of 1500" in done.stdout
     for name in ("report.html", "posterior.nc", "hydrograph.png", "parameters.png"):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_lorenz96_errors_grow_as_they_should():
+    """Nearby states of Lorenz-96 with 40 variables part at the known rate: largest Lyapunov exponent 1.68."""
+    x = jax.lax.fori_loop(0, 2000, lambda _, x: lorenz96.advance(x), 3.0 * jax.random.normal(jax.random.key(0), (40,)))
+    v = jax.random.normal(jax.random.key(1), (40,))
+
+    def step(state, _):
+        x, v = jax.jvp(lorenz96.advance, state[:1], state[1:])
+        size = jnp.linalg.norm(v)
+        return (x, v / size), jnp.log(size)
+
+    (_, growth) = jax.lax.scan(step, (x, v / jnp.linalg.norm(v)), length=20_000)
+    assert growth[1000:].mean() / lorenz96.STEP == pytest.approx(1.68, abs=0.15)
+
+
+@pytest.mark.slow
+def test_lorenz96_runs(tmp_path):
+    """Filtered three times, tried on twins, certified, drawn."""
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        [sys.executable, lorenz96.__file__, "--smoke", "--output-dir", str(tmp_path)], capture_output=True, text=True,
+        check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "ScoreFilter: " in done.stdout and (tmp_path / "lorenz96_shocks.png").stat().st_size > 1000

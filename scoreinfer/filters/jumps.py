@@ -8,9 +8,11 @@ beta_0 = 0. With the scalar evidences
 of the points near i, tapered, the weights of the scales at i are p_i(k), proportional to pi_k exp(sum_j rho_ij l_jk).
 The variance added at i is sum_k p_i(k) beta_k^2. Then pi moves towards the mean of p over the points that are informed.
 
-*Sparse*: at first all scales but 0 have tiny weights. Where observations say nothing of small noise, the evidences are
-flat, p stays pi, and next to nothing is added. Where noise is real, the sum of evidences of one analysis outweighs any
-tiny weight, and pi grows within some analyses.
+*Sparse*: at first all scales but 0 have tiny weights, and as long as pi_0 is near one, noise is added only at points
+whose own p_i(0) is not. Where observations say nothing of small noise, the evidences are flat, p stays pi, and nothing
+is added: noise of any size blurs the correlations of a small ensemble. Where noise is real, the evidences of one
+analysis outweigh any tiny weight. Then pi_0 falls, and noise is added everywhere by its weights, also at points of
+which the observations say little at that time.
 
 The scales are multiples of each component's standard deviation over members and time so far (its climate).
 
@@ -79,7 +81,8 @@ class Jumps(eqx.Module):
         first_weight: weight of each of them before the first analysis.
         rate: how far pi moves in one analysis.
         least: pi_k never falls below this share of its first value.
-        sure: nothing is added at a point where the scale 0 has this weight or more.
+        right: the model counts as right while the scale 0 has this weight pi_0 or more.
+        sure: then nothing is added at a point where the scale 0 has this weight p_i(0) or more.
 
     Good values: the defaults. With ``first_weight`` of .02 and more, forecasts whose observations are vague are
         inflated without need (Lorenz-96, linear, .22 instead of .19).
@@ -89,6 +92,7 @@ class Jumps(eqx.Module):
     first_weight: float = eqx.field(static=True, default=1e-3)
     rate: float = eqx.field(static=True, default=0.05)
     least: float = eqx.field(static=True, default=0.1)
+    right: float = eqx.field(static=True, default=0.98)
     sure: float = eqx.field(static=True, default=0.9)
 
     @property
@@ -133,7 +137,8 @@ class Jumps(eqx.Module):
         pooled = _pooled(jnp.where(informed, evidence, 0.0), prior.locality)
         share = jax.nn.softmax(error.log_weight[:, None] + pooled, axis=0)
         seen = jnp.where(informed, share, 0.0).sum(1) / jnp.maximum(informed.sum(), 1)
-        added = jnp.where(share[0] < self.sure, (share * scales).sum(0), 0.0)
+        sparse = (error.log_weight[0] >= jnp.log(self.right)) & (share[0] >= self.sure)
+        added = jnp.where(sparse, 0.0, (share * scales).sum(0))
         return error._replace(log_weight=self._learned(error.log_weight, seen)), added
 
     def _learned(self, log_weight, seen):

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
 from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.jumps import Error, Jumps, white_noise
+from scoreinfer.filters.mixture import analyse_mixture
 from scoreinfer.filters.sites import Prior, Sites, marginals, propagate
 from scoreinfer.filters.taper import Locality, everywhere
 from scoreinfer.filters.transform import transform
@@ -93,14 +94,17 @@ class ScoreFilter(AbstractFilter):
         jumps: the scale mixture of the model's error; None for a model without errors.
         num_sweeps: sweeps of expectation propagation. One is exact for normal likelihoods of components.
         damping: share of the new sites in every sweep but the first.
+        bandwidth: h of a Gaussian mixture around the members, for states of few components; 1 is one Gaussian.
 
     Raises:
-        ValueError: if ``locality`` has another number of points than the state, or an entry sees several components.
+        ValueError: if ``locality`` has another number of points than the state, ``bandwidth`` is not in (0, 1], or it
+            is below 1 beside a locality.
 
     Exactness: without ``locality``, ``jumps`` and inflation, exact for linear Gaussian models as the ensemble grows.
         Otherwise biased: the forecast is taken as Gaussian, distant correlations as zero, and the model's error as
         known once it is inferred. Given these, marginals are the posterior's to the accuracy of expectation
-        propagation. The evidence conditions each entry on those before it in its block (Vecchia 1988).
+        propagation. The evidence conditions each entry on those before it in its block (Vecchia 1988). As ``bandwidth``
+        falls while the ensemble grows, without inflation and jumps: consistent.
 
     Good values: the defaults. The radius of the blocks is the one thing to choose: as far as the ensemble can tell
         correlations from noise. On Lorenz-96 with 20 members that is 12.
@@ -116,10 +120,16 @@ class ScoreFilter(AbstractFilter):
     jumps: Jumps | None = Jumps()
     num_sweeps: int = eqx.field(static=True, default=2)
     damping: float = eqx.field(static=True, default=0.8)
+    bandwidth: float = eqx.field(static=True, default=1.0)
 
     def check(self, model):
-        """Refuse a locality of another state."""
+        """Refuse a locality of another state, and a mixture beside a locality."""
         super().check(model)
+        if not 0.0 < self.bandwidth <= 1.0 or (self.bandwidth < 1.0 and self.locality is not None):
+            raise ValueError(
+                f"`bandwidth` must be in (0, 1], and 1 beside a `locality`, got {self.bandwidth:g}: a mixture weighs "
+                "whole states, and of states of many components one takes all the weight. Leave one of the two out."
+            )
         num = read_points(model.observed, model.dim).num
         if self.locality is not None and self.locality.num != num:
             raise ValueError(
@@ -154,9 +164,18 @@ class ScoreFilter(AbstractFilter):
         predictive = self.foresee(memory, t, members, observed)
         members = inflated(members, self.inflation)
         memory, prior, anomalies = self._with_error(key, memory, t, members, observed, points, likelihoods)
-        sites = propagate(prior, *likelihoods, num_sweeps=self.num_sweeps, damping=self.damping)
-        x = transform(prior, sites, anomalies)[:, : points.dim]
-        return memory, Analysis(members._replace(x=x), evidence(prior, sites, likelihoods), predictive)
+
+        def fit(prior: Prior) -> tuple[Sites, Float[Array, ""]]:
+            sites = propagate(prior, *likelihoods, num_sweeps=self.num_sweeps, damping=self.damping)
+            return sites, evidence(prior, sites, likelihoods)
+
+        if self.bandwidth < 1.0:
+            noisy = dataclasses.replace(prior, anomalies=anomalies, added=jnp.zeros_like(prior.added))
+            x, log_evidence = analyse_mixture(jax.random.fold_in(key, 1), noisy, self.bandwidth, fit)
+        else:
+            sites, log_evidence = fit(prior)
+            x = transform(prior, sites, anomalies)
+        return memory, Analysis(members._replace(x=x[:, : points.dim]), log_evidence, predictive)
 
     def _with_error(self, key, memory, t, members, observed, points, likelihoods):
         """Infer the model's error; return the prior, and the members less their mean, noise included."""

@@ -7,6 +7,7 @@ References: Talagrand et al. 1997, ECMWF workshop on predictability (rank histog
 1804.06788 (calibration by simulation).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
 from scoreinfer.filters.base import AbstractFilter, Members
-from scoreinfer.model.states import Series, StateSpace, read_space
+from scoreinfer.model.series import read_series
+from scoreinfer.model.states import Series, StateSpace
 
 LEVEL = 0.9
 """Nominal coverage."""
@@ -70,7 +72,7 @@ class Twins(NamedTuple):
         low, high = self.interval
         found = (
             f"90 % intervals hold {100 * self.coverage.mean():.0f} % of the truths ({100 * low:.0f} to "
-            f"{100 * high:.0f} %) and spread is {self.ratio:.2f} times the error, in {len(self.error)} worlds"
+            f"{min(100 * high, 100):.0f} %) and spread is {self.ratio:.2f} times the error, in {len(self.error)} worlds"
         )
         return found if self.certified else f"{found}: outside of 87 to 93 % or .9 to 1.15"
 
@@ -94,26 +96,27 @@ def simulate(key: Key, series: Series) -> tuple[Float[Array, "times dim"], Float
 
 def twin(
     key: Key,
-    space: StateSpace,
-    *,
+    model: Callable[..., Any] | StateSpace,
+    site: str | None = None,
+    *args: Any,
     method: AbstractFilter,
     num_members: int,
-    y: Any,
-    ts: Any = None,
     num_experiments: int = 20,
     spin_up: int = 0,
+    **kwargs: Any,
 ) -> Twins:
     """Filter worlds that the model simulates, and compare the members with the truths.
 
     Args:
         key: random key.
-        space: the state-space model.
+        model: the NumPyro model, or a state space, as `filter` takes it.
+        site: the site of the state.
+        *args: the model's arguments.
         method: the method.
         num_members: number of members.
-        y: observations; only their times, shape and missing entries matter.
-        ts: times of the observations.
         num_experiments: number of worlds.
         spin_up: observations that do not count.
+        **kwargs: the model's keyword arguments. Of observations, only times, shape and missing entries matter.
 
     Returns:
         Coverage, spread and error in every world.
@@ -124,7 +127,7 @@ def twin(
     Exactness: a filter that draws from the posterior covers 90 % up to chance, for any number of equally weighted
         members.
     """
-    series = read_space(space, y, ts)
+    series = read_series(model, site, args, kwargs)
     method.check(series.model)
     if num_experiments < 2 or spin_up >= series.ts.size:
         raise ValueError(

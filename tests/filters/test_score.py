@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from scipy import stats
 
 import scoreinfer as si
 from compilations import Compilations
@@ -138,3 +139,42 @@ def test_more_steps_lead_the_published_filter_back_to_the_forecast():
         run = si.filter(jax.random.key(0), single, method=method, num_members=400, y=jnp.array([2.0]))
         found.append(float(run.mean()[0] - run.forecast.x.mean()))
     assert abs(found[1]) < 0.15 < found[0]
+
+
+# --- the mixture
+
+
+def test_a_narrow_mixture_finds_two_modes_that_one_gaussian_cannot():
+    """Members from two lobes, y = x^2 / 4 with noise: each lobe keeps its share, and the evidence is the exact one."""
+    lobes = si.StateSpace(
+        dist.Normal(0.0, 1.0),
+        lambda t0, t1, x: dist.MixtureSameFamily(
+            dist.Categorical(jnp.array([0.3, 0.7])), dist.Normal(jnp.array([-2.0, 2.0]), 0.5)
+        ),
+        lambda t, x: dist.Normal(0.25 * x**2, 0.3),
+    )
+    x = np.linspace(-6.0, 6.0, 4001)
+    prior = 0.3 * stats.norm.pdf(x, -2, 0.5) + 0.7 * stats.norm.pdf(x, 2, 0.5)
+    weight, num = prior * stats.norm.pdf(1.4, 0.25 * x**2, 0.3), 600
+    exact, log_evidence = np.average(np.abs(x), weights=weight), np.log(weight.sum() * (x[1] - x[0]))
+    found = {}
+    for bandwidth in (1.0, 0.1):
+        method = si.filters.ScoreFilter(inflation=1.0, jumps=None, bandwidth=bandwidth)
+        run = si.filter(jax.random.key(0), lobes, method=method, num_members=num, y=jnp.array([1.4]))
+        found[bandwidth] = np.asarray(run.analysis.x[0]), float(run.log_evidence)
+    members, evidence = found[0.1]
+    assert abs((members > 0).mean() - 0.7) < 5 * np.sqrt(0.7 * 0.3 / num) + 0.02
+    assert abs(np.abs(members).mean() - exact) < 5 * np.abs(members).std() / np.sqrt(num)
+    assert evidence == pytest.approx(log_evidence, abs=0.1)
+    gaussian = np.abs(found[1.0][0])
+    assert abs(gaussian.mean() - exact) > 5 * gaussian.std() / np.sqrt(num), (gaussian.mean(), exact)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 1.2])
+def test_bandwidths_out_of_range_are_refused(bandwidth):
+    for method in (
+        si.filters.ScoreFilter(bandwidth=bandwidth),
+        si.filters.ScoreFilter(grid((6,), 1.0), bandwidth=0.5),
+    ):
+        with pytest.raises(ValueError, match="`bandwidth` must be in"):
+            si.filter(jax.random.key(0), space(normal), method=method, num_members=20, y=np.zeros((2, 6)))
