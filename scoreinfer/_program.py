@@ -171,7 +171,8 @@ def digest_array(value: Any) -> str:
     if is_traced(value):
         return str(value)
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
+        with jax.ensure_compile_time_eval():  # also inside jit
+            value = jax.random.key_data(value)
     value = np.asarray(value)
     return f"{value.dtype}{value.shape}{_hash(value.tobytes())}"
 

@@ -14,7 +14,10 @@ import pytest
 from numpyro import handlers
 from scipy.stats import multivariate_normal, norm
 
+import scoreinfer as si
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import coal_disasters
 import interferometer
 import k2_24_velocities as k2_24
 import lorenz96_shocks as lorenz96
@@ -115,6 +118,17 @@ def test_the_grid_of_positions_is_exact():
     for number, share in truth.shares.items():
         found = likelihood[(numbers == number).all(1)].sum() / likelihood.sum()
         assert found == pytest.approx(share, abs=5 * np.sqrt((share * (1 - share) + 1e-6) / ess) + 1e-3)
+
+
+def test_the_grid_of_rates_agrees_with_particles():
+    """Log evidence of the counts, and the filtered mean of the last year, which is the smoothed one too."""
+    log_evidence, mean, sd = coal_disasters.exact(coal_disasters.COUNTS, 0.2)
+    run = si.filter(
+        jax.random.key(0), coal_disasters.model, "level", coal_disasters.COUNTS, 0.2,
+        method=si.filters.GuidedFilter(), num_members=4000,
+    )  # fmt: skip
+    assert float(run.log_evidence) == pytest.approx(log_evidence, abs=0.25)
+    assert float(run.mean()[-1]) == pytest.approx(mean[-1], abs=0.1 * sd[-1])
 
 
 # --- rainfall and runoff

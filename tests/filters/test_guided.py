@@ -31,7 +31,7 @@ def test_evidence_is_unbiased_for_every_law(name):
     law, y, log_likelihood = LAWS[name]
     truth = grid_answer(log_likelihood)[2]
     space = si.StateSpace(dist.Normal(0.0, 1.0), lambda t0, t1, x: dist.Normal(0.9 * x, 0.6), law)
-    method = si.filters.GuidedFilter()
+    method = si.filters.GuidedFilter(defence=0.3)
 
     @jax.jit
     def evidences(keys):

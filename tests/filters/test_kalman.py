@@ -1,11 +1,14 @@
 """Ensemble Kalman filters: the Kalman limit, tapers, inflation, gradients."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import linalg
 
 import scoreinfer as si
 from filters.linear import AR1, PARTLY, TURN
+from scoreinfer.filters.spectral import inverse_and_root
 
 NUM = 4000
 METHODS = [si.filters.EnKF(), si.filters.LETKF()]
@@ -27,3 +30,16 @@ def test_kalman_limit(linear, method):
     assert np.abs((np.asarray(run.mean()) - means) / sd).max() < 5 * np.sqrt(3 / NUM)
     assert np.abs((found - covs) / scale).max() < 5 * np.sqrt(3 / NUM)
     assert float(run.log_evidence) == pytest.approx(log_evidence, abs=5 * np.sqrt(10 / NUM))
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0, 1.0), (0.5, 2.0, 2.0), (0.3, 1.0, 7.0)])
+def test_roots_have_gradients_where_eigenvalues_coincide(values):
+    """Against differences of SciPy's functions in double precision, in a direction that splits the eigenvalues."""
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
+    matrix, change = turn @ np.diag(values) @ turn.T, np.array([[0.2, 0.5, 0.1], [0.5, -0.3, 0.4], [0.1, 0.4, 0.6]])
+    found = jax.jvp(inverse_and_root, (jnp.asarray(matrix, jnp.float32),), (jnp.asarray(change, jnp.float32),))
+    exact = lambda m: (np.linalg.inv(m), np.linalg.inv(linalg.sqrtm(m)))  # noqa: E731
+    ends = [exact(matrix + step * change) for step in (-1e-5, 1e-5)]
+    for value, slope, truth, low, high in zip(*found, exact(matrix), *ends, strict=True):
+        np.testing.assert_allclose(value, truth, atol=1e-4)
+        np.testing.assert_allclose(slope, (high - low) / 2e-5, atol=1e-2)
