@@ -17,6 +17,7 @@
     python benchmarks/accuracy.py --suite single
     python benchmarks/accuracy.py --suite quick_start
     python benchmarks/accuracy.py --suite filters
+    python benchmarks/accuracy.py --suite priors
 
 The expected figures are in expected.json.
 """
@@ -547,6 +548,15 @@ def run_trust(args) -> Iterator[Row]:
             yield name, figures()
 
 
+def run_priors(args) -> Iterator[Row]:
+    """Guide scores by likelihoods, weigh the draws exactly: linear Gaussian, mixtures, critically damped diffusion."""
+    import priors
+
+    for name, figures in priors.rows(args.seed):
+        if _chosen(name, args.tasks):
+            yield name, figures()
+
+
 def run_cost(args) -> Iterator[Row]:
     """Memory of physics in reverse: flat in the window and the number of steps, linear in the size of the state."""
     import cost
@@ -597,7 +607,7 @@ SUITES: dict[str, Callable] = {
     "oracles": run_oracles, "untrained": run_untrained, "sbibm": run_sbibm, "multimodal": run_multimodal,
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
     "corners": run_corners, "reading": run_reading,
-    "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust,
+    "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust, "priors": run_priors,
     "single": run_single, "quick_start": run_quick_start,
     "filters": run_filters,
 }  # fmt: skip

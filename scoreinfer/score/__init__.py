@@ -5,6 +5,7 @@ from scoreinfer.score.base import AbstractScore, Moments
 from scoreinfer.score.ensemble import LocalGaussianScore, PublishedScore, ShrunkenMixtureScore
 from scoreinfer.score.guidance import AbstractGuidance, MomentMatched, Published, Steered
 from scoreinfer.score.likelihood import AbstractLikelihood, DensityLikelihood, GaussianLikelihood, SiteLikelihood
+from scoreinfer.score.local import LocalScore
 from scoreinfer.score.network import NeuralScore, Unconditional
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianLikelihood",
     "GaussianScore",
     "LocalGaussianScore",
+    "LocalScore",
     "MixtureScore",
     "MomentMatched",
     "Moments",

@@ -24,7 +24,7 @@ from scoreinfer.score.base import AbstractScore, Level, Moments, State, positive
 from scoreinfer.score.likelihood import AbstractLikelihood, GaussianLikelihood
 from scoreinfer.score.solve import conjugate_gradients
 
-MAX_DENSE = 64
+MAX_DENSE = 80
 """Most components of x, or predictors, whose covariance is a matrix: an eigendecomposition of this size takes about a
 millisecond. Chosen by judgement."""
 

@@ -1,0 +1,73 @@
+"""Local scores: the score of a long path from the score of short windows of it.
+
+For a Markov process, what is seen of one time depends on distant times little, once the times between are seen. So the
+denoiser of a state is taken from the window of 2 k + 1 times around it; states near an end use the outermost window.
+
+References: Rozet and Louppe 2023, arXiv 2306.10574, section 3.1 and algorithm 2.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreinfer.score.base import AbstractScore
+
+
+class LocalScore(AbstractScore):
+    """The score of a path, folded from the score of windows.
+
+    All windows share one score, so the process must be stationary, and states must be in units in which all times have
+    the same scale.
+
+    Args:
+        window: score of a flat window, ``(2 k + 1) dim`` numbers.
+        k: half-width of the window, in times.
+        dim: number of components of a state.
+
+    Raises:
+        ValueError: by ``denoise``, if the path is shorter than a window, or no whole number of states.
+
+    Exactness: biased: a state's denoiser sees its window alone. Consistent as k grows: a window as long as the path
+        gives the path's own score.
+
+    >>> from scoreinfer.score import GaussianScore
+    >>> local = LocalScore(GaussianScore(jnp.zeros(3), jnp.eye(3)), k=1, dim=1)
+    >>> local.denoise(jnp.array(1.0), jnp.array([2.0, 4.0, 6.0, 8.0, 10.0])).tolist()  # independent times: x / 2
+    [1.0, 2.0, 3.0, 4.0, 5.0]
+    """
+
+    window: AbstractScore
+    k: int = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+
+    def denoise(self, level, x, y=None):
+        """Compute the centre of every window's denoiser, and the outer states of the first and the last."""
+        rows = windows(x.reshape(self._num_times(x), self.dim), self.k)
+        denoised = jax.vmap(lambda row: self.window.denoise(level, row, y))(rows.reshape(len(rows), -1))
+        return self._folded(denoised)
+
+    def moments(self, level, x, y=None):
+        """Compute the denoiser, and the windows' own variances."""
+        rows = windows(x.reshape(self._num_times(x), self.dim), self.k)
+        mean, variance = jax.vmap(lambda row: self.window.moments(level, row, y))(rows.reshape(len(rows), -1))
+        return self._folded(mean), self._folded(variance)
+
+    def _folded(self, rows: Float[Array, "windows length"]) -> Float[Array, " path"]:
+        rows = rows.reshape(len(rows), 2 * self.k + 1, self.dim)
+        return jnp.concatenate([rows[0, : self.k], rows[:, self.k], rows[-1, self.k + 1 :]]).reshape(-1)
+
+    def _num_times(self, x: Float[Array, " path"]) -> int:
+        num, rest = divmod(x.size, self.dim)
+        if rest or num < 2 * self.k + 1:
+            raise ValueError(
+                f"A window of {2 * self.k + 1} times, each of {self.dim} numbers, needs a path at least as long, and a "
+                f"whole number of states; got {x.size} numbers. Use a smaller `k`."
+            )
+        return num
+
+
+def windows(path: Float[Array, "times dim"], k: int) -> Float[Array, "windows length dim"]:
+    """Cut a path into all its windows of 2 k + 1 times: what a window's score is trained on."""
+    starts = jnp.arange(len(path) - 2 * k)
+    return path[starts[:, None] + jnp.arange(2 * k + 1)]
