@@ -140,10 +140,10 @@ def mixture(seed: int, dim: int, num_rows: int) -> Mixture:
     return Mixture(score, seen, shares / shares.sum(), means + residual @ gain.T, np.eye(dim) - gain @ rows)
 
 
-def mixture_figures(seed: int, dim: int, num_rows: int, num: int = 2048, num_particles: int = 1, others: bool = True):
+def mixture_figures(seed: int, dim: int, num_rows: int, num: int = 512, num_particles: int = 8, others: bool = True):
     """Mode weights and sliced distances, weighted and not, beside exact draws and the published forms."""
     case, rng, process = mixture(seed, dim, num_rows), np.random.default_rng(seed), Noising(VE(0.02, 100.0))
-    exact = case.exact(rng, 4 * num)
+    exact = case.exact(rng, 8192)
     floor = case.exact(rng, num)
 
     def sampled(guide, num_particles=1):
@@ -233,6 +233,6 @@ def rows(seed: int) -> Iterator:
     for num_rows in (1, 2, 4):
         yield (
             f"mixture_80/{num_rows}/0",
-            partial(mixture_figures, seed, 80, num_rows, num=512, num_particles=8, others=False),
+            partial(mixture_figures, seed, 80, num_rows, others=False),
         )
     yield "critically_damped", lambda: damped(seed)
