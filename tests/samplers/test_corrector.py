@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from laws import standard_errors
 from scoreinfer.process import VE, Noising
 from scoreinfer.samplers.corrector import FunctionScore, PredictorCorrector, line_integral
 from scoreinfer.score import MixtureScore
@@ -42,3 +43,20 @@ def test_corrections_mend_a_coarse_predictor(num_corrections, right):
     own, theirs = functions(x), functions(exact)
     far = np.abs(own.mean(0) - theirs.mean(0)) / np.sqrt(own.var(0) / num + theirs.var(0) / len(exact))
     assert (far.max() < 5) == right
+
+
+def test_long_moves_leave_a_level_invariant():
+    """Moves of 1.5 squared levels nearly double the variance of a component where every one is accepted."""
+    level, num = jnp.array(0.5), 20_000
+    rng = np.random.default_rng(1)
+    which = rng.choice(2, size=num, p=np.asarray(WEIGHTS))
+    noise = np.sqrt(np.asarray(SCALES)[which] ** 2 + 0.25) * rng.normal(size=num)
+    start = jnp.asarray(np.asarray(MEANS)[which] + noise[:, None], jnp.float32)
+    sampler, keys = PredictorCorrector(COARSE, 6, 6, step=1.5), jax.random.split(jax.random.key(2), num)
+    end = jax.jit(jax.vmap(lambda key, x: sampler.correct(key, MIXTURE, level, x)))(keys, start)
+    assert (jnp.abs(end - start) > 0).mean() > 0.9
+
+    def functions(x):
+        return np.concatenate([x, x**2, x**3, np.cos(3 * x)], 1, dtype=np.float64)
+
+    assert standard_errors(functions(end) - functions(start)) < 5
