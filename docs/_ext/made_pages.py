@@ -83,7 +83,6 @@ ALL_ROOMS = {room for group in ROOMS.values() for room in group}
 
 def make_pages(app: Sphinx) -> None:
     """Write all pages."""
-    MADE.mkdir(exist_ok=True)
     made = {"exact.md": exact_table(), "samplers.md": samplers_table(), "benchmarks.md": benchmark_tables()}
     for page, text in made.items():
         _write(MADE / page, text)
@@ -96,6 +95,7 @@ def make_pages(app: Sphinx) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a page if it has changed, so that Sphinx reads only what is new."""
+    path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 

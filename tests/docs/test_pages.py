@@ -19,6 +19,7 @@ from docstrings import kind_of, rooms, statements
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+STATEMENTS = list(statements(ROOT / "scoreinfer"))
 HOWTOS = sorted(path for path in (DOCS / "howto").glob("*.md") if path.stem != "index")
 
 
@@ -74,7 +75,7 @@ def test_thumbnails_exist_and_are_small():
 
 
 def test_every_room_has_statements_of_exactness():
-    found = {statement.room: statement for statement in statements(ROOT / "scoreinfer")}
+    found = {statement.room: statement for statement in STATEMENTS}
     assert {"samplers", "mcmc", "paths", "posterior", "evidence", "montecarlo"} <= found.keys()
 
 
@@ -89,7 +90,7 @@ def test_every_room_has_statements_of_exactness():
     ],
 )
 def test_statements_are_sorted_by_their_first_sentence(name, kind):
-    (found,) = [statement for statement in statements(ROOT / "scoreinfer") if statement.name == name]
+    (found,) = [statement for statement in STATEMENTS if statement.name == name]
     assert found.kind == kind
 
 
