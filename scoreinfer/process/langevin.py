@@ -12,7 +12,7 @@ z = 2 k r, a transition has the mean and covariance
 
 with P the regularised lower incomplete gamma function: 1 - exp(-z) (1 + z + z^2 / 2) without its cancellation.
 
-References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068, section 3 and appendix B.1 (the covariance in another
+References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (the covariance in another
 form).
 """
 
@@ -36,7 +36,7 @@ class CriticallyDamped(AbstractLinearSDE):
 
     Exactness: exact, at any length of a step.
 
-    Good values: those of Dockhorn et al. 2021, section 5, for draws of unit variance.
+    Good values: those of Dockhorn et al. 2021, for draws of unit variance.
 
     >>> damped = CriticallyDamped()
     >>> damped.transition(jnp.array(0.0), jnp.array(9.0)).covariance.diagonal().round(3).tolist()  # stationary

@@ -1,6 +1,24 @@
-"""Samplers: learned proposals that give every draw an exact importance weight."""
+"""Samplers: learned and guided proposals that give every draw an exact importance weight."""
 
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
+from scoreinfer.samplers.corrector import FunctionScore, PredictorCorrector
 from scoreinfer.samplers.diffusion import ProbabilityFlow, ReverseSDE
+from scoreinfer.samplers.splitting import SymmetricSplitting
+from scoreinfer.samplers.terms import LevelScore, flow_terms, reverse_terms
+from scoreinfer.samplers.twisted import Twisted, TwistedNoise
 
-__all__ = ["AbstractProposal", "ProbabilityFlow", "ReverseSDE", "Target", "Weighted"]
+__all__ = [
+    "AbstractProposal",
+    "FunctionScore",
+    "LevelScore",
+    "PredictorCorrector",
+    "ProbabilityFlow",
+    "ReverseSDE",
+    "SymmetricSplitting",
+    "Target",
+    "Twisted",
+    "TwistedNoise",
+    "Weighted",
+    "flow_terms",
+    "reverse_terms",
+]

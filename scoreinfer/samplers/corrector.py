@@ -7,8 +7,8 @@ ratio of densities comes from the score by a line integral,
 
 with Gauss-Legendre nodes. No density is needed; a score that is no gradient gives a ratio that depends on the path.
 
-References: Song et al. 2021, arXiv 2011.13456, algorithm 1 (predictor and corrector); Sjoberg et al. 2024, arXiv
-2306.05408 (Metropolis corrections by line integrals).
+References: Song et al. 2021, arXiv 2011.13456, algorithm 1 (predictor and corrector); Sjoberg et al. 2023, arXiv
+2307.14012 (Metropolis corrections by line integrals).
 """
 
 from collections.abc import Callable

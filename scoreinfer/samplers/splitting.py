@@ -14,7 +14,7 @@ process leads back through the same states by two half steps. So with q the dens
 
     log q(x_0) = log q(path) - log N(v_0; 0, share m) - sum log F(half steps).
 
-References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068, section 3.3 and appendix D (the splitting). The second
+References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (the splitting). The second
 half step is taken from the middle of the step, which matters where the rate changes with time.
 """
 

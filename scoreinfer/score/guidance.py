@@ -7,7 +7,7 @@ covariance V_y, and its evidence psi(x_s), an approximation of p(y | x_s).
 No guidance is calibrated by itself: the law of x_0 given x_s is not Gaussian. The weights of
 `scoreinfer.samplers.twisted`, which use V_y for the spread of a step and psi as twist, correct any of them exactly.
 
-References: Rozet et al. 2024, arXiv 2405.13712, section 4 (moment matching); Boys et al. 2023, arXiv 2310.06721 (its
+References: Rozet et al. 2024, arXiv 2405.13712 (moment matching); Boys et al. 2023, arXiv 2310.06721 (its
 covariance); Wu et al. 2023, arXiv 2306.17775 (guidance as a twist); Rozet and Louppe 2023, arXiv 2306.10574; Chung et
 al. 2023, arXiv 2209.14687.
 """
@@ -89,7 +89,7 @@ class MomentMatched(AbstractGuidance):
     Exactness: exact for a Gaussian prior and a Gaussian likelihood with linear predictors; else biased: x_0 given x_s
         is not Gaussian. With conjugate gradients the covariance is that of the prior.
 
-    References: Rozet et al. 2024, arXiv 2405.13712, equations 14 to 19.
+    References: Rozet et al. 2024, arXiv 2405.13712 (moment matching by conjugate gradients).
 
     >>> from scoreinfer.score import GaussianScore
     >>> seen = GaussianLikelihood(lambda x: x, jnp.array([2.0]), jnp.array([1.0]))
@@ -175,7 +175,7 @@ class Steered(AbstractGradient):
     Exactness: biased: the law of the predictors given x_s is not N(predict(D), gamma s^2), not even for a Gaussian
         prior. For comparison.
 
-    References: Rozet and Louppe 2023, arXiv 2306.10574, equation 15.
+    References: Rozet and Louppe 2023, arXiv 2306.10574 (perturbed likelihood).
     """
 
     prior: AbstractScore
@@ -195,7 +195,7 @@ class Published(AbstractGradient):
 
     Exactness: biased: it takes x_0 given x_s for the point D, and its step size for a constant. For comparison.
 
-    References: Chung et al. 2023, arXiv 2209.14687, equation 16 and appendix D.1.
+    References: Chung et al. 2023, arXiv 2209.14687.
     """
 
     prior: AbstractScore

@@ -3,7 +3,7 @@
 For a Markov process, what is seen of one time depends on distant times little, once the times between are seen. So the
 denoiser of a state is taken from the window of 2 k + 1 times around it; states near an end use the outermost window.
 
-References: Rozet and Louppe 2023, arXiv 2306.10574, section 3.1 and algorithm 2.
+References: Rozet and Louppe 2023, arXiv 2306.10574 (scores of windows, folded over a path).
 """
 
 import equinox as eqx

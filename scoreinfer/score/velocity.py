@@ -2,7 +2,7 @@
 
 Noise acts on the velocity alone, so its reverse-time SDE needs this part of the score only.
 
-References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068, equations 7 and 8, and section 3.2 (mixed score).
+References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (mixed score).
 """
 
 import abc

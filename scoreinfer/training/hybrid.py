@@ -9,7 +9,7 @@ weight one,
 has the velocity score as its minimiser. Conditioning on the first velocity as well (denoising score matching) has the
 same minimiser, and a larger variance at small times.
 
-References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068, section 3.2.
+References: Dockhorn, Vahdat and Kreis 2021, arXiv 2112.07068 (hybrid score matching).
 """
 
 import jax
