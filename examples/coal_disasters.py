@@ -1,6 +1,6 @@
 """Disasters in British coal mines, 1851 to 1961: how often did they happen, year by year, and what comes next?
 
-    python examples/coal_disasters.py                          # half a minute on one core
+    python examples/coal_disasters.py                          # a minute and a half on one core
     python examples/coal_disasters.py --figure disasters.png   # the rate in every year, and the forecast
     python examples/coal_disasters.py --smoke                  # fewer particles
 

@@ -48,7 +48,8 @@ def run_once(function: F) -> F:
 class Program:
     """A traced function: the operations that its outputs need, and the constants in them.
 
-    Two programs are equal if their texts are equal. Their constants may differ.
+    Two programs are equal if their texts are equal, and call the same functions outside of JAX. Their constants may
+    differ.
 
     Args:
         function: the function. It is traced immediately.
@@ -79,10 +80,11 @@ class Program:
         self.constants = [value if isinstance(value, jax.Array) else np.array(value) for _, value in constants]
         inner = [digest_array(value) for value in _inner_constants(self._jaxpr)]
         self.text = f"{self._jaxpr} {self.uses} {len(constants)} {inner}"
+        self._callbacks = list(_callbacks(self._jaxpr))
         self.fingerprint = _hash(" ".join([self.text, *map(digest_array, self.constants)]).encode())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self.text == other.text
+        return isinstance(other, Program) and self.text == other.text and self._callbacks == other._callbacks
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -155,6 +157,17 @@ def _needed(jaxpr: Any) -> tuple[list[Any], set[int]]:
             equations.append(equation)
             needed |= {id(variable) for variable in equation.invars}
     return equations[::-1], needed
+
+
+def _callbacks(jaxpr: Any) -> Iterator[Any]:
+    """Yield the functions outside of JAX that a program calls; its text does not tell them apart."""
+    for equation in jaxpr.eqns:
+        if "callback" in equation.params:
+            callback = equation.params["callback"]
+            yield getattr(callback, "callback_func", callback)
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda part: hasattr(part, "eqns")):
+            if hasattr(part, "eqns"):
+                yield from _callbacks(getattr(part, "jaxpr", part))
 
 
 def _inner_constants(jaxpr: Any) -> Iterator[Any]:
