@@ -24,6 +24,7 @@ import numpyro.distributions as dist
 from scipy import stats
 
 from scoreinfer.filters import LETKF, AbstractFilter, EnSF, Members, ScoreFilter, cycle, grid
+from scoreinfer.filters.monitoring import monitor, probits
 from scoreinfer.filters.taper import gaspari_cohn
 from scoreinfer.model.states import StateSpace, read_space
 
@@ -36,6 +37,11 @@ SHOCK_SIZES, SHOCK_PROBS = jnp.array([0.5, 0.2, 0.05]), jnp.array([0.005, 0.01, 
 def lorenz96(x, forcing=8.0):
     """Compute dx/dt (Lorenz 1996)."""
     return (jnp.roll(x, -1) - jnp.roll(x, 2)) * jnp.roll(x, 1) - x + forcing
+
+
+def lorenz63(x):
+    """Compute dx/dt (Lorenz 1963)."""
+    return jnp.array([10.0 * (x[1] - x[0]), x[0] * (28.0 - x[2]) - x[1], x[0] * x[1] - 8.0 / 3.0 * x[2]])
 
 
 def runge_kutta(drift, x, dt):
@@ -258,10 +264,35 @@ def rows(
             figures |= {f"ensf_{key}": published[key] for key in ("rmse", "rmse_all", "coverage", "crps")}
             figures["times_ensf"] = figures["rmse"] / published["rmse"]
         yield name, figures
+    if chosen("lorenz63"):
+        jax.clear_caches()
+        yield "lorenz63", lorenz63_rows(first_seed)
+    if chosen("alarms"):
+        jax.clear_caches()
+        yield "alarms", alarms()
     for dim in (1_000, 10_000, 100_000):
         if chosen(f"cost_{dim}"):
             jax.clear_caches()
             yield f"cost_{dim}", cost(dim)
+
+
+def lorenz63_rows(first_seed: int) -> dict[str, float]:
+    """Filter Lorenz-63 by narrower and narrower mixtures.
+
+    As in Sakov, Oliver and Bertino 2012: all observed, with variance 2, every .25. The first members lie around the
+    truth with standard deviation 3.
+    """
+    case = Case(
+        "lorenz63", 3, drift=lorenz63, every=25, num_times=200, after=20, see=lambda x: x, noise=2.0**0.5, spread=3.0,
+        bound=200.0,
+    )  # fmt: skip
+    figures = {}
+    for num, bandwidth in ((100, 0.5), (400, 0.3), (2000, 0.1)):
+        method = ScoreFilter(bandwidth=bandwidth, inflation=1.0, num_sweeps=1, jumps=None)
+        seeds = range(first_seed, first_seed + 8)
+        found = measure(case._replace(num_members=num), method, seeds, f"N {num} h {bandwidth:g}")
+        figures |= {f"{name}_{num}": found[name] for name in ("rmse", "spread", "coverage", "rmse_worst")}
+    return figures
 
 
 def cost(dim: int, num_times: int = 5) -> dict[str, float]:
@@ -284,6 +315,47 @@ def cost(dim: int, num_times: int = 5) -> dict[str, float]:
         seconds.append(time.process_time() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"ms_per_cycle": 1e3 * float(np.median(seconds[1:])), "compile_s": seconds[0], "peak_gib": peak}
+
+
+def alarms(num: int = 100, spin_up: int = 20) -> dict[str, float]:
+    """Count alarms of the data test: on worlds of the filter's own model, and on four kinds of sabotage."""
+    case = Case("alarms", 40, num_times=60)
+    model = read_space(space(case), jnp.zeros((2, case.dim)), None).model
+    plain = ScoreFilter(grid((case.dim,), case.radius), jumps=None)
+    sabotages = {
+        "no_inflation": (case, LETKF(grid((case.dim,), 4.0, half_width=3.0).taper)),
+        "half_noise": (case._replace(noise=2.0 * case.noise), plain),
+        "forcing_9": (case._replace(drift=partial(lorenz96, forcing=9.0)), plain),
+        "shocks": (case._replace(shocks=True), plain),
+    }
+
+    def delays(world: Case, method: AbstractFilter, seeds) -> np.ndarray:
+        @jax.jit
+        @jax.vmap
+        def probits_of(seed):
+            key = jax.random.key(seed)
+            _, _, y = simulate(key, world)
+            first = jax.random.normal(jax.random.fold_in(key, 1), (case.num_members, case.dim))
+            members = Members(first, jnp.zeros(case.num_members))
+            now = cycle.Now(jnp.zeros(()), members, method.init(key, members))
+            ts = jnp.arange(1.0, case.num_times + 1.0)
+            _, cycles = cycle.run(key, method, model, now, ts, y)
+            return probits(key, model.observed, ts, cycles.analysis.predictive, y)
+
+        found = [monitor(z, spin_up).alarm for z in np.asarray(probits_of(jnp.asarray(seeds)))]
+        return np.array([np.nan if alarm is None else alarm - spin_up for alarm in found])
+
+    false = delays(case, score_filter(case), range(5000, 5000 + num))
+    print(f"  twins: {int(np.isfinite(false).sum())} alarms of {num}", flush=True)
+    caught = []
+    for name, (world, method) in sabotages.items():
+        caught.append(delays(world, method, range(6000, 6000 + num // 4)))
+        print(f"  {name}: delays {caught[-1]}", flush=True)
+    late = np.concatenate(caught)
+    return {
+        "false_alarms": float(np.isfinite(false).sum()), "worlds": num, "caught": float(np.isfinite(late).sum()),
+        "sabotages": len(late), "median_delay": float(np.nanmedian(late)),
+    }  # fmt: skip
 
 
 def main():

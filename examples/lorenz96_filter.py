@@ -1,13 +1,15 @@
 """Lorenz-96 under shocks: three filters with twenty members follow a hundred variables that are seen through an arctan.
 
-    python examples/lorenz96_filter.py                       # a minute on one core
+    python examples/lorenz96_filter.py                       # two minutes on one core
     python examples/lorenz96_filter.py --figure filter.png   # truth, errors in space and time, error against spread
     python examples/lorenz96_filter.py --smoke               # everything runs, few cycles
 
 The weather of a latitude circle (Lorenz 1996), observed every tenth step with a noise of 0.05 through arctan, which
 saturates: large values are hardly seen. From cycle 60 on the truth is hit by shocks that no filter is told of (the
 set-up of Bao, Zhang and Zhang 2024, arXiv 2309.00983). `ScoreFilter` puts the exact likelihoods into a localised
-Gaussian prior and infers the model's error; `LETKF` is the tuned baseline; `EnSF` the published score filter.
+Gaussian prior and infers the model's error; `LETKF` is the tuned baseline; `EnSF` the published score filter. Each run
+gets a verdict: do the observations scatter as they were forecast, and, for `ScoreFilter`, is it calibrated on worlds
+that the model itself simulates.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 import scoreinfer as si
-from scoreinfer.filters import LETKF, EnSF, ScoreFilter, gaspari_cohn, grid
+from scoreinfer.filters import LETKF, EnSF, ScoreFilter, certify, gaspari_cohn, grid
 
 DIM, MEMBERS, STEP, EVERY, NOISE, CALM = 100, 20, 0.01, 10, 0.05, 60
 """Variables, members, time step, steps between observations, their noise, cycles before the first shock."""
@@ -77,11 +79,28 @@ def coverage(run, truth, level=0.9):
     return np.mean((low < truth) & (truth < high), axis=1)
 
 
-def plot(path, truth, runs):
-    """Plot the truth, each filter's error in space and time, and error beside spread."""
+def judge(key, methods, runs, worlds):
+    """Certify every run; try `ScoreFilter` on worlds without shocks too."""
+    for_twins, for_verdicts = jax.random.split(key)
+    spin_up = min(20, len(next(iter(runs.values())).ts) // 2)
+    twins = si.twin(
+        for_twins, weather(), method=methods["ScoreFilter"], num_members=MEMBERS, num_experiments=worlds,
+        spin_up=spin_up, y=np.zeros((len(runs["ScoreFilter"].ts), DIM)),
+    )  # fmt: skip
+    print(f"\ntwins of ScoreFilter: {twins.reason}\n")
+    rivals = {name: run for name, run in runs.items() if name != "ScoreFilter"}
+    found = {name: certify(for_verdicts, run, spin_up=spin_up) for name, run in rivals.items()}
+    found["ScoreFilter"] = certify(for_verdicts, runs["ScoreFilter"], twins=twins, rivals=rivals, spin_up=spin_up)
+    for name, certificate in found.items():
+        print(f"{name}: {certificate}\n")
+    return found
+
+
+def plot(path, truth, runs, certificates):
+    """Plot the truth, each filter's error in space and time, error beside spread, and the test of the forecasts."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2 + len(runs), figsize=(3.1 * (2 + len(runs)), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3 + len(runs), figsize=(3.1 * (3 + len(runs)), 3.6), layout="constrained")
     axes[0].imshow(truth, aspect="auto", cmap="RdBu_r", vmin=-10, vmax=12)
     axes[0].set(title="truth", xlabel="place", ylabel="cycle")
     for axis, (name, run) in zip(axes[1:], runs.items(), strict=False):
@@ -89,23 +108,27 @@ def plot(path, truth, runs):
         axis.imshow(error, aspect="auto", cmap="magma_r", vmin=0, vmax=3)
         axis.axhline(CALM, color="0.5", linewidth=0.7, linestyle="--")
         axis.set(title=f"error of {name}", xlabel="place", yticks=())
-        (line,) = axes[-1].semilogy(np.sqrt((error**2).mean(1)), label=name)
-        axes[-1].semilogy(np.sqrt((np.asarray(run.sd()) ** 2).mean(1)), ":", color=line.get_color())
-    axes[-1].axvline(CALM, color="0.5", linewidth=0.7, linestyle="--")
-    axes[-1].set(title="error (solid), spread (dotted)", xlabel="cycle")
-    axes[-1].legend(fontsize="small")
+        (line,) = axes[-2].semilogy(np.sqrt((error**2).mean(1)), label=name)
+        axes[-2].semilogy(np.sqrt((np.asarray(run.sd()) ** 2).mean(1)), ":", color=line.get_color())
+        axes[-1].plot(certificates[name].data.total / np.log(10.0), color=line.get_color())
+    for axis in axes[-2:]:
+        axis.axvline(CALM, color="0.5", linewidth=0.7, linestyle="--")
+    axes[-1].axhline(np.log10(20.0), color="k", linewidth=0.7)
+    axes[-2].set(title="error (solid), spread (dotted)", xlabel="cycle")
+    axes[-1].set(title="log10 evidence against forecasts", xlabel="cycle", ylim=(-4, 16))
+    axes[-2].legend(fontsize="small")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def main():
-    """Run the filters on one truth, print and plot their errors."""
+    """Run the filters on one truth, print and plot their errors, and judge them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="few cycles: see that everything runs")
     parser.add_argument("--figure", type=Path, help="where to save a figure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for_truth, for_filters = jax.random.split(jax.random.key(args.seed))
+    for_truth, for_filters, for_verdicts = jax.random.split(jax.random.key(args.seed), 3)
     truth, y = jax.jit(simulate, static_argnums=1)(for_truth, 10 if args.smoke else 160)
     methods = {
         "EnSF": EnSF(),
@@ -122,8 +145,9 @@ def main():
             for when, part in (("calm", calm), ("under shocks", shocked)) if error[part].size
         )  # fmt: skip
         print(f"{name:12s}{told or f', last error {error[-1]:.2f}'}")
+    certificates = judge(for_verdicts, methods, runs, worlds=2 if args.smoke else 20)
     if args.figure:
-        plot(args.figure, truth, runs)
+        plot(args.figure, truth, runs, certificates)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import coal_disasters
 import interferometer
 import k2_24_velocities as k2_24
-import lorenz96_shocks as lorenz96
+import lorenz96_filter as lorenz96
 import rainfall_runoff
 import toy_process_holzschuh2023 as toy
 
@@ -211,7 +211,7 @@ def test_lorenz96_runs(tmp_path):
     """Filtered three times, tried on twins, certified, drawn."""
     pytest.importorskip("matplotlib")
     done = subprocess.run(
-        [sys.executable, lorenz96.__file__, "--smoke", "--output-dir", str(tmp_path)], capture_output=True, text=True,
-        check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, lorenz96.__file__, "--smoke", "--figure", str(tmp_path / "filter.png")], capture_output=True,
+        text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert "ScoreFilter: " in done.stdout and (tmp_path / "lorenz96_shocks.png").stat().st_size > 1000
+    assert "ScoreFilter: " in done.stdout and (tmp_path / "filter.png").stat().st_size > 1000

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.taper import Locality
+from scoreinfer.score import LocalGaussianScore
 
 LEAST_PRECISION = 1e-6
 """Least precision of a site, relative to its cavity's. Where the exact one is lower, or negative (the likelihood is not
@@ -61,6 +62,11 @@ class Prior(eqx.Module):
         sample = part.T @ part / (self.anomalies.shape[0] - 1)
         tapered = self.locality.taper(index[:, None], index) * sample + jnp.diag(self.added[index])
         return jnp.where(present[:, None] & present, tapered, 0.0)
+
+    def score(self) -> LocalGaussianScore:
+        """Make the score that a diffusion filter would follow from this prior."""
+        blocks = over_points(self.covariance, self.mean.size)
+        return LocalGaussianScore(self.mean, self.locality.index, blocks)
 
 
 class Sites(NamedTuple):

@@ -13,7 +13,7 @@ from filters.linear import PARTLY, TURN
 from scoreinfer.filters.jumps import Jumps, white_noise
 from scoreinfer.filters.sites import Prior
 from scoreinfer.filters.taper import everywhere, grid
-from scoreinfer.score import EnsembleScore, GaussianScore, LocalGaussianScore, PublishedScore, ShrunkenMixtureScore
+from scoreinfer.score import EnsembleScore, GaussianScore, PublishedScore, ShrunkenMixtureScore
 
 NUM = 1000
 PLAIN = si.filters.ScoreFilter(inflation=1.0, jumps=None)
@@ -107,11 +107,10 @@ def test_a_local_score_of_whole_blocks_is_the_gaussian_score_and_the_mixture_lie
     key = jax.random.key(0)
     members = jax.random.normal(key, (30, 4)) @ jax.random.normal(jax.random.fold_in(key, 1), (4, 4))
     mean, covariance = members.mean(0), jnp.cov(members.T)
-    index = everywhere(4).index
-    blocks = jax.vmap(lambda rows: covariance[rows[:, None], rows])(index)
+    local = Prior(mean, members - mean, jnp.zeros(4), everywhere(4)).score()
     level, x, equal = jnp.array(0.7), jnp.arange(4.0), jnp.zeros(30)
     gaussian = GaussianScore(mean, covariance)(level, x)
-    np.testing.assert_allclose(LocalGaussianScore(mean, index, blocks)(level, x), gaussian, rtol=1e-4)
+    np.testing.assert_allclose(local(level, x), gaussian, rtol=1e-4)
     wide = ShrunkenMixtureScore(members, equal, covariance, 1.0)(level, x)
     np.testing.assert_allclose(wide, gaussian, rtol=1e-3, atol=1e-4)
     narrow = ShrunkenMixtureScore(members, equal, covariance, 0.0)(level, x)
