@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpyro.handlers import block
 
 from scoreinfer._program import Program, own
 from scoreinfer._typing import Key, Sites
@@ -72,7 +73,8 @@ def read_model_series(model: Callable[..., Any], site: str, args: tuple, kwargs:
     """
     args, kwargs, _ = bind(model, args, kwargs, None)
     run = functools.partial(model, *jax.tree.map(own, args), **jax.tree.map(own, kwargs))
-    program = Program(lambda: look(run, fixed_key()).values)
+    with block():  # also inside another model
+        program = Program(lambda: look(run, fixed_key()).values)
     values = program(program.constants)
     if not values:
         raise ValueError(

@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
-from numpyro.handlers import condition, mask
+from numpyro.handlers import condition, mask, seed, substitute, trace
 
 import scoreinfer as si
 from filters.linear import AR1
@@ -130,6 +130,24 @@ def test_irregular_times_and_layouts_are_measured():
     variance = np.array([2.25 + 1, 1.5, 2.25 + 1]) + 0.25
     log_evidence = np.sum(-0.5 * y**2 / variance - 0.5 * np.log(2 * np.pi * variance))
     assert float(run.log_evidence) == pytest.approx(log_evidence, abs=0.06)
+
+
+@pytest.mark.parametrize("inner", [physics_path, inside_scan])
+def test_a_filter_inside_a_model_keeps_its_sites_to_itself(inner):
+    """The outer model sees the evidence only, also for an unknown that the inner model takes as an argument."""
+
+    def scaled(scale, y):
+        inner(y * scale)
+
+    def outer():
+        scale = numpyro.sample("scale", dist.Uniform(0.9, 1.1))
+        run = si.filter(jax.random.key(0), scaled, "x", scale, Y, method=BOOTSTRAP, num_members=64)
+        numpyro.factor("evidence", run.log_evidence)
+
+    played = trace(substitute(seed(outer, jax.random.key(1)), {"scale": jnp.array(1.0)})).get_trace()
+    assert set(played) == {"scale", "evidence"}
+    alone = si.filter(jax.random.key(0), inner, "x", Y, method=BOOTSTRAP, num_members=64).log_evidence
+    assert float(played["evidence"]["fn"].log_factor) == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_extending_computes_nothing_again():
