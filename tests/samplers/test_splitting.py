@@ -16,9 +16,9 @@ from scoreinfer.training.hybrid import hybrid_loss, velocity_score
 MEAN, SD = 1.5, 0.3
 
 
-@pytest.mark.parametrize(("num_steps", "least", "most"), [(5, 0.1, 1.0), (10, 0.235, 0.3), (20, 0.26, 0.3)])
+@pytest.mark.parametrize(("num_steps", "least", "most"), [(5, 0.1, 1.0), (10, 0.245, 0.3), (20, 0.265, 0.3)])
 def test_splitting_nears_a_narrow_gaussian(num_steps, least, most):
-    """N(1.5, .3^2), exact score: the standard deviation rises to .3; Euler-Maruyama has 1.56 and .58 at 10 and 20."""
+    """N(1.5, .3^2), exact score: the standard deviation rises to .3. Euler-Maruyama has 1.56 and .58 at 10 and 20."""
     damped = CriticallyDamped()
     exact = GaussianVelocity(damped, jnp.array([MEAN]), jnp.array([SD**2]))
     sampler, num = SymmetricSplitting(damped, num_steps), 20_000
