@@ -14,10 +14,10 @@ from scoreinfer.filters.spectral import inverse_and_root
 from scoreinfer.model.states import read_space
 
 NUM = 4000
-METHODS = [si.filters.EnKF(), si.filters.LETKF()]
+METHODS = [si.filters.EnKF(), si.filters.LETKF(), si.filters.ScoreFilter(inflation=1.0, jumps=None)]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["EnKF", "LETKF"])
+@pytest.mark.parametrize("method", METHODS, ids=["EnKF", "LETKF", "ScoreFilter"])
 @pytest.mark.parametrize("linear", [AR1, TURN, PARTLY])
 def test_kalman_limit(linear, method):
     """Means within five standard errors, covariances within those of N members, at every time."""

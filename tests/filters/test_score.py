@@ -9,31 +9,10 @@ from scipy import stats
 
 import scoreinfer as si
 from compilations import Compilations
-from filters.linear import PARTLY, TURN
 from scoreinfer.filters.jumps import Jumps, white_noise
 from scoreinfer.filters.sites import Prior
 from scoreinfer.filters.taper import everywhere, grid
 from scoreinfer.score import EnsembleScore, GaussianScore, PublishedScore, ShrunkenMixtureScore
-
-NUM = 1000
-PLAIN = si.filters.ScoreFilter(inflation=1.0, jumps=None)
-
-
-@pytest.mark.parametrize("linear", [TURN, PARTLY])
-def test_kalman_limit(linear):
-    """Means within five standard errors, covariances within those of N members, at every time; missing entries too."""
-    y = linear.simulate(0, 10)
-    y[4] = np.nan
-    y[5, 0] = np.nan
-    means, covs, log_evidence = linear.kalman(y)
-    run = si.filter(jax.random.key(0), linear.space(), method=PLAIN, num_members=NUM, y=y)
-    sd = np.sqrt(np.diagonal(covs, axis1=1, axis2=2))
-    found = np.einsum("tni,tnj->tij", *[np.asarray(run.analysis.x - run.mean()[:, None], np.float64)] * 2) / (NUM - 1)
-    scale = np.sqrt(covs**2 + np.einsum("ti,tj->tij", sd**2, sd**2))
-    # Errors of earlier times are carried on, damped: 3 is more than the sum of the geometric series.
-    assert np.abs((np.asarray(run.mean()) - means) / sd).max() < 5 * np.sqrt(3 / NUM)
-    assert np.abs((found - covs) / scale).max() < 5 * np.sqrt(3 / NUM)
-    assert float(run.log_evidence) == pytest.approx(log_evidence, abs=5 * np.sqrt(10 / NUM))
 
 
 def space(observe, dim=6):
