@@ -15,6 +15,8 @@ import scoreinfer as si
 from filters.linear import AR1
 from scoreinfer.filters import run as run_module
 from scoreinfer.markov import Sees
+from scoreinfer.model.series import read_series
+from scoreinfer.model.states import measured_times, read_space
 
 BOOTSTRAP = si.filters.BootstrapFilter()
 NUM, LENGTH = 20_000, 8
@@ -241,3 +243,42 @@ def test_sums_and_scales_are_told_apart():
     product = si.StateSpace(BOTH.initial, BOTH.transition, lambda t, x: dist.Normal(x[0] * x[1], 1.0))
     rate = si.StateSpace(BOTH.initial, BOTH.transition, lambda t, x: dist.Poisson(jnp.exp(x.sum())))
     assert seen(product) == (Sees.NONLINEAR,) and seen(rate) == (Sees.LINEAR,)
+
+
+def alternating_space():
+    """A sensor of one component at even times and of the other at odd times: the same at the first, middle and last."""
+    ts, y = jnp.arange(9.0), jnp.zeros(9)
+    space = si.StateSpace(
+        dist.Normal(jnp.zeros(2), 1.0).to_event(1),
+        lambda t0, t1, x: dist.Normal(0.9 * x, 0.6).to_event(1),
+        lambda t, x: dist.Normal(x[t.astype(int) % 2], 0.1),
+    )
+    return read_space(space, y, ts)
+
+
+def alternating_scan():
+    def model(y=None):
+        def body(carry, k):
+            x = numpyro.sample("x", dist.Normal(0.9 * carry, 0.6).to_event(1))
+            numpyro.sample("y", dist.Normal(x[k % 2], 0.1))
+            return x, None
+
+        with condition(data={} if y is None else {"y": y}):
+            scan(body, jnp.zeros(2), jnp.arange(9))
+
+    return read_series(model, "x", (), {"y": jnp.zeros(9)})
+
+
+@pytest.mark.parametrize("make", [alternating_space, alternating_scan])
+def test_what_entries_see_is_measured_at_all_times(make):
+    observed, x = make().model.observed, jnp.array([3.0, 5.0])
+    assert observed.kinds == (Sees.LINEAR,)
+    seen = jax.vmap(lambda t: observed.predict(t, x))(jnp.arange(9.0))
+    np.testing.assert_allclose(seen[:, 0], np.where(np.arange(9) % 2, 5.0, 3.0))
+
+
+def test_times_at_which_a_long_series_is_measured_lie_in_blocks_of_neighbours():
+    chosen = np.asarray(measured_times(jnp.arange(1000.0)))
+    assert chosen.size == 64 and chosen[0] == 0 and chosen[-1] == 999
+    assert all({(chosen % period).tolist().count(k) > 0 for k in range(period)} == {True} for period in range(2, 9))
+    assert np.sum(np.diff(chosen) == 1) == 56
