@@ -7,7 +7,7 @@ inflation, is its *memory*: a tree of arrays of fixed shapes.
 """
 
 import abc
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -72,6 +72,8 @@ class AbstractFilter(eqx.Module):
 
     log_evidence_kind: eqx.AbstractClassVar[EvidenceKind]
     """Whether the product of the evidences is an unbiased estimate of the model's, or an approximation."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether `forecast` looks at the observation. Then the predictive is made by other, plain transitions."""
 
     def check(self, model: MarkovModel) -> None:
         """Refuse a model that the method cannot filter.
@@ -97,8 +99,7 @@ class AbstractFilter(eqx.Module):
 
         A guided filter looks at the observation ``y`` at ``t1``; by default it is not used.
         """
-        keys = jax.random.split(key, members.log_weight.size)
-        return members._replace(x=jax.vmap(model.transition, (0, None, None, 0))(keys, t0, t1, members.x))
+        return simulated(key, model, t0, t1, members)
 
     def foresee(self, memory: Memory, t: Time, members: Members, observed: Observed) -> Predictive:
         """Forecast the observation from the forecast members, before it is used."""
@@ -109,6 +110,12 @@ class AbstractFilter(eqx.Module):
         self, key: Key, memory: Memory, t: Time, members: Members, observed: Observed, y: Entries
     ) -> tuple[Memory, Analysis]:
         """Put the observation ``y`` at time ``t`` into the forecast members. One entry at least is not missing."""
+
+
+def simulated(key: Key, model: MarkovModel, t0: Time, t1: Time, members: Members) -> Members:
+    """Draw the members' next states from the model's transition."""
+    keys = jax.random.split(key, members.log_weight.size)
+    return members._replace(x=jax.vmap(model.transition, (0, None, None, 0))(keys, t0, t1, members.x))
 
 
 def predict(observed: Observed, t: Time, members: Members, added: Any = 0.0) -> Predictive:

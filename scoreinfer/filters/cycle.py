@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
-from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Memory, weighed
+from scoreinfer.filters.base import AbstractFilter, Analysis, Members, Memory, Predictive, predict, simulated, weighed
 from scoreinfer.markov import Entries, MarkovModel, Observed, Time
 from scoreinfer.montecarlo.resampling import multinomial
 
@@ -65,6 +65,7 @@ def run(
     def step(now: Now, inputs: tuple[Key, Time, Entries]) -> tuple[Now, Cycles]:
         key, t, y = inputs
         for_forecast, for_repair, for_analysis = jax.random.split(key, 3)
+        for_forecast, for_blind = jax.random.split(for_forecast) if method.looks_ahead else [for_forecast] * 2
         y = jnp.where(model.observed.present(t), y, jnp.nan)
         members = jax.lax.cond(
             t > now.t,
@@ -77,9 +78,18 @@ def run(
             lambda: (now.memory, unchanged(method, now.memory, t, members, model.observed)),
             lambda: method.analyse(for_analysis, now.memory, t, members, model.observed, y),
         )
+        if method.looks_ahead:
+            analysis = analysis._replace(predictive=blind(for_blind, method, model, now, t))
         return Now(t, analysis.members, memory), Cycles(members, analysis, replaced, memory)
 
     return jax.lax.scan(step, now, (jax.random.split(key, ts.size), ts, y))
+
+
+def blind(key: Key, method: AbstractFilter, model: MarkovModel, now: Now, t: Time) -> Predictive:
+    """Forecast the observation by the model's own transition, for methods whose members have looked at it."""
+    for_moves, for_repair = jax.random.split(key)
+    members = jax.lax.cond(t > now.t, lambda: simulated(for_moves, model, now.t, t, now.members), lambda: now.members)
+    return predict(model.observed, t, repaired(for_repair, method, members)[0])
 
 
 def unchanged(method: AbstractFilter, memory: Memory, t: Time, members: Members, observed: Observed) -> Analysis:

@@ -42,13 +42,15 @@ class GuidedFilter(AbstractFilter):
         scheme: how rows are drawn.
 
     Exactness: consistent as the number of particles grows, and the evidence is unbiased for any number. For linear
-        Gaussian observations and ``defence=0`` the proposal is the exact posterior of the transition.
+        Gaussian observations and ``defence=0`` the proposal is the exact posterior of the transition. ``run.forecast``
+        holds the proposals, with weights f / q; ``run.predictive`` comes from transitions that do not look ahead.
 
     Good values: where observations are precise it needs far fewer particles than the bootstrap filter. In a state of d
         components and m entries a particle costs d m^2 + d^3, and 123 likelihoods of each entry in each sweep.
     """
 
     log_evidence_kind: ClassVar[EvidenceKind] = "unbiased"
+    looks_ahead: ClassVar[bool] = True
     defence: float = 0.05
     least_share: float = eqx.field(static=True, default=LEAST_SHARE)
     scheme: Scheme = eqx.field(static=True, default=systematic)
