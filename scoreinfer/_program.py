@@ -100,6 +100,17 @@ class Program:
         return jax.tree.unflatten(self._treedef, jax.core.eval_jaxpr(self._jaxpr, constants, *leaves))
 
 
+def execute(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function by a program that is compiled once for all functions that do the same with other constants."""
+    program = Program(function, *args)
+    return _compiled(program, program.constants, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(program: Program, constants: list[Any], *args: Any) -> Any:
+    return program(constants, *args)
+
+
 def trace_afresh(function: Callable[..., PyTree], tree: PyTree, *others: Any) -> tuple[Program, list[Any]]:
     """Trace a function of a pytree. The arrays in the pytree become inputs of the program.
 

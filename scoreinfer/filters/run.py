@@ -1,21 +1,20 @@
 """Filtering a series, going on with new data, and what both return."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer import errors
-from scoreinfer._program import Program
+from scoreinfer._program import execute
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
-from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, EvidenceKind, Members, Predictive
+from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, Analysis, EvidenceKind, Members, Predictive
 from scoreinfer.filters.cycle import Cycles, Now
 from scoreinfer.filters.to_arviz import to_arviz
 from scoreinfer.model.series import read_series
@@ -204,31 +203,29 @@ def _more(run: FilterRun, args: tuple, kwargs: dict[str, Any]) -> Series:
     return whole._replace(ts=whole.ts[num:], y=whole.y[num:])
 
 
-def execute(function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function by a program that is compiled once for all functions that do the same with other constants."""
-    program = Program(function, *args)
-    return _compiled(program, program.constants, *args)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(program: Program, constants: list[Any], *args: Any) -> Any:
-    return program(constants, *args)
-
-
 def _checked(run: FilterRun) -> FilterRun:
     """Tell how many members were replaced.
 
     Raises:
-        ValueError: if no member was finite at some time.
+        ValueError: if at some time no member was finite after the forecast, or an analysis returned numbers that are
+            not finite.
     """
     if is_traced(run.replaced):
         return run
     replaced, num = np.asarray(run.replaced), run.now.members.log_weight.size
-    if (replaced == num).any():
-        first = int(np.argmax(replaced == num))
+    lost, broken = replaced == num, ~np.asarray(_is_sound(run.cycles.analysis))
+    if (lost | broken).any():
+        first = int(np.argmax(lost | broken))
+        now = f"{float(run.ts[first]):g}"
+        if lost[first]:
+            raise ValueError(
+                f"No member is finite after the forecast to time {now}: the transition returns numbers that are not "
+                "finite. Use smaller solver steps, or bound the state."
+            )
         raise ValueError(
-            f"No member is finite at time {float(run.ts[first]):g}: the transition, or the analysis before it, returns "
-            "numbers that are not finite. Use smaller solver steps, or bound the state."
+            f"The analysis by `{type(run.method).__name__}` at time {now} returns members or a log evidence that are "
+            "not finite, from finite forecasts. Look at the observation and its law there: a variance of zero, or a "
+            "parameter that overflows, does this."
         )
     if replaced.any():
         errors.warn(
@@ -237,3 +234,9 @@ def _checked(run: FilterRun) -> FilterRun:
             errors.DivergenceWarning,
         )
     return run
+
+
+def _is_sound(analysis: Analysis) -> Bool[Array, " times"]:
+    """Say at which times members are finite and the log evidence is a number; minus infinity is one."""
+    finite = jnp.isfinite(analysis.members.x).all(axis=(1, 2)) & ~jnp.isnan(analysis.members.log_weight).any(axis=1)
+    return finite & (analysis.log_evidence < jnp.inf)

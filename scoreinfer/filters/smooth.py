@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import Members
-from scoreinfer.filters.run import FilterRun, execute
+from scoreinfer.filters.run import FilterRun
 from scoreinfer.markov import State, Time
 
 BATCH = 64

@@ -1,6 +1,7 @@
 """Doors: one linear model, written in every way that filters read, has the Kalman filter's evidence; and the errors."""
 
 import io
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from numpyro.handlers import condition, mask, seed, substitute, trace
 import scoreinfer as si
 from filters.linear import AR1
 from scoreinfer.filters import run as run_module
+from scoreinfer.filters.base import AbstractFilter, Analysis, predict
 from scoreinfer.markov import Sees
 from scoreinfer.model.series import read_series
 from scoreinfer.model.states import measured_times, read_space
@@ -185,7 +187,7 @@ def test_a_member_that_is_not_finite_is_replaced_and_counted():
     lost = np.isneginf(np.asarray(run.forecast.log_weight)).sum(axis=1)
     assert (lost >= np.asarray(run.replaced)).all()
     broken = si.StateSpace(dist.Normal(0.0, 1.0), lambda t0, t1, x: x * jnp.nan, lambda t, x: dist.Normal(x, 1.0))
-    with pytest.raises(ValueError, match="No member is finite at time 1"):
+    with pytest.raises(ValueError, match="No member is finite after the forecast to time 1"):
         si.filter(jax.random.key(0), broken, method=BOOTSTRAP, num_members=10, y=np.ones(2))
 
 
@@ -282,3 +284,23 @@ def test_times_at_which_a_long_series_is_measured_lie_in_blocks_of_neighbours():
     assert chosen.size == 64 and chosen[0] == 0 and chosen[-1] == 999
     assert all({(chosen % period).tolist().count(k) > 0 for k in range(period)} == {True} for period in range(2, 9))
     assert np.sum(np.diff(chosen) == 1) == 56
+
+
+class Breaking(AbstractFilter):
+    """An analysis that returns NaN at time 3, in one member or as evidence."""
+
+    log_evidence_kind: ClassVar = "approximate"
+    in_evidence: bool = False
+
+    def analyse(self, key, memory, t, members, observed, y):
+        nan = jnp.where(t == 3, jnp.nan, 0.0)
+        x = members.x if self.in_evidence else members.x.at[0].add(nan)
+        log_evidence = nan if self.in_evidence else jnp.zeros(())
+        return memory, Analysis(members._replace(x=x), log_evidence, predict(observed, t, members))
+
+
+@pytest.mark.parametrize("num", [3, 4])
+@pytest.mark.parametrize("in_evidence", [False, True])
+def test_an_analysis_that_is_not_finite_is_named(num, in_evidence):
+    with pytest.raises(ValueError, match="The analysis by `Breaking` at time 3 returns"):
+        si.filter(jax.random.key(0), AR1.space(), method=Breaking(in_evidence), num_members=5, y=np.zeros((num, 1)))
