@@ -86,6 +86,10 @@ class Observed(eqx.Module):
         """Draw an observation given u."""
 
     @abc.abstractmethod
+    def simulate(self, key: Key, t: Time, x: State) -> Entries:
+        """Draw an observation given the state, whatever its entries see."""
+
+    @abc.abstractmethod
     def log_density(self, t: Time, x: State, y: Entries) -> Float[Array, ""]:
         """Compute log g(y | x) by the model's own density, without the entries that are missing."""
 

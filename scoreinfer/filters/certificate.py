@@ -21,7 +21,8 @@ from scoreinfer._typing import Key
 from scoreinfer.filters.monitoring import Monitor, monitor, probits
 from scoreinfer.filters.run import FilterRun
 from scoreinfer.filters.skill import CLIMATE, forecast_score, reference_scores
-from scoreinfer.filters.twins import Twins
+from scoreinfer.filters.twins import CERTIFIED, REFUSED, UNDECIDED, Twins, Verdict
+from scoreinfer.markov import Sees
 
 FEW = 20
 """A posterior in more dimensions than one for every twenty members is out of reach. Chosen by judgement."""
@@ -52,9 +53,15 @@ class FilterCertificate(NamedTuple):
         return next(iter(self.skill.values())) < self.skill[CLIMATE]
 
     @property
+    def verdict(self) -> Verdict:
+        """Say whether one of the three statements fails, none does, or twins are too few to tell."""
+        algorithm = CERTIFIED if self.twins is None else self.twins.verdict
+        return algorithm if self.data.alarm is None and self.skilled else REFUSED
+
+    @property
     def certified(self) -> bool:
         """Whether none of the three statements fails."""
-        return (self.twins is None or self.twins.certified) and self.data.alarm is None and self.skilled
+        return self.verdict == CERTIFIED
 
     @property
     def reason(self) -> str:
@@ -81,7 +88,7 @@ class FilterCertificate(NamedTuple):
     def __str__(self) -> str:
         best = min(self.skill, key=lambda name: self.skill[name])
         scores = ", ".join(f"{name} {value:.3g}" for name, value in self.skill.items())
-        verdict = "certified" if self.certified else "not certified:"
+        verdict = "certified" if self.certified else f"{self.verdict}:"
         return f"{verdict} {self.reason}. CRPS of forecasts: {scores}; best: {best}. Not certified: {self.limits}."
 
     def _data_words(self) -> list[str]:
@@ -91,8 +98,10 @@ class FilterCertificate(NamedTuple):
         blame = "twins were not run, so the filter or the model may be at fault"
         if self.twins is not None:
             blame = "twins are fine, so the model, not the filter, is at fault"
-            if not self.twins.certified:
+            if self.twins.verdict == REFUSED:
                 blame = "twins fail too, so nothing is said of the model"
+            if self.twins.verdict == UNDECIDED:
+                blame = "twins are too few to tell whether the filter or the model is at fault"
         what = f"forecast {self.data.kind}"
         if self.data.kind in ("too narrowly", "too widely"):
             what = f"scatter {self.data.scatter:.1f} times as widely as forecast"
@@ -126,7 +135,7 @@ def certify(
         The certificate.
 
     Raises:
-        ValueError: if a rival has filtered other observations, or none counts.
+        ValueError: if a rival has filtered other observations, none counts, or an entry sees more than one number.
 
     Exactness: the data test is valid at all times for forecasts within its tolerances; the bounds on twins and on skill
         are chosen by judgement.
@@ -139,6 +148,12 @@ def certify(
         raise ValueError(f"`spin_up` must be below the number of times, {series.ts.size}, got {spin_up}.")
     for_probits, for_scores = jax.random.split(key)
     observed = series.model.observed
+    if Sees.WHOLE in observed.kinds:
+        raise ValueError(
+            "`certify` needs observations whose entries each see one number of the state, but entry "
+            f"{observed.kinds.index(Sees.WHOLE)} sees more (a location and a scale, or correlated noise): its forecast "
+            "is not known. Judge the method by `twin` alone, or transform the data until entries are apart."
+        )
     found = monitor(probits(for_probits, observed, series.ts, run.predictive, series.y), spin_up)
     scores = {
         name: forecast_score(for_scores, observed, series.ts, other.predictive, series.y)

@@ -27,9 +27,11 @@ import numpy as np
 from jax.scipy.special import logsumexp, ndtri
 from jaxtyping import Array, Float
 
+from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import Predictive
 from scoreinfer.markov import Entries, Observed, Time, is_missing
+from scoreinfer.montecarlo.resampling import multinomial
 
 TOLERATED_SD, TOLERATED_MEAN = (0.9, 1.13), 0.1
 """Laws of z that count as calibrated."""
@@ -110,20 +112,22 @@ def probits(
     """Compute z for every entry of every observation.
 
     An entry of a discrete law takes a random place between P(Y < y) and P(Y <= y). Where NumPyro knows no distribution
-    function, the place among simulated observations is taken, whose resolution is their number.
+    function, it takes a random place beside those of R simulated observations that equal it, or between its neighbours:
+    u = (#{less} + U (#{equal} + 1)) / (R + 1), which is uniform for every R.
 
     Exactness: that of the forecast; the variance that the method adds is represented by 16 quantiles.
     """
 
     def at(inputs):
         key, t, forecast, y = inputs
-        place = jax.random.uniform(key, y.shape)
-        at_most, less = _mixture_cdf(key, observed, t, forecast, y)
+        for_place, for_draws = jax.random.split(key)
+        place = jax.random.uniform(for_place, y.shape)
+        at_most, less = _mixture_cdf(for_draws, observed, t, forecast, y)
         u = less + place * (at_most - less)
         small = jnp.finfo(u.dtype).eps
         return jnp.where(is_missing(y), jnp.nan, ndtri(jnp.clip(u, small, 1.0 - small)))
 
-    return jax.jit(lambda *inputs: jax.lax.map(at, inputs))(jax.random.split(key, len(ts)), ts, predictive, y)
+    return execute(lambda *inputs: jax.lax.map(at, inputs), jax.random.split(key, len(ts)), ts, predictive, y)
 
 
 def spread(forecast: Predictive) -> tuple[Float[Array, "rows entries"], Float[Array, " rows"]]:
@@ -137,14 +141,29 @@ def spread(forecast: Predictive) -> tuple[Float[Array, "rows entries"], Float[Ar
 
 
 def _mixture_cdf(key: Key, observed: Observed, t: Time, forecast: Predictive, y: Entries) -> tuple[Entries, Entries]:
-    """Compute P(Y <= y) and P(Y < y) of the forecast."""
+    """Compute P(Y <= y) and P(Y < y) of the forecast, or the ends of y's place among draws of it."""
     u, log_weight = spread(forecast)
     weight = jnp.exp(log_weight)
     average: Callable[[Array], Array] = lambda values: weight @ values  # noqa: E731
     try:
         at_most = average(jax.vmap(observed.cdf, (None, 0, None))(t, u, y))
     except NotImplementedError:
-        draws = jax.vmap(observed.sample, (0, None, 0))(jax.random.split(key, len(u)), t, u)
-        return average(draws <= y), average(draws < y)
+        return _place_among_draws(key, observed, t, u, log_weight, y)
     mass = average(jnp.exp(jax.vmap(observed.log_likelihood, (None, 0, None))(t, u, y)))
     return at_most, at_most - jnp.where(observed.discrete(t), mass, 0.0)
+
+
+def _place_among_draws(
+    key: Key,
+    observed: Observed,
+    t: Time,
+    u: Float[Array, "rows entries"],
+    log_weight: Float[Array, " rows"],
+    y: Entries,
+) -> tuple[Entries, Entries]:
+    """Compute (#{draws <= y} + 1) / (R + 1) and #{draws < y} / (R + 1) for R independent draws of the forecast."""
+    for_rows, for_draws = jax.random.split(key)
+    num = len(u)
+    keys, rows = jax.random.split(for_draws, num), multinomial(for_rows, log_weight, num)
+    draws = jax.vmap(observed.sample, (0, None, 0))(keys, t, u[rows])
+    return ((draws <= y).sum(0) + 1) / (num + 1), (draws < y).sum(0) / (num + 1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import Predictive
 from scoreinfer.filters.monitoring import spread
@@ -44,7 +45,7 @@ def forecast_score(
         rows = jax.random.categorical(for_rows, log_weight, shape=(NUM_DRAWS,))
         return crps(jax.vmap(observed.sample, (0, None, 0))(jax.random.split(for_draws, NUM_DRAWS), t, u[rows]), y)
 
-    return jax.jit(lambda *inputs: jax.lax.map(at, inputs))(jax.random.split(key, len(ts)), ts, predictive, y)
+    return execute(lambda *inputs: jax.lax.map(at, inputs), jax.random.split(key, len(ts)), ts, predictive, y)
 
 
 def reference_scores(y: Float[Array, "times entries"]) -> dict[str, Float[Array, "times entries"]]:

@@ -8,13 +8,15 @@ References: Talagrand et al. 1997, ECMWF workshop on predictability (rank histog
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy import stats
 
+from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
 from scoreinfer.filters.base import AbstractFilter, Members
@@ -25,6 +27,9 @@ LEVEL = 0.9
 """Nominal coverage."""
 COVERAGE, RATIO = (0.87, 0.93), (0.9, 1.15)
 """Coverage of 90 % intervals, and spread over error, of a calibrated filter. Chosen by judgement."""
+Verdict = Literal["certified", "not certified", "not decided"]
+CERTIFIED, REFUSED, UNDECIDED = get_args(Verdict)
+"""What worlds say of a filter; not decided: there are too few of them."""
 
 
 class Twins(NamedTuple):
@@ -51,17 +56,35 @@ class Twins(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Two standard errors around the mean coverage. Worlds are independent; points within one are not."""
-        mean, error = self.coverage.mean(), self.coverage.std(ddof=1) / np.sqrt(len(self.coverage))
-        return float(mean - 2 * error), float(mean + 2 * error)
+        """95 % interval of the mean coverage. Worlds are independent; points within one are not."""
+        return _interval(float(self.coverage.mean()), self.coverage)
+
+    @property
+    def ratio_interval(self) -> tuple[float, float]:
+        """95 % interval of spread over error, by the delta method for its logarithm."""
+        share = self.spread**2 / np.mean(self.spread**2) - self.error**2 / np.mean(self.error**2)
+        low, high = _interval(np.log(self.ratio), 0.5 * share)
+        return float(np.exp(low)), float(np.exp(high))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Decide by the intervals over worlds.
+
+        Refused: the filter is lost, or an interval lies outside of its bounds. Certified: neither does, and both are
+        narrower than their bounds. Otherwise there are too few worlds to tell.
+        """
+        if not (np.isfinite(self.error).all() and 0.0 < self.ratio < np.inf):
+            return REFUSED
+        pairs = ((self.interval, COVERAGE), (self.ratio_interval, RATIO))
+        if any(found[1] < bound[0] or found[0] > bound[1] for found, bound in pairs):
+            return REFUSED
+        resolved = all(found[1] - found[0] <= bound[1] - bound[0] for found, bound in pairs)
+        return CERTIFIED if resolved else UNDECIDED
 
     @property
     def certified(self) -> bool:
-        """Whether coverage and spread over error are within their bounds, in all worlds that ended."""
-        low, high = COVERAGE
-        return bool(
-            np.isfinite(self.error).all() and low <= self.coverage.mean() <= high and RATIO[0] <= self.ratio <= RATIO[1]
-        )
+        """Whether coverage and spread over error may lie within their bounds, and the worlds suffice to say so."""
+        return self.verdict == CERTIFIED
 
     @property
     def reason(self) -> str:
@@ -69,12 +92,29 @@ class Twins(NamedTuple):
         lost = int((~np.isfinite(self.error)).sum())
         if lost:
             return f"the filter is lost in {lost} of {len(self.error)} worlds of its own model"
-        low, high = self.interval
+        if not 0.0 < self.ratio < np.inf:
+            return f"spread is {self.ratio:g} times the error: the members, or the truths, are all the same"
+        (low, high), (least, most) = self.interval, self.ratio_interval
         found = (
             f"90 % intervals hold {100 * self.coverage.mean():.0f} % of the truths ({100 * low:.0f} to "
-            f"{min(100 * high, 100):.0f} %) and spread is {self.ratio:.2f} times the error, in {len(self.error)} worlds"
+            f"{min(100 * high, 100):.0f} %) and spread is {self.ratio:.2f} times the error "
+            f"({least:.2f} to {most:.2f}), in {len(self.error)} worlds"
         )
-        return found if self.certified else f"{found}: outside of 87 to 93 % or .9 to 1.15"
+        return (
+            found
+            + {
+                CERTIFIED: "",
+                REFUSED: ": outside of 87 to 93 % or .9 to 1.15",
+                UNDECIDED: ": too few worlds to tell, so raise `num_experiments`",
+            }[self.verdict]
+        )
+
+
+def _interval(centre: float, worlds: Float[np.ndarray, " worlds"]) -> tuple[float, float]:
+    """Compute Student's 95 % interval around a mean over worlds."""
+    num = len(worlds)
+    half = stats.t.ppf(0.975, num - 1) * worlds.std(ddof=1) / np.sqrt(num)
+    return float(centre - half), float(centre + half)
 
 
 def simulate(key: Key, series: Series) -> tuple[Float[Array, "times dim"], Float[Array, "times entries"]]:
@@ -85,7 +125,7 @@ def simulate(key: Key, series: Series) -> tuple[Float[Array, "times dim"], Float
         (t0, x), (key, t1, y) = now, inputs
         for_move, for_noise = jax.random.split(key)
         x = jnp.where(t1 > t0, model.transition(for_move, t0, t1, x), x)
-        new = model.observed.sample(for_noise, t1, model.observed.predict(t1, x))
+        new = model.observed.simulate(for_noise, t1, x)
         return (t1, x), (x, jnp.where(jnp.isnan(y), jnp.nan, new))
 
     for_start, for_steps = jax.random.split(key)
@@ -114,7 +154,7 @@ def twin(
         *args: the model's arguments.
         method: the method.
         num_members: number of members.
-        num_experiments: number of worlds.
+        num_experiments: number of worlds. How many decide depends on how much one world says.
         spin_up: observations that do not count.
         **kwargs: the model's keyword arguments. Of observations, only times, shape and missing entries matter.
 
@@ -144,7 +184,7 @@ def twin(
         spread, off = jnp.sqrt(jnp.mean(spread[spin_up:])), jnp.sqrt(jnp.mean(off[spin_up:]))
         return inside[spin_up:].mean(), spread, off
 
-    found = jax.jit(jax.vmap(world))(jax.random.split(key, num_experiments))
+    found = execute(jax.vmap(world), jax.random.split(key, num_experiments))
     coverage, spread, error = (np.asarray(part, np.float64) for part in found)
     return Twins(coverage, spread, error, series.model.dim, num_members)
 

@@ -104,6 +104,10 @@ class ObservedSites(Observed):
         """Draw from the laws at states that hold u."""
         return self._given(t, u, lambda i, fn: fn.sample(jax.random.fold_in(key, i)))
 
+    def simulate(self, key, t, x):
+        """Draw from the laws at the state."""
+        return self._pick(t, _numbers(self._laws(t, x), lambda i, fn: fn.sample(jax.random.fold_in(key, i))))
+
     def log_density(self, t, x, y):
         """Compute the log density of the entries that are not missing."""
         missing, spread = self._scatter(t, jnp.isnan(y), jnp.ones(self.some_y.size, bool)), self._split(t, y)

@@ -10,11 +10,12 @@ import pytest
 from scipy import stats
 
 import scoreinfer as si
-from filters.linear import TURN
+from compilations import Compilations
+from filters.linear import AR1, TURN
 from scoreinfer.filters.base import AbstractFilter, Analysis, Predictive, predict
 from scoreinfer.filters.monitoring import ALARM, TOLERATED_MEAN, TOLERATED_SD, log_e_values, monitor, probits
 from scoreinfer.filters.skill import crps
-from scoreinfer.filters.twins import Twins
+from scoreinfer.filters.twins import Twins, simulate
 from scoreinfer.model.states import read_space
 
 LETKF = si.filters.LETKF()
@@ -153,3 +154,100 @@ def test_bad_requests_are_refused():
         si.twin(jax.random.key(0), TURN.space(), method=LETKF, num_members=9, y=np.zeros((4, 2)), num_experiments=1)
     lost = Twins(np.array([0.9, np.nan]), np.array([1.0, np.nan]), np.array([1.0, np.nan]), 2, 9)
     assert not lost.certified and "lost in 1 of 2 worlds" in lost.reason
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (0.5, 0.3, 0.2)])
+def test_probits_without_a_distribution_function_are_standard_normal_for_few_members(shares):
+    """48 draws stand for the forecast: an observation beyond all of them comes once in 25 times."""
+    space = si.StateSpace(
+        dist.Normal(0.0, 1.0), lambda t0, t1, x: dist.Normal(x, 1.0), lambda t, x: dist.Kumaraswamy(jnp.exp(x), 2.0)
+    )
+    times, keys = 1000, jax.random.split(jax.random.key(0), 3)
+    observed = read_space(space, jnp.full(times, 0.5), None).model.observed
+    with pytest.raises(NotImplementedError):
+        observed.cdf(jnp.ones(()), jnp.zeros(1), jnp.full(1, 0.5))
+    u, log_weight = jax.random.normal(keys[0], (times, 3, 1)), jnp.log(jnp.asarray(shares))
+    row = jax.random.categorical(keys[1], log_weight, shape=(times,))
+    truth = jnp.take_along_axis(u, row[:, None, None], 1)[:, 0]
+    y = jax.vmap(lambda key, u: observed.sample(key, jnp.ones(()), u))(jax.random.split(keys[2], times), truth)
+    forecast = Predictive(u, jnp.tile(log_weight, (times, 1)), jnp.zeros((times, 1, 1)), jnp.zeros((times, 1)))
+    z = np.asarray(probits(jax.random.key(4), observed, jnp.ones(times), forecast, y))[:, 0]
+    assert abs(z.mean()) < 5 / np.sqrt(times) and abs(z.std() - 1) < 5 / np.sqrt(2 * times)
+    assert stats.kstest(z, "norm").pvalue > 1e-4 and abs(z).max() < 4.5
+
+
+class Exact(AbstractFilter):
+    """Draws from the Kalman filter's posterior of `AR1`, with its spread times a factor."""
+
+    log_evidence_kind: ClassVar = "approximate"
+    factor: float = 1.0
+
+    def init(self, key, members):
+        return jnp.zeros(()), jnp.ones(())
+
+    def forecast(self, key, memory, model, t0, t1, members, y):
+        return members
+
+    def analyse(self, key, memory, t, members, observed, y):
+        move, noise, error = AR1.move[0, 0], AR1.noise, AR1.error
+        mean, variance = move * memory[0], move**2 * memory[1] + noise**2
+        gain = variance / (variance + error**2)
+        mean, variance = mean + gain * (y[0] - mean), (1 - gain) * variance
+        x = mean + self.factor * jnp.sqrt(variance) * jax.random.normal(key, members.x.shape)
+        analysis = Analysis(members._replace(x=x), jnp.zeros(()), predict(observed, t, members))
+        return (mean, variance), analysis
+
+
+def verdicts(factor, worlds, groups=50):
+    """Verdicts of independent twins, whose worlds are simulated together."""
+    found = si.twin(
+        jax.random.key(1), AR1.space(), method=Exact(factor), num_members=50, y=np.zeros((40, 1)),
+        num_experiments=50 * 40,
+    )  # fmt: skip
+    parts = [np.asarray(part).reshape(groups, -1)[:, :worlds] for part in found[:3]]
+    return [Twins(*rows, 1, 50).verdict for rows in zip(*parts, strict=True)]
+
+
+def test_twins_refuse_an_exact_filter_at_their_rate_at_most_and_say_if_worlds_are_too_few():
+    few, many = verdicts(1.0, 5), verdicts(1.0, 40)
+    for found in (few, many):
+        assert found.count("not certified") / 50 < 0.05 + 5 * np.sqrt(0.05 * 0.95 / 50)
+    assert few.count("not decided") > 25 and many.count("certified") > 45
+    assert set(verdicts(0.7, 40)) == {"not certified"}
+
+
+def test_certificates_say_that_worlds_are_too_few():
+    run = filtered(TURN.simulate(3, 150))
+    few = Twins(np.array([0.8, 0.95, 0.9]), np.array([0.9, 1.0, 1.2]), np.ones(3), 2, 100)
+    found = si.filters.certify(jax.random.key(2), run, twins=few)
+    assert found.verdict == "not decided" and str(found).startswith("not decided: ") and "too few worlds" in str(found)
+    halved = si.filters.certify(jax.random.key(2), filtered(TURN.simulate(3, 150), error=0.5 * TURN.error), twins=few)
+    assert halved.verdict == "not certified" and "twins are too few" in halved.reason
+
+
+def test_worlds_of_entries_that_see_more_than_one_number_follow_the_model_and_certificates_refuse_them():
+    space = si.StateSpace(
+        dist.Normal(jnp.zeros(2), 1.0).to_event(1),
+        lambda t0, t1, x: dist.Normal(0.9 * x, 0.5).to_event(1),
+        lambda t, x: dist.Normal(x[0], jnp.exp(x[1])),
+    )
+    series = read_space(space, jnp.zeros(2000), None)
+    x, y = jax.tree.map(np.asarray, simulate(jax.random.key(0), series))
+    z = (y[:, 0] - x[:, 0]) / np.exp(x[:, 1])
+    assert stats.kstest(z, "norm").pvalue > 1e-4
+    run = si.filter(jax.random.key(1), space, method=si.filters.BootstrapFilter(), num_members=10, y=jnp.zeros(3))
+    with pytest.raises(ValueError, match="`certify` needs observations whose entries each see one number"):
+        si.filters.certify(jax.random.key(2), run)
+
+
+def test_twins_and_certificates_are_compiled_once():
+    def judge(seed):
+        space, y = TURN.space(), TURN.simulate(seed, 12)
+        twins = si.twin(jax.random.key(seed), space, method=LETKF, num_members=10, y=y, num_experiments=3)
+        run = si.filter(jax.random.key(seed), space, method=LETKF, num_members=10, y=y)
+        return si.filters.certify(jax.random.key(seed), run, twins=twins).certified
+
+    judge(0)
+    with Compilations() as again:
+        judge(1)
+    assert again.count == 0
