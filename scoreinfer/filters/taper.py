@@ -35,7 +35,7 @@ def gaspari_cohn(distance: Float[Array, "*shape"], half_width: float | Float[Arr
     r = jnp.abs(distance) / half_width
     near = (((-0.25 * r + 0.5) * r + 0.625) * r - 5.0 / 3.0) * r**2 + 1.0
     far = ((((r / 12.0 - 0.5) * r + 0.625) * r + 5.0 / 3.0) * r - 5.0) * r + 4.0 - 2.0 / (3.0 * jnp.maximum(r, 1.0))
-    return jnp.where(r < 1.0, near, jnp.where(r < 2.0, far, 0.0))
+    return jnp.where(r < 1.0, near, jnp.where(r < 2.0, jnp.maximum(far, 0.0), 0.0))  # rounding makes it negative near 2
 
 
 class Wrapped(eqx.Module):

@@ -21,6 +21,11 @@ def test_the_taper_is_the_convolution_of_a_tent_with_itself():
     assert np.allclose(gaspari_cohn(jnp.asarray(3.0 * shifts), 3.0), gaspari_cohn(jnp.asarray(shifts), 1.0), atol=1e-6)
 
 
+def test_rounding_makes_no_taper_negative():
+    """Just inside its end the curve is smaller than the rounding of its terms; filters take its root."""
+    assert gaspari_cohn(jnp.sqrt(jnp.arange(70.0)), 4.0).min() == 0.0
+
+
 @pytest.mark.parametrize("locality", [grid((30,), 6.0), grid((6, 5), 2.0, periodic=False), near(LINE, 3.0)])
 def test_tapers_are_positive_definite(locality):
     everyone = jnp.arange(locality.num)
