@@ -237,6 +237,7 @@ def _checked(run: FilterRun) -> FilterRun:
 
 
 def _is_sound(analysis: Analysis) -> Bool[Array, " times"]:
-    """Say at which times members are finite and the log evidence is a number; minus infinity is one."""
+    """Say where members are finite and log evidences numbers, minus infinity included; a filter may have none (NaN)."""
     finite = jnp.isfinite(analysis.members.x).all(axis=(1, 2)) & ~jnp.isnan(analysis.members.log_weight).any(axis=1)
-    return finite & (analysis.log_evidence < jnp.inf)
+    has_none = jnp.isnan(analysis.log_evidence).all()
+    return finite & (has_none | (analysis.log_evidence < jnp.inf))
