@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict, weighed
 from scoreinfer.filters.particle import resampled
-from scoreinfer.filters.sites import Sites, matched
+from scoreinfer.filters.sites import Sites, matched, roots_and_aims
 from scoreinfer.markov import Entries, MarkovModel, Observed, State, Time
 from scoreinfer.montecarlo.feynman_kac import LEAST_SHARE
 from scoreinfer.montecarlo.resampling import Scheme, systematic
@@ -46,7 +46,7 @@ class GuidedFilter(AbstractFilter):
         holds the proposals, with weights f / q; ``run.predictive`` comes from transitions that do not look ahead.
 
     Good values: where observations are precise it needs far fewer particles than the bootstrap filter. In a state of d
-        components and m entries a particle costs d m^2 + d^3, and 123 likelihoods of each entry in each sweep.
+        components and m entries a particle costs d m^2 + d^3, and at least 82 likelihoods of each entry in each sweep.
     """
 
     log_evidence_kind: ClassVar[EvidenceKind] = "unbiased"
@@ -143,15 +143,28 @@ def propagate(
     """Find the sites of all entries, whose numbers u have a joint Gaussian prior."""
     log_likelihood = lambda u: observed.log_likelihood(t, u, y)  # noqa: E731
     informed = ~jnp.isnan(y)
-    tiny = jnp.finfo(mean.dtype).tiny ** 0.5
 
     def sweep(_: Any, sites: Sites) -> Sites:
-        root = jnp.sqrt(sites.precision)
-        system = jnp.eye(mean.size) + root[:, None] * covariance * root
-        half = root[:, None] * covariance
-        posterior = covariance - half.T @ jnp.linalg.solve(system, half)
-        centre = mean + posterior @ (sites.shift - sites.precision * mean)
-        return matched(sites, centre, jnp.maximum(jnp.diag(posterior), tiny), log_likelihood, informed, 1.0)
+        return matched(*cavities(mean, covariance, sites), log_likelihood, informed)
 
     none = Sites(jnp.zeros_like(mean), jnp.zeros_like(mean))
     return jax.lax.fori_loop(0, NUM_SWEEPS if mean.size > 1 else 1, sweep, none)
+
+
+def cavities(
+    mean: Entries, covariance: Float[Array, "entries entries"], sites: Sites
+) -> tuple[Entries, Float[Array, " entries"]]:
+    """Compute mean and variance of every number given the sites of the others.
+
+    With B = I + T^(1/2) C T^(1/2), row and column i leave its inverse by B^(-1) - b_i b_i^T / b_ii. No digits are lost
+    where a site is precise, as they are where its precision is subtracted from the marginal's.
+    """
+    root, aim = roots_and_aims(sites, mean)
+    rows, eye = root[:, None] * covariance, jnp.eye(mean.size, dtype=mean.dtype)
+    right = jnp.concatenate([rows, eye, aim[:, None]], axis=1)
+    solved = jax.scipy.linalg.solve(eye + rows * root, right, assume_a="pos")
+    half, inverse, pulled = solved[:, : mean.size], solved[:, mean.size : -1], solved[:, -1]
+    own = jnp.diag(half) / jnp.diag(inverse)
+    variance = jnp.diag(covariance) - (rows * half).sum(0) + own * jnp.diag(half)
+    least = jnp.finfo(mean.dtype).eps * jnp.diag(covariance) + jnp.finfo(mean.dtype).tiny
+    return mean + rows.T @ pulled - own * pulled, jnp.maximum(variance, least)

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from scoreinfer._quadrature import LogLikelihood, Numbers, tilt
 from scoreinfer._typing import Key
-from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.sites import Prior, over_points
 from scoreinfer.filters.taper import Locality
 

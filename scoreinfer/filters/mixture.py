@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._quadrature import Numbers
 from scoreinfer._typing import Key
-from scoreinfer.filters.integrals import Numbers
 from scoreinfer.filters.sites import Prior, Sites
 from scoreinfer.filters.spectral import inverse_and_root
 from scoreinfer.filters.taper import everywhere

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from scoreinfer._quadrature import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
-from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.jumps import Error, Jumps, white_noise
 from scoreinfer.filters.mixture import analyse_mixture
-from scoreinfer.filters.sites import Prior, Sites, marginals, propagate
+from scoreinfer.filters.sites import Prior, Sites, cavities, propagate
 from scoreinfer.filters.taper import Locality, everywhere
 from scoreinfer.filters.transform import transform
 from scoreinfer.markov import Entries, Observed, Sees, Time, is_missing
@@ -218,7 +218,7 @@ def evidence(prior: Prior, sites: Sites, likelihoods: Likelihoods) -> Float[Arra
 
     References: Vecchia 1988, JRSS B 50(2).
     """
-    tilted = tilt(likelihoods.value, *marginals(prior, sites, before=True))
+    tilted = tilt(likelihoods.value, *cavities(prior, sites, before=True))
     return jnp.where(likelihoods.informed, tilted.log_evidence, 0.0).sum()
 
 

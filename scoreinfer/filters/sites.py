@@ -22,15 +22,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer.filters.integrals import LogLikelihood, Numbers, tilt
+from scoreinfer._quadrature import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.taper import Locality
 from scoreinfer.score import LocalGaussianScore
 
 LEAST_PRECISION = 1e-6
 """Least precision of a site, relative to its cavity's. Where the exact one is lower, or negative (the likelihood is not
 log-concave), the tilted mean is kept."""
-LEAST_CAVITY = 1e-3
-"""Least precision of a cavity, relative to the marginal's."""
 CHUNK = 4096
 """Blocks computed at once: memory grows with this number, not with the state."""
 
@@ -82,37 +80,61 @@ class Sites(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a block knows of its centre.
+    """The block of a point and the sites in it.
 
     Args:
-        covariance: C on the block; the centre comes first.
+        covariance: C on the block; the point comes first.
         root: T^(1/2).
         system: B = I + T^(1/2) C T^(1/2).
-        pull: nu - tau m: where the sites pull, away from the prior mean.
+        aim: T^(-1/2) (nu - T m): how far from the prior mean the sites lie, in their standard deviations.
     """
 
     covariance: Float[Array, "block block"]
     root: Float[Array, " block"]
     system: Float[Array, "block block"]
-    pull: Float[Array, " block"]
+    aim: Float[Array, " block"]
 
 
-def block(prior: Prior, sites: Sites, point: Int[Array, ""], *, before: bool = False) -> Block:
-    """Gather the block of a point; ``before`` takes only sites of points with smaller numbers."""
-    index = prior.locality.index[point]
-    seen = index < point if before else jnp.ones(index.shape, bool)
-    precision, shift = jnp.where(seen, sites.precision[index], 0.0), jnp.where(seen, sites.shift[index], 0.0)
-    covariance, root = prior.covariance(point), jnp.sqrt(precision)
+def block(prior: Prior, sites: Sites, point: Int[Array, ""], seen: Bool[Array, " block"] | bool = True) -> Block:
+    """Gather the block of a point; sites that are not ``seen`` are left out."""
+    index, covariance = prior.locality.index[point], prior.covariance(point)
+    near = Sites(*(jnp.where(seen, value[index], 0.0) for value in sites))
+    root, aim = roots_and_aims(near, prior.mean[index])
     system = jnp.eye(index.size, dtype=root.dtype) + root[:, None] * covariance * root
-    return Block(covariance, root, system, shift - precision * prior.mean[index])
+    return Block(covariance, root, system, aim)
 
 
-def centre(prior: Prior, part: Block, point: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute mean and variance of the centre of a block given its sites: m + c (I + T C)^(-1) (nu - T m), ..."""
-    row = part.covariance[0]
-    half = part.root * jax.scipy.linalg.solve(part.system, part.root * row, assume_a="pos")
-    given = row - half @ part.covariance
-    return prior.mean[point] + given @ part.pull, given[0]
+def roots_and_aims(sites: Sites, mean: Numbers) -> tuple[Numbers, Numbers]:
+    """Compute T^(1/2) and T^(-1/2) (nu - T m); zero, with a derivative, where there is no site."""
+    some = sites.precision > 0.0
+    root = jnp.sqrt(jnp.where(some, sites.precision, 1.0))
+    aim = (sites.shift - sites.precision * mean) / root
+    return jnp.where(some, root, 0.0), jnp.where(some, aim, 0.0)
+
+
+def cavity(
+    prior: Prior, sites: Sites, point: Int[Array, ""], *, before: bool = False
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Compute mean and variance of a point given the sites of its block, its own left out.
+
+    They are m + c T^(1/2) B^(-1) T^(-1/2) (nu - T m) and C_00 - c T^(1/2) B^(-1) T^(1/2) c, with c the point's row of
+    C. To take the point's own site out of its marginal instead would cancel all digits where the site is precise.
+    """
+    index = prior.locality.index[point]
+    part = block(prior, sites, point, index < point if before else index != point)
+    row, prior_variance = part.root * part.covariance[0], part.covariance[0, 0]
+    solved = jax.scipy.linalg.solve(part.system, row, assume_a="pos")
+    least = jnp.finfo(row.dtype).eps * prior_variance + jnp.finfo(row.dtype).tiny
+    return prior.mean[point] + solved @ part.aim, jnp.maximum(prior_variance - solved @ row, least)
+
+
+def marginal(prior: Prior, sites: Sites, point: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Compute mean and variance of a point given the sites of its block: its cavity times its own site."""
+    mean, variance = cavity(prior, sites, point)
+    precision, shift = sites.precision[point], sites.shift[point]
+    aim = shift / jnp.where(precision > 0.0, precision, 1.0)
+    left = 1.0 / (1.0 + variance * precision)
+    return mean + variance * precision * left * (aim - mean), variance * left
 
 
 def over_points(function: Callable, num: int):
@@ -122,18 +144,30 @@ def over_points(function: Callable, num: int):
     return jax.lax.map(function, jnp.arange(num), batch_size=CHUNK)
 
 
-def marginals(prior: Prior, sites: Sites, *, before: bool = False) -> tuple[Numbers, Numbers]:
-    """Compute mean and variance of every point given the sites of its block.
+def cavities(prior: Prior, sites: Sites, *, before: bool = False) -> tuple[Numbers, Numbers]:
+    """Compute mean and variance of every point given the sites of its block, its own left out.
 
     Args:
         prior: the prior.
         sites: the sites.
         before: take only the sites of points with smaller numbers.
 
+    Exactness: as that of `marginals`.
+    """
+    return over_points(lambda point: cavity(prior, sites, point, before=before), prior.mean.size)
+
+
+def marginals(prior: Prior, sites: Sites) -> tuple[Numbers, Numbers]:
+    """Compute mean and variance of every point given the sites of its block.
+
+    Args:
+        prior: the prior.
+        sites: the sites.
+
     Exactness: exact for one block without a taper and Gaussian likelihoods; otherwise biased: what lies outside of the
         block is left out.
     """
-    return over_points(lambda point: centre(prior, block(prior, sites, point, before=before), point), prior.mean.size)
+    return over_points(lambda point: marginal(prior, sites, point), prior.mean.size)
 
 
 def sweep(
@@ -148,19 +182,16 @@ def sweep(
         informed: which points have a likelihood; the sites of the others stay zero.
         damping: share of the new site; the rest stays.
     """
-    mean, variance = marginals(prior, sites)
-    return matched(sites, mean, variance, log_likelihood, informed, damping)
+    new = matched(*cavities(prior, sites), log_likelihood, informed)
+    return Sites(*((1.0 - damping) * old + damping * value for old, value in zip(sites, new, strict=True)))
 
 
-def matched(sites, mean, variance, log_likelihood, informed, damping):
-    """Match the sites to the likelihoods, given the marginals."""
-    cavity = jnp.maximum(1.0 / variance - sites.precision, LEAST_CAVITY / variance)
-    centre = (mean / variance - sites.shift) / cavity
-    tilted = tilt(log_likelihood, centre, 1.0 / cavity)
-    precision = jnp.maximum(1.0 / tilted.variance - cavity, LEAST_PRECISION * cavity)
-    shift = tilted.mean * (cavity + precision) - centre * cavity
-    mixed = [(1.0 - damping) * old + damping * new for old, new in zip(sites, (precision, shift), strict=True)]
-    return Sites(*(jnp.where(informed, value, 0.0) for value in mixed))
+def matched(mean: Numbers, variance: Numbers, log_likelihood: LogLikelihood, informed: Bool[Array, " points"]) -> Sites:
+    """Choose the sites that match the likelihoods, given mean and variance of every cavity."""
+    tilted = tilt(log_likelihood, mean, variance)
+    precision = jnp.maximum(1.0 / tilted.variance - 1.0 / variance, LEAST_PRECISION / variance)
+    shift = tilted.mean * precision + (tilted.mean - mean) / variance
+    return Sites(*(jnp.where(informed, value, 0.0) for value in (precision, shift)))
 
 
 def propagate(
@@ -176,7 +207,6 @@ def propagate(
     Exactness: exact for normal likelihoods of the points, after one sweep; otherwise to the accuracy of expectation
         propagation, which has no general bound.
     """
-    none = jnp.zeros_like(prior.mean)
-    sites = matched(Sites(none, none), prior.mean, prior.variance + prior.added, log_likelihood, informed, 1.0)
+    sites = matched(prior.mean, prior.variance + prior.added, log_likelihood, informed)
     again = lambda _, sites: sweep(prior, sites, log_likelihood, informed, damping)  # noqa: E731
     return jax.lax.fori_loop(0, num_sweeps - 1, again, sites)

@@ -87,14 +87,31 @@ class Locality(eqx.Module):
         return gaspari_cohn(self.distance(i, j), self.half_width)
 
 
+def _half_width(radius: float, half_width: float | None) -> float:
+    """Check radius and half-width; choose the half-width where it is not given."""
+    if not radius >= 0.0:
+        raise ValueError(f"`radius` must not be negative, got {radius:g}. Give 0 for components that are independent.")
+    if half_width is None:
+        return 0.75 * radius if radius > 0.0 else 1.0  # a block of one point knows the distance 0 alone
+    if not half_width > 0.0:
+        raise ValueError(
+            f"`half_width` must be positive, got {half_width:g}. Give `radius=0` for components that are independent, "
+            "or leave `half_width` out."
+        )
+    return half_width
+
+
 def grid(shape: Sequence[int], radius: float, *, periodic: bool = True, half_width: float | None = None) -> Locality:
     """Make the blocks of a regular grid, neighbours one apart, points in the order of `numpy.ravel`.
 
     Args:
         shape: number of points along each axis.
-        radius: a block holds the points not farther from its centre than this.
+        radius: a block holds the points not farther from its centre than this; 0 makes all independent.
         periodic: whether the axes are closed.
         half_width: half-width of the taper; three quarters of the radius where not given.
+
+    Raises:
+        ValueError: if ``radius`` is negative, or ``half_width`` is not positive.
 
     >>> grid((10,), 2.0).index[0].tolist()
     [0, 9, 1, 8, 2]
@@ -112,7 +129,7 @@ def grid(shape: Sequence[int], radius: float, *, periodic: bool = True, half_wid
     index = np.ravel_multi_index(tuple(np.moveaxis(near % size, 2, 0)), tuple(shape))
     period = jnp.asarray(size, float) if periodic else jnp.full(size.shape, jnp.inf)
     distance = Wrapped(jnp.asarray(position, float), period)
-    return Locality(jnp.asarray(index), jnp.asarray(present), distance, half_width or 0.75 * radius)
+    return Locality(jnp.asarray(index), jnp.asarray(present), distance, _half_width(radius, half_width))
 
 
 def near(
@@ -126,12 +143,13 @@ def near(
 
     Args:
         distance: a matrix, or a function of two arrays of numbers, which broadcast.
-        radius: a block holds the points not farther from its centre than this.
+        radius: a block holds the points not farther from its centre than this; 0 makes all independent.
         num: number of points; needed beside a function.
         half_width: half-width of the taper; three quarters of the radius where not given.
 
     Raises:
-        ValueError: if a matrix is not square and symmetric with zeros on its diagonal, or ``num`` is missing.
+        ValueError: if a matrix is not square and symmetric with zeros on its diagonal, ``num`` is missing, ``radius``
+            is negative, or ``half_width`` is not positive.
 
     >>> near(lambda i, j: jnp.abs(i - j), 1.0, 4).present.tolist()[0]
     [True, True, False]
@@ -157,7 +175,7 @@ def near(
     width = max(map(len, blocks))
     index = np.array([block + block[:1] * (width - len(block)) for block in blocks])
     present = np.array([[True] * len(block) + [False] * (width - len(block)) for block in blocks])
-    return Locality(jnp.asarray(index), jnp.asarray(present), far, half_width or 0.75 * radius)
+    return Locality(jnp.asarray(index), jnp.asarray(present), far, _half_width(radius, half_width))
 
 
 def everywhere(num: int) -> Locality:

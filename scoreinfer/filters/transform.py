@@ -13,7 +13,7 @@ Physica D 230 (local, symmetric).
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer.filters.sites import Prior, Sites, block, centre, over_points
+from scoreinfer.filters.sites import Prior, Sites, block, marginal, over_points
 from scoreinfer.filters.spectral import inverse_and_root
 
 
@@ -31,7 +31,7 @@ def transform(prior: Prior, sites: Sites, anomalies: Float[Array, "num points"])
 
     def moved(point):
         part = block(prior, sites, point)
-        mean, _ = centre(prior, part, point)
+        mean, _ = marginal(prior, sites, point)
         inverse, root = inverse_and_root(part.system)
         eye = jnp.eye(root.shape[0], dtype=root.dtype)
         gain = part.root * jnp.linalg.solve(eye + root, inverse @ (part.root * part.covariance[0]))

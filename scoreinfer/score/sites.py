@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._quadrature import tilt
+
 NUM_SWEEPS, DAMPING = 4, 0.8
 """Updates of all sites at once, and the share of the way that an update goes. Chosen by judgement: linear Gaussian
 sites are right after one whole step, others change little after two."""
-NUM_POINTS, NUM_PASSES, WIDTH = 41, 3, 6.0
-"""Grid of a tilted density: points, passes that narrow the grid down to it, and half-width in its standard deviations.
-A likelihood may be forty times narrower than the prior; Gauss-Hermite nodes would miss it."""
 LEAST = 1e-10
 """Least precision and relative variance, so that nothing divides by zero."""
 
@@ -41,14 +40,6 @@ class Sites(NamedTuple):
     log_scale: Float[Array, ""]
 
 
-class Tilted(NamedTuple):
-    """Log mass, mean and variance of cavity times likelihood, for every site."""
-
-    log_mass: Values
-    mean: Values
-    variance: Values
-
-
 def propagate_expectations(
     mean: Values, covariance: Float[Array, "obs obs"], log_sites: Callable[[Values], Values]
 ) -> Sites:
@@ -61,7 +52,7 @@ def propagate_expectations(
     def sweep(sites: tuple[Values, Values], share: Array) -> tuple[tuple[Values, Values], Array]:
         tau, nu = sites
         cavity_mean, cavity_variance = _cavity(mean, covariance, tau, nu)
-        tilted = tilt(cavity_mean, cavity_variance, log_sites)
+        tilted = tilt(log_sites, cavity_mean, cavity_variance)
         new_tau = jnp.maximum(1 / tilted.variance, 1 / cavity_variance) - 1 / cavity_variance + least
         new_nu = tilted.mean * (new_tau + 1 / cavity_variance) - cavity_mean / cavity_variance
         return (tau + share * (new_tau - tau), nu + share * (new_nu - nu)), share
@@ -70,7 +61,7 @@ def propagate_expectations(
     shares = jnp.array([1.0] + [DAMPING] * (NUM_SWEEPS - 1), mean.dtype)
     (tau, nu), _ = jax.lax.scan(sweep, (least, jnp.zeros_like(mean)), shares)
     cavity_mean, cavity_variance = _cavity(mean, covariance, tau, nu)
-    total, log_mass = tau + 1 / cavity_variance, tilt(cavity_mean, cavity_variance, log_sites).log_mass
+    total, log_mass = tau + 1 / cavity_variance, tilt(log_sites, cavity_mean, cavity_variance).log_evidence
     square = (nu + cavity_mean / cavity_variance) ** 2 / total - cavity_mean**2 / cavity_variance
     return Sites(tau, nu, (log_mass + 0.5 * jnp.log(total * cavity_variance) - 0.5 * square).sum())
 
@@ -85,27 +76,3 @@ def _cavity(mean: Values, covariance: Float[Array, "obs obs"], tau: Values, nu: 
     variance = jnp.maximum(variance, LEAST * covariance.diagonal() + jnp.finfo(mean.dtype).tiny)
     cavity_variance = 1 / jnp.maximum(1 / variance - tau, LEAST / variance)
     return cavity_variance * (centre / variance - nu), cavity_variance
-
-
-def tilt(mean: Values, variance: Values, log_sites: Callable[[Values], Values]) -> Tilted:
-    """Compute mass, mean and variance of N(u_i; mean_i, variance_i) g_i(u_i) on a grid that is narrowed down.
-
-    Exactness: consistent as the grid grows; for smooth densities that the grid covers the error is far below a
-        percent. Of several distant modes the grid may lose those far from the mean.
-    """
-    nodes = jnp.linspace(-WIDTH, WIDTH, NUM_POINTS, dtype=mean.dtype)[:, None]
-
-    def narrow(_: Array, found: Tilted) -> Tilted:
-        width = jnp.sqrt(found.variance)
-        u = found.mean + nodes * width
-        log_prior = -0.5 * ((u - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance))
-        log_joint = log_prior + jax.vmap(log_sites)(u)
-        log_joint = jnp.where(jnp.isnan(log_joint), -jnp.inf, log_joint)
-        log_sum, spacing = jax.nn.logsumexp(log_joint, axis=0), nodes[1, 0] - nodes[0, 0]
-        share = jnp.exp(log_joint - jnp.where(jnp.isfinite(log_sum), log_sum, 0.0))
-        centre = jnp.where(jnp.isfinite(log_sum), (share * u).sum(0), found.mean)
-        spread = jnp.where(jnp.isfinite(log_sum), (share * (u - centre) ** 2).sum(0), found.variance)
-        least = (0.25 * spacing * width) ** 2  # what a grid can tell
-        return Tilted(log_sum + jnp.log(spacing * width), centre, jnp.maximum(spread, least))
-
-    return jax.lax.fori_loop(0, NUM_PASSES, narrow, Tilted(jnp.zeros_like(mean), mean, variance))

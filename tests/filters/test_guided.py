@@ -9,7 +9,8 @@ import pytest
 import scoreinfer as si
 from filters.linear import AR1, PARTLY
 from filters.test_particle import LAWS, grid_answer, moments_off
-from scoreinfer.filters.guided import propose
+from scoreinfer.filters.guided import cavities, propose
+from scoreinfer.filters.sites import Sites
 from scoreinfer.markov import Sees
 from scoreinfer.process.base import Gaussian
 
@@ -87,3 +88,17 @@ def test_the_predictive_has_not_seen_the_observation():
     assert ess.min() > 500
     assert (abs(mean - exact_mean) < 5 * exact_sd / np.sqrt(ess)).all()
     assert (abs(sd / exact_sd - 1) < 5 / np.sqrt(2 * ess)).all()
+
+
+def test_cavities_keep_their_digits_where_sites_are_precise():
+    """In single precision, sites a thousand times narrower than the prior, one of them absent."""
+    covariance = np.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.3], [0.2, 0.3, 1.0]])
+    mean, aim, precision = np.array([0.1, 0.0, -0.3]), np.array([0.7, -1.2, 0.0]), np.array([1e6, 4e6, 0.0])
+    sites = Sites(*(jnp.asarray(value, jnp.float32) for value in (precision, precision * aim)))
+    found = cavities(jnp.asarray(mean, jnp.float32), jnp.asarray(covariance, jnp.float32), sites)
+    for i in range(3):
+        seen = [j for j in range(2) if j != i]
+        near = covariance[np.ix_(seen, seen)] + np.diag(1.0 / precision[seen])
+        gain = np.linalg.solve(near, covariance[seen, i])
+        assert float(found[0][i]) == pytest.approx(mean[i] + gain @ (aim - mean)[seen], abs=1e-4)
+        assert float(found[1][i]) == pytest.approx(covariance[i, i] - gain @ covariance[seen, i], rel=1e-4)

@@ -79,6 +79,26 @@ def test_locality_of_another_state_is_refused():
         si.filter(jax.random.key(0), space(normal), method=method, num_members=20, y=np.zeros((2, 6)))
 
 
+@pytest.mark.parametrize("noise", [0.003, 0.001])
+def test_precise_observations_are_kalman_in_single_precision(noise):
+    """A prior a thousand times wider than the noise; bounds are in posterior standard deviations."""
+    y = np.array([0.7, -1.2, 0.4])
+    precise = si.StateSpace(
+        dist.Normal(jnp.zeros(3), 1.0).to_event(1),
+        lambda t0, t1, x: dist.Normal(x, 0.1).to_event(1),
+        lambda t, x: dist.Normal(x, noise).to_event(1),
+    )
+    method = si.filters.ScoreFilter(jumps=None, inflation=1.0)
+    run = si.filter(jax.random.key(0), precise, method=method, num_members=200, y=y[None], ts=jnp.zeros(1))
+    assert run.analysis.x.dtype == jnp.float32
+    members = np.asarray(run.forecast.x[0], float)
+    covariance = np.cov(members.T)
+    gain = np.linalg.solve(covariance + noise**2 * np.eye(3), covariance).T
+    mean, sd = members.mean(0) + gain @ (y - members.mean(0)), np.sqrt(np.diag(covariance - gain @ covariance))
+    assert np.abs(run.mean()[0] - mean).max() < 0.02 * noise
+    np.testing.assert_allclose(run.sd()[0], sd, rtol=0.01)
+
+
 # --- scores
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.scipy.stats import bernoulli, norm, poisson, t as student
 
-from scoreinfer.filters.integrals import tilt
+from scoreinfer._quadrature import tilt
 from scoreinfer.filters.sites import Prior, Sites, marginals, propagate
 from scoreinfer.filters.taper import everywhere, grid
 from scoreinfer.filters.transform import transform
@@ -35,6 +35,32 @@ def test_scalar_integrals_are_those_of_a_fine_grid(family, sd):
         variance = np.average((u - centre) ** 2, weights=weight)
         assert found.mean[0] == pytest.approx(centre, abs=2e-3 * variance**0.5)
         assert found.variance[0] == pytest.approx(variance, rel=5e-3)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_scalar_integrals_follow_the_mass_wherever_it_lies(double):
+    """Prior N(0, 1), a normal likelihood: everything is known."""
+    y, noise = np.array([7.0, 15.0, -400.0, 0.3, 0.0]), np.array([0.1, 0.1, 0.1, 1e-4, 30.0])
+    total = 1.0 + noise**2
+    with jax.enable_x64(double):
+        likelihood = lambda u: norm.logpdf(jnp.asarray(y), u, jnp.asarray(noise))  # noqa: E731
+        found = [np.asarray(part, float) for part in tilt(likelihood, jnp.zeros(5), jnp.ones(5))]
+        rounding, near = 4 * float(jnp.finfo(jnp.zeros(()).dtype).eps), 1e-5 if double else 2e-2
+    assert np.all(np.abs(found[1] - y / total) < 1e-5 * noise / total**0.5 + rounding * np.abs(y))
+    np.testing.assert_allclose(found[2], noise**2 / total, rtol=near)
+    np.testing.assert_allclose(found[0], -0.5 * (y**2 / total + np.log(2 * np.pi * total)), atol=near, rtol=rounding)
+
+
+def test_scalar_integrals_have_derivatives():
+    """d log Z / d m = (tilted mean - m) / v; where the likelihood is zero, the Gaussian stays."""
+
+    def log_evidence(mean, y):
+        return tilt(lambda u: norm.logpdf(y, u, 0.1), mean, jnp.full(1, 4.0)).log_evidence[0]
+
+    slopes = jax.grad(log_evidence, argnums=(0, 1))(jnp.zeros(1), jnp.float32(3.0))
+    np.testing.assert_allclose([slopes[0][0], slopes[1]], [3.0 / 4.01, -3.0 / 4.01], rtol=1e-4)
+    nothing = tilt(lambda u: jnp.full_like(u, -jnp.inf), jnp.ones(1), jnp.full(1, 4.0))
+    assert [float(value[0]) for value in nothing] == [-np.inf, 1.0, 4.0]
 
 
 def two(covariance, mean):

@@ -62,3 +62,26 @@ def test_what_is_no_distance_is_refused(matrix):
         near(matrix, 2.0)
     with pytest.raises(ValueError, match="needs `num`"):
         near(lambda i, j: jnp.abs(i - j), 2.0)
+
+
+def matrix_like(*args, **kwargs):
+    """Blocks from a matrix."""
+    return near(LINE, *args, **kwargs)
+
+
+def grid_like(*args, **kwargs):
+    """The same blocks from a grid."""
+    return grid((9,), *args, periodic=False, **kwargs)
+
+
+@pytest.mark.parametrize("make", [matrix_like, grid_like])
+def test_radius_zero_means_independent_and_bad_numbers_are_refused(make):
+    alone = make(0.0)
+    assert alone.index.tolist() == [[i] for i in range(9)]
+    assert alone.taper(jnp.arange(9), jnp.arange(9)).tolist() == [1.0] * 9
+    assert make(4.0).half_width == 3.0 and make(4.0, half_width=0.5).half_width == 0.5
+    for bad in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="`half_width` must be positive"):
+            make(4.0, half_width=bad)
+    with pytest.raises(ValueError, match="`radius` must not be negative"):
+        make(-1.0)
