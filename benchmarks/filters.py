@@ -66,7 +66,7 @@ class Case(NamedTuple):
         after: observations before this one are spin-up.
         see: what is observed of the state, before noise.
         noise: standard deviation of the noise.
-        observed: which components are observed.
+        observed_every: every so many components are observed.
         shocks: whether the truth is hit by shocks.
         spread: standard deviation of the first members about the truth; None: N(0, 1), whatever the truth.
         radius: radius of the score filter's blocks.
@@ -84,7 +84,7 @@ class Case(NamedTuple):
     after: int = 50
     see: Callable = jnp.arctan
     noise: float = 0.05
-    observed: slice = slice(None)
+    observed_every: int = 1
     shocks: bool = False
     spread: float | None = None
     radius: float = 12.0
@@ -109,7 +109,7 @@ CASES = {
         ),
         Case("quiet", 100),
         Case("shocks", 100, shocks=True, num_seeds=24),
-        Case("half", 100, observed=slice(None, None, 2)),
+        Case("half", 100, observed_every=2),
         Case("quiet_1000", 1000, num_times=60, after=30, num_seeds=2),
     )
 }
@@ -133,7 +133,7 @@ def simulate(key, case: Case):
 
     _, truth = jax.lax.scan(observation, x, jax.random.split(moves, case.num_times))
     y = case.see(truth) + case.noise * jax.random.normal(noise, truth.shape)
-    seen = jnp.zeros(case.dim, bool).at[case.observed].set(True)
+    seen = jnp.zeros(case.dim, bool).at[:: case.observed_every].set(True)
     return x, truth, jnp.where(seen, y, jnp.nan)
 
 
