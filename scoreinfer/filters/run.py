@@ -239,5 +239,6 @@ def _checked(run: FilterRun) -> FilterRun:
 def _is_sound(analysis: Analysis) -> Bool[Array, " times"]:
     """Say where members are finite and log evidences numbers, minus infinity included; a filter may have none (NaN)."""
     finite = jnp.isfinite(analysis.members.x).all(axis=(1, 2)) & ~jnp.isnan(analysis.members.log_weight).any(axis=1)
-    has_none = jnp.isnan(analysis.log_evidence).all()
+    rounding = 64 * jnp.finfo(analysis.log_evidence.dtype).eps  # times without observations have evidence one
+    has_none = (jnp.isnan(analysis.log_evidence) | (jnp.abs(analysis.log_evidence) < rounding)).all()
     return finite & (has_none | (analysis.log_evidence < jnp.inf))

@@ -295,7 +295,7 @@ class Breaking(AbstractFilter):
     def analyse(self, key, memory, t, members, observed, y):
         nan = jnp.where(t == 3, jnp.nan, 0.0)
         x = members.x if self.in_evidence else members.x.at[0].add(nan)
-        log_evidence = nan if self.in_evidence else jnp.zeros(())
+        log_evidence = nan - 1.0 if self.in_evidence else jnp.zeros(())
         return memory, Analysis(members._replace(x=x), log_evidence, predict(observed, t, members))
 
 
@@ -304,3 +304,9 @@ class Breaking(AbstractFilter):
 def test_an_analysis_that_is_not_finite_is_named(num, in_evidence):
     with pytest.raises(ValueError, match="The analysis by `Breaking` at time 3 returns"):
         si.filter(jax.random.key(0), AR1.space(), method=Breaking(in_evidence), num_members=5, y=np.zeros((num, 1)))
+
+
+def test_a_filter_without_an_evidence_passes_times_without_observations():
+    y = np.array([[0.0], [np.nan], [0.0]])
+    run = si.filter(jax.random.key(0), AR1.space(), method=si.filters.EnSF(), num_members=5, y=y)
+    assert np.isnan(run.log_evidence) and np.isfinite(run.analysis.x).all()
