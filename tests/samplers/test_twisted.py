@@ -61,7 +61,7 @@ def test_linear_gaussians_are_drawn_without_weights():
 
 def discretised_prior(score, process, num_steps):
     """Compute weighted points of the discretised prior in the plane: a grid at every level but zero, then nodes."""
-    axis = np.linspace(-9, 9, 73)
+    axis = np.linspace(-9, 9, 109)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2), jnp.float32)
     levels, cell = levels_of(process, num_steps), float(axis[1] - axis[0]) ** 2
     density = jnp.exp(jax.vmap(start_kernel(moments_of(score, levels[0], jnp.zeros(2)), levels[0]).log_density)(grid))
