@@ -14,7 +14,7 @@ from numpyro.handlers import condition, mask, seed, substitute, trace
 
 import scoreinfer as si
 from filters.linear import AR1
-from scoreinfer.filters import run as run_module
+from scoreinfer import _program
 from scoreinfer.filters.base import AbstractFilter, Analysis, predict
 from scoreinfer.markov import Sees
 from scoreinfer.model.series import read_series
@@ -107,10 +107,10 @@ def test_masks_and_nan_are_the_same_and_compile_once():
     given[4] = 1e6
     options = {"method": BOOTSTRAP, "num_members": 64}
     missing = si.filter(jax.random.key(0), physics_path, "x", **options, y=Y)
-    before = run_module._compiled._cache_size()
+    before = _program._compiled._cache_size()
     other = np.where(np.arange(LENGTH) == 2, np.nan, Y)
     assert si.filter(jax.random.key(0), physics_path, "x", **options, y=other).log_evidence != missing.log_evidence
-    assert run_module._compiled._cache_size() == before
+    assert _program._compiled._cache_size() == before
     masked = si.filter(jax.random.key(0), physics_path, "x", **options, y=given, present=~np.isnan(Y))
     assert masked.log_evidence == missing.log_evidence
 
