@@ -20,7 +20,7 @@ from scoreinfer.montecarlo.weights import log_mean_weight
 
 Memory = Any
 """A tree of arrays."""
-EvidenceKind = Literal["unbiased", "approximate"]
+EvidenceKind = Literal["unbiased", "approximate", "none"]
 LEAST_MEMBERS = 3
 """Two members span one direction, and their variance has one degree of freedom."""
 
@@ -71,7 +71,7 @@ class AbstractFilter(eqx.Module):
     """A filtering method. It is frozen: what it learns stands in its memory."""
 
     log_evidence_kind: eqx.AbstractClassVar[EvidenceKind]
-    """Whether the product of the evidences is an unbiased estimate of the model's, or an approximation."""
+    """Whether the product of the evidences is an unbiased estimate of the model's, an approximation, or none (NaN)."""
     looks_ahead: ClassVar[bool] = False
     """Whether `forecast` looks at the observation. Then the predictive is made by other, plain transitions."""
 

@@ -36,7 +36,7 @@ class EnSF(AbstractFilter):
     References: Bao, Zhang and Zhang 2024, CMAME 432, arXiv 2309.00983, algorithm 1.
     """
 
-    log_evidence_kind: ClassVar[EvidenceKind] = "approximate"
+    log_evidence_kind: ClassVar[EvidenceKind] = "none"
     eps_alpha: float = eqx.field(static=True, default=0.5)
     eps_beta: float = eqx.field(static=True, default=0.025)
     num_steps: int = eqx.field(static=True, default=200)

@@ -14,7 +14,7 @@ from scoreinfer._program import execute
 from scoreinfer._tree import is_traced
 from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
-from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, Analysis, EvidenceKind, Members, Predictive
+from scoreinfer.filters.base import LEAST_MEMBERS, AbstractFilter, EvidenceKind, Members, Predictive
 from scoreinfer.filters.cycle import Cycles, Now
 from scoreinfer.filters.to_arviz import to_arviz
 from scoreinfer.model.series import read_series
@@ -65,7 +65,7 @@ class FilterRun:
 
     @property
     def log_evidence_kind(self) -> EvidenceKind:
-        """``"unbiased"`` (particles; the evidence itself, not its logarithm) or ``"approximate"``."""
+        """``"unbiased"`` (particles; the evidence itself, not its logarithm), ``"approximate"`` or ``"none"`` (NaN)."""
         return self.method.log_evidence_kind
 
     @property
@@ -213,7 +213,7 @@ def _checked(run: FilterRun) -> FilterRun:
     if is_traced(run.replaced):
         return run
     replaced, num = np.asarray(run.replaced), run.now.members.log_weight.size
-    lost, broken = replaced == num, ~np.asarray(_is_sound(run.cycles.analysis))
+    lost, broken = replaced == num, ~np.asarray(_is_sound(run))
     if (lost | broken).any():
         first = int(np.argmax(lost | broken))
         now = f"{float(run.ts[first]):g}"
@@ -236,9 +236,8 @@ def _checked(run: FilterRun) -> FilterRun:
     return run
 
 
-def _is_sound(analysis: Analysis) -> Bool[Array, " times"]:
-    """Say where members are finite and log evidences numbers, minus infinity included; a filter may have none (NaN)."""
+def _is_sound(run: FilterRun) -> Bool[Array, " times"]:
+    """Say where members are finite and log evidences numbers, minus infinity included; a method may have none."""
+    analysis = run.cycles.analysis
     finite = jnp.isfinite(analysis.members.x).all(axis=(1, 2)) & ~jnp.isnan(analysis.members.log_weight).any(axis=1)
-    rounding = 64 * jnp.finfo(analysis.log_evidence.dtype).eps  # times without observations have evidence one
-    has_none = (jnp.isnan(analysis.log_evidence) | (jnp.abs(analysis.log_evidence) < rounding)).all()
-    return finite & (has_none | (analysis.log_evidence < jnp.inf))
+    return finite & ((run.log_evidence_kind == "none") | (analysis.log_evidence < jnp.inf))
