@@ -12,7 +12,7 @@ References: Doucet, Godsill and Andrieu 2000, Statistics and Computing 10(3), se
 (expectation propagation); Hesterberg 1995, Technometrics 37(2) (defensive mixtures).
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,11 +22,11 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict, weighed
 from scoreinfer.filters.particle import resampled
-from scoreinfer.filters.sites import Sites, matched, roots_and_aims
 from scoreinfer.markov import Entries, MarkovModel, Observed, State, Time
 from scoreinfer.montecarlo.feynman_kac import LEAST_SHARE
 from scoreinfer.montecarlo.resampling import Scheme, systematic
 from scoreinfer.process.base import LOG_2PI, Gaussian
+from scoreinfer.score.sites import propagate_expectations
 
 NUM_SWEEPS = 3
 """Sweeps of expectation propagation where several entries share a state. One entry needs one."""
@@ -128,43 +128,12 @@ def propose(observed: Observed, t: Time, plain: Gaussian, y: Entries) -> Proposa
     """
     u, slope = observed.predict(t, plain.mean), jax.jacfwd(lambda x: observed.predict(t, x))(plain.mean)
     spread = slope * plain.factor
-    sites = propagate(observed, t, u, spread @ spread.T, y)
+    log_likelihood = lambda u: observed.log_likelihood(t, u, y)  # noqa: E731
+    shares = (1.0,) * (NUM_SWEEPS if u.size > 1 else 1)
+    sites = propagate_expectations(u, spread @ spread.T, log_likelihood, ~jnp.isnan(y), shares)
     root = jnp.linalg.cholesky(jnp.eye(plain.mean.size) + spread.T @ (sites.precision[:, None] * spread))
     half = jax.scipy.linalg.solve_triangular(root, jnp.diag(plain.factor * jnp.ones_like(plain.mean)), lower=True)
     pull = spread.T @ (sites.shift - sites.precision * u)
     mean = plain.mean + half.T @ jax.scipy.linalg.solve_triangular(root, pull, lower=True)
     log_det = jnp.log(plain.factor * jnp.ones_like(mean)).sum() - jnp.log(jnp.diag(root)).sum()
     return Proposal(mean, half.T, root.T / plain.factor, log_det)
-
-
-def propagate(
-    observed: Observed, t: Time, mean: Entries, covariance: Float[Array, "entries entries"], y: Entries
-) -> Sites:
-    """Find the sites of all entries, whose numbers u have a joint Gaussian prior."""
-    log_likelihood = lambda u: observed.log_likelihood(t, u, y)  # noqa: E731
-    informed = ~jnp.isnan(y)
-
-    def sweep(_: Any, sites: Sites) -> Sites:
-        return matched(*cavities(mean, covariance, sites), log_likelihood, informed)
-
-    none = Sites(jnp.zeros_like(mean), jnp.zeros_like(mean))
-    return jax.lax.fori_loop(0, NUM_SWEEPS if mean.size > 1 else 1, sweep, none)
-
-
-def cavities(
-    mean: Entries, covariance: Float[Array, "entries entries"], sites: Sites
-) -> tuple[Entries, Float[Array, " entries"]]:
-    """Compute mean and variance of every number given the sites of the others.
-
-    With B = I + T^(1/2) C T^(1/2), row and column i leave its inverse by B^(-1) - b_i b_i^T / b_ii. No digits are lost
-    where a site is precise, as they are where its precision is subtracted from the marginal's.
-    """
-    root, aim = roots_and_aims(sites, mean)
-    rows, eye = root[:, None] * covariance, jnp.eye(mean.size, dtype=mean.dtype)
-    right = jnp.concatenate([rows, eye, aim[:, None]], axis=1)
-    solved = jax.scipy.linalg.solve(eye + rows * root, right, assume_a="pos")
-    half, inverse, pulled = solved[:, : mean.size], solved[:, mean.size : -1], solved[:, -1]
-    own = jnp.diag(half) / jnp.diag(inverse)
-    variance = jnp.diag(covariance) - (rows * half).sum(0) + own * jnp.diag(half)
-    least = jnp.finfo(mean.dtype).eps * jnp.diag(covariance) + jnp.finfo(mean.dtype).tiny
-    return mean + rows.T @ pulled - own * pulled, jnp.maximum(variance, least)

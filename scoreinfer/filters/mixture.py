@@ -16,12 +16,13 @@ from jaxtyping import Array, Float
 
 from scoreinfer._quadrature import Numbers
 from scoreinfer._typing import Key
-from scoreinfer.filters.sites import Prior, Sites
+from scoreinfer.filters.sites import Prior
 from scoreinfer.filters.spectral import inverse_and_root
 from scoreinfer.filters.taper import everywhere
 from scoreinfer.filters.transform import transform
 from scoreinfer.montecarlo.resampling import systematic
 from scoreinfer.montecarlo.weights import log_mean_weight
+from scoreinfer.score.sites import Sites
 
 Ensemble = Float[Array, "num points"]
 Fit = Callable[[Prior], tuple[Sites, Float[Array, ""]]]

@@ -22,10 +22,11 @@ from scoreinfer._quadrature import LogLikelihood, Numbers, tilt
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
 from scoreinfer.filters.jumps import Error, Jumps, white_noise
 from scoreinfer.filters.mixture import analyse_mixture
-from scoreinfer.filters.sites import Prior, Sites, cavities, propagate
+from scoreinfer.filters.sites import Prior, cavities, propagate
 from scoreinfer.filters.taper import Locality, everywhere
 from scoreinfer.filters.transform import transform
 from scoreinfer.markov import Entries, Observed, Sees, Time, is_missing
+from scoreinfer.score.sites import Sites
 
 Ensemble = Float[Array, "num points"]
 

@@ -22,13 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer._quadrature import LogLikelihood, Numbers, tilt
+from scoreinfer._quadrature import LogLikelihood, Numbers
 from scoreinfer.filters.taper import Locality
 from scoreinfer.score import LocalGaussianScore
+from scoreinfer.score.sites import Sites, matched, roots_and_aims
 
-LEAST_PRECISION = 1e-6
-"""Least precision of a site, relative to its cavity's. Where the exact one is lower, or negative (the likelihood is not
-log-concave), the tilted mean is kept."""
 CHUNK = 4096
 """Blocks computed at once: memory grows with this number, not with the state."""
 
@@ -67,18 +65,6 @@ class Prior(eqx.Module):
         return LocalGaussianScore(self.mean, self.locality.index, blocks)
 
 
-class Sites(NamedTuple):
-    """Gaussian sites exp(nu x - tau x^2 / 2).
-
-    Args:
-        precision: tau; zero where nothing is known of the point.
-        shift: nu.
-    """
-
-    precision: Numbers
-    shift: Numbers
-
-
 class Block(NamedTuple):
     """The block of a point and the sites in it.
 
@@ -102,14 +88,6 @@ def block(prior: Prior, sites: Sites, point: Int[Array, ""], seen: Bool[Array, "
     root, aim = roots_and_aims(near, prior.mean[index])
     system = jnp.eye(index.size, dtype=root.dtype) + root[:, None] * covariance * root
     return Block(covariance, root, system, aim)
-
-
-def roots_and_aims(sites: Sites, mean: Numbers) -> tuple[Numbers, Numbers]:
-    """Compute T^(1/2) and T^(-1/2) (nu - T m); zero, with a derivative, where there is no site."""
-    some = sites.precision > 0.0
-    root = jnp.sqrt(jnp.where(some, sites.precision, 1.0))
-    aim = (sites.shift - sites.precision * mean) / root
-    return jnp.where(some, root, 0.0), jnp.where(some, aim, 0.0)
 
 
 def cavity(
@@ -184,14 +162,6 @@ def sweep(
     """
     new = matched(*cavities(prior, sites), log_likelihood, informed)
     return Sites(*((1.0 - damping) * old + damping * value for old, value in zip(sites, new, strict=True)))
-
-
-def matched(mean: Numbers, variance: Numbers, log_likelihood: LogLikelihood, informed: Bool[Array, " points"]) -> Sites:
-    """Choose the sites that match the likelihoods, given mean and variance of every cavity."""
-    tilted = tilt(log_likelihood, mean, variance)
-    precision = jnp.maximum(1.0 / tilted.variance - 1.0 / variance, LEAST_PRECISION / variance)
-    shift = tilted.mean * precision + (tilted.mean - mean) / variance
-    return Sites(*(jnp.where(informed, value, 0.0) for value in (precision, shift)))
 
 
 def propagate(

@@ -13,8 +13,9 @@ Physica D 230 (local, symmetric).
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer.filters.sites import Prior, Sites, block, marginal, over_points
+from scoreinfer.filters.sites import Prior, block, marginal, over_points
 from scoreinfer.filters.spectral import inverse_and_root
+from scoreinfer.score.sites import Sites
 
 
 def transform(prior: Prior, sites: Sites, anomalies: Float[Array, "num points"]) -> Float[Array, "num points"]:

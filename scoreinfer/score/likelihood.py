@@ -23,13 +23,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer.process.base import LOG_2PI
 from scoreinfer.score.base import Moments, positive_root
-from scoreinfer.score.sites import propagate_expectations
+from scoreinfer.score.sites import log_product, propagate_expectations
 
 State = Float[Array, " dim"]
 Predictors = Float[Array, " obs"]
 Scalar = Float[Array, ""]
-LOG_2PI = 1.8378770664093453
+SHARES = (1.0, 0.8, 0.8, 0.8)
+"""Shares of the way of the updates of expectation propagation. Chosen by judgement: linear Gaussian sites are right
+after one whole update, others change little after two."""
 
 
 class Pull(NamedTuple):
@@ -134,9 +137,10 @@ class SiteLikelihood(AbstractLikelihood):
 
     def pull(self, mean, factor):
         """Compute the gradient and curvature of the Gaussian sites exp(nu u - tau u^2 / 2) that stand for the g_i."""
-        found = propagate_expectations(mean, factor @ factor.T, self.log_sites)
-        log_factor = found.log_scale + found.nu @ mean - 0.5 * found.tau @ mean**2
-        return Pull(found.nu - found.tau * mean, jnp.sqrt(found.tau), log_factor)
+        covariance = factor @ factor.T
+        sites = propagate_expectations(mean, covariance, self.log_sites, True, SHARES)
+        log_factor = log_product(mean, covariance, self.log_sites, sites)
+        return Pull(sites.shift - sites.precision * mean, jnp.sqrt(sites.precision), log_factor)
 
 
 class DensityLikelihood(AbstractLikelihood):

@@ -9,10 +9,10 @@ import pytest
 import scoreinfer as si
 from filters.linear import AR1, PARTLY
 from filters.test_particle import LAWS, grid_answer, moments_off
-from scoreinfer.filters.guided import cavities, propose
-from scoreinfer.filters.sites import Sites
+from scoreinfer.filters.guided import propose
 from scoreinfer.markov import Sees
 from scoreinfer.process.base import Gaussian
+from scoreinfer.score.sites import Sites, cavities
 
 PRECISE = PARTLY._replace(error=0.05)
 

@@ -7,10 +7,11 @@ import pytest
 from jax.scipy.stats import bernoulli, norm, poisson, t as student
 
 from scoreinfer._quadrature import tilt
-from scoreinfer.filters.sites import Prior, Sites, marginals, propagate
+from scoreinfer.filters.sites import Prior, marginals, propagate
 from scoreinfer.filters.taper import everywhere, grid
 from scoreinfer.filters.transform import transform
 from scoreinfer.montecarlo.resampling import multinomial
+from scoreinfer.score.sites import Sites
 
 FAMILIES = {
     "arctan": lambda u: norm.logpdf(1.35, jnp.arctan(u), 0.05),

@@ -76,6 +76,18 @@ def test_expectation_propagation_is_near_the_posterior(name):
     assert abs(log_evidence - log_mass) < 2 * far
 
 
+@pytest.mark.parametrize("scale", [0.1, 3e-3])
+def test_precise_sites_pull_as_their_gaussians_do_in_single_precision(scale):
+    y, mean, covariance = (jnp.asarray(v, jnp.float32) for v in ([0.9, -1.1], [0.3, -0.2], [[1.0, 0.6], [0.6, 0.8]]))
+    prior = Moments(mean, jnp.linalg.cholesky(covariance))
+    sites = SiteLikelihood(lambda x: x, lambda u: stats.norm.logpdf(y, u, scale))
+    exact = GaussianLikelihood(lambda x: x, y, jnp.full(2, scale, jnp.float32))
+    found, expected = (seen.pull(*prior).condition(prior, jnp.eye(2, dtype=jnp.float32)) for seen in (sites, exact))
+    assert np.abs(found[0].mean - expected[0].mean).max() < 0.02 * scale
+    np.testing.assert_allclose(found[0].variance, expected[0].variance, rtol=1e-2)
+    assert abs(found[1] - expected[1]) < 0.05
+
+
 # --- large states ----------------------------------------------------------------------------------------------------
 
 
