@@ -139,13 +139,39 @@ def hold_against(
 
     Exactness: the weights of the witnesses are exact in the same sense as the proposal's.
     """
-    source = "the witnesses at the observation"
+
+    def log_weight(values: Float[np.ndarray, "held dim"]) -> Float[Array, " held"]:
+        weighed = weigh_places(key, proposal, target, values)
+        return (weighed if defence is None else mixed(defence, weighed)).log_weight
+
+    mean = log_evidence(drawn.log_weight)[0]
+    return forward_check(drawn, witnesses, log_weight, mean, "the witnesses at the observation", num)
+
+
+def forward_check(
+    drawn: Weighted,
+    witnesses: Witnesses,
+    log_weight: Callable[[Float[np.ndarray, "held dim"]], Float[Array, " held"]],
+    mean: float,
+    source: str,
+    num: int = NUM_HELD,
+) -> ForwardCheck:
+    """Hold witnesses against weighted draws.
+
+    Args:
+        drawn: the draws.
+        witnesses: the witnesses; about ``num`` of them are weighed.
+        log_weight: computes the log weights of given values.
+        mean: the log mean weight with which these are compared.
+        source: the source of the witnesses, in words.
+        num: number of witnesses to weigh.
+
+    Exactness: that of the weights.
+    """
     if witnesses.num_informative == 0.0:  # tempering has not reached the target
         return ForwardCheck(jnp.zeros(0), np.nan, source, 0.0, witnesses.num_first)
     values = held(witnesses, num)
-    weighed = weigh_places(key, proposal, target, values)
-    weighed = weighed if defence is None else mixed(defence, weighed)
-    log_excess = np.asarray(weighed.log_weight) - log_evidence(drawn.log_weight)[0]
+    log_excess = np.asarray(log_weight(values)) - mean
     shift = shift_of_means(drawn, values, log_excess)
     return ForwardCheck(log_excess, np.nan, source, witnesses.num_informative, witnesses.num_first, shift)
 

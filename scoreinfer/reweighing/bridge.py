@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.evidence.certificate import certify_weights
@@ -56,6 +57,7 @@ class OldPosterior(AbstractReference):
         return self.target(z)
 
 
+@own_broadcasting
 def bridge(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: Any, **kwargs: Any) -> Draws:
     """Draw from the posterior of a changed model, starting from draws of another: by tempering.
 

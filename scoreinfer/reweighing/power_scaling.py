@@ -68,6 +68,7 @@ def diagnosis(prior: float, likelihood: float) -> str:
     return "prior and data may conflict" if likelihood >= SENSITIVE else "strong prior or weak likelihood"
 
 
+@own_broadcasting
 def sensitivity(draws: Draws, *, power: float = 1.01) -> Sensitivity:
     """Compute how sensitive a posterior is to its prior and to its likelihood, by power scaling.
 
@@ -111,13 +112,8 @@ def sensitivity(draws: Draws, *, power: float = 1.01) -> Sensitivity:
     return Sensitivity(**found)
 
 
-@own_broadcasting
-def _log_terms(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> tuple[Sites, Float[Array, " num"]]:
-    return _evaluated(problem, z, y)
-
-
 @eqx.filter_jit
-def _evaluated(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> tuple[Sites, Float[Array, " num"]]:
+def _log_terms(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> tuple[Sites, Float[Array, " num"]]:
     assert problem.site_log_prior is not None
     site_log_prior = problem.site_log_prior
     return jax.lax.map(lambda z: (site_log_prior(z), problem.log_likelihood(z, y)), z, batch_size=BATCH)

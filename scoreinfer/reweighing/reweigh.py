@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import each
+from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import Certificate, ForwardCheck, certify_weights
-from scoreinfer.evidence.witnesses import Witnesses, gather, held, shift_of_means
+from scoreinfer.evidence.witnesses import forward_check, gather
 from scoreinfer.model import problem_of
 from scoreinfer.montecarlo.reference import reference_of
 from scoreinfer.montecarlo.weights import log_evidence
@@ -81,6 +83,7 @@ def _differing(old: Problem, new: Problem, z: Float[Array, "num dim"]) -> list[s
     return [name for name in ours if not np.allclose(ours[name], theirs[name], 1e-4, 1e-6, equal_nan=True)]
 
 
+@own_broadcasting
 def reweigh(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: Any, **kwargs: Any) -> Draws:
     """Weigh draws anew for a changed prior, likelihood or data: log w' = log w + log p'(z, y') - log p(z, y).
 
@@ -132,7 +135,7 @@ def reweigh(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: 
 
 @eqx.filter_jit
 def _log_joints(target: Target, z: Float[Array, "num dim"]) -> Float[Array, " num"]:
-    return jax.lax.map(target, z, batch_size=target.at_once)
+    return each(target, target)(z)
 
 
 def _joined(old: Certificate | None, new: Certificate) -> Certificate:
@@ -143,21 +146,14 @@ def _joined(old: Certificate | None, new: Certificate) -> Certificate:
 
 
 def _check(key: Key, change: Change, drawn: Weighted) -> list[ForwardCheck]:
-    """Weigh witnesses of the new posterior, with the old posterior as the proposal."""
+    """Weigh witnesses of the new posterior with the old one as the proposal: by p'(z, y') / p(z, y) over its mean."""
     if change.new.problem.simulate is None:
         return []
     witnesses = gather(key, reference_of(change.new.problem), change.new)
-    return [_hold_against_old(change, drawn, witnesses)]
 
+    def log_ratio(values: Float[np.ndarray, "held dim"]) -> Float[Array, " held"]:
+        z = jnp.asarray(values)
+        return _log_joints(change.new, z) - _log_joints(change.old, z)
 
-def _hold_against_old(change: Change, drawn: Weighted, witnesses: Witnesses) -> ForwardCheck:
-    """Compute the log excess log p'(z, y') - log p(z, y) at the witnesses, over its mean under the old posterior."""
-    source = "the witnesses of the changed posterior"
-    if witnesses.num_informative == 0.0:
-        return ForwardCheck(np.zeros(0), np.nan, source, 0.0, witnesses.num_first)
-    values = held(witnesses)
     mean = log_evidence(drawn.log_weight)[0] - log_evidence(change.before.log_weight)[0]
-    z = jnp.asarray(values)
-    log_excess = np.asarray(_log_joints(change.new, z) - _log_joints(change.old, z)) - mean
-    shift = shift_of_means(drawn, values, log_excess)
-    return ForwardCheck(log_excess, np.nan, source, witnesses.num_informative, witnesses.num_first, shift)
+    return [forward_check(drawn, witnesses, log_ratio, mean, "the witnesses of the changed posterior")]
