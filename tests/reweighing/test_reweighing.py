@@ -65,6 +65,7 @@ def test_far_change_is_refused_and_bridged():
     assert not refused.certificate.certified
     bridged = si.bridge(jax.random.key(2), draws, normal, 2.0, 0.5)
     assert bridged.certificate.certified, bridged.certificate
+    assert bridged.info.witnessed == 0.0, "the particles should arrive, without help from witnesses"
     mean, deviation, error = weighted_moments(bridged)
     assert np.all(np.abs(mean - 2.0) < SIGMAS * error)
     assert np.all(np.abs(deviation / 0.5 - 1.0) < 0.05)
