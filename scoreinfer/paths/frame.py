@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreinfer.montecarlo.langevin import colour
-from scoreinfer.paths.gaussian import LOG_2PI, State
+from scoreinfer.paths.gaussian import State
 from scoreinfer.process import PhysicsProcess
+from scoreinfer.process.base import LOG_2PI
 
 Context = Float[Array, " context"]
 """Standardised numbers that kernels are conditioned on in addition to the next state: parameters, observations."""

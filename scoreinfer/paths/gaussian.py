@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from scoreinfer._typing import Key
 from scoreinfer.process import PhysicsProcess
+from scoreinfer.process.base import LOG_2PI
 
 State = Float[Array, " dim"]
 """One state of the process, as a vector."""
@@ -28,7 +29,6 @@ Path = Float[Array, "times dim"]
 """The states at all times of the grid."""
 Score = Callable[[Float[Array, ""], State], State]
 """A score ``(t, x) -> grad log p_t(x)`` of the discrete process, at the times of its grid."""
-LOG_2PI = 1.8378770664093453
 """log(2 pi)."""
 
 

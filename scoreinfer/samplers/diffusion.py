@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key
 from scoreinfer.process import VE, Angular, Noising
+from scoreinfer.process.base import LOG_2PI
 from scoreinfer.score import AbstractScore
 
 State = Float[Array, " dim"]
 """One state, in the whitened space."""
 Scalar = Float[Array, ""]
 """One number."""
-LOG_2PI = 1.8378770664093453
 """log(2 pi)."""
 
 
