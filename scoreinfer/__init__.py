@@ -6,6 +6,7 @@ The model's own density corrects the draws, and a certificate says whether they 
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreinfer import calibration, errors, filters, mcmc, nets, paths, process, samplers, score, simulators
+from scoreinfer._threads import provide_threads
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
 from scoreinfer.comparison import Comparison, compare
@@ -29,6 +30,7 @@ from scoreinfer.posterior import (
 from scoreinfer.problem import Problem
 from scoreinfer.reweighing import bridge, reweigh, sensitivity
 
+provide_threads()
 try:
     __version__ = version("scoreinfer")
 except PackageNotFoundError:  # running from a source tree that is not installed
