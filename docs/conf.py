@@ -13,7 +13,7 @@ copyright = author
 release = version = scoreinfer.__version__
 
 extensions = [
-    "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "myst_nb", "made_pages",
+    "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_design", "myst_nb", "made_pages",
 ]  # fmt: skip
 exclude_patterns = ["_build", "_ext", "_made"]
 needs_sphinx = "7.4"
