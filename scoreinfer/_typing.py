@@ -10,3 +10,6 @@ Sites = dict[str, Array]
 
 Values = dict[str, PyTree[Array]]
 """Values by site name. The value of a deterministic site may be a tree of arrays."""
+
+PRESENT = " present"
+"""Suffix of encoded masks: 1 for the entries of an observed site that are there, 0 for those that are missing."""

@@ -74,7 +74,7 @@ def misdrawn_data(problem: Problem) -> tuple[str, ...]:
             scores = np.asarray(
                 jax.jit(lambda key: _observed_scores(problem, key), compiler_options=RUN_ONCE)(jax.random.key(1))
             )
-        names = [site.name for site, score in zip(problem.observed, scores, strict=False) if score > MAX_Z]
+        names = [site.name for site, score in zip(problem.data, scores, strict=False) if score > MAX_Z]
         _OBSERVED[problem] = tuple(names[:1])
     return _OBSERVED[problem]
 
@@ -123,7 +123,7 @@ def _latent_scores(problem: Problem, key: Key) -> Float[Array, " latents"]:
 
 def _observed_scores(problem: Problem, key: Key) -> Float[Array, " observed"]:
     """Compute a z score for each observed site: compare data of neighbouring parameters, up to and with this site."""
-    names = [site.name for site in problem.observed]
+    names = [site.name for site in problem.data]
     for_prior, for_pairs = jax.random.split(key)
     z, spread = _prior_draws(problem, for_prior, NUM_PAIRS)
 

@@ -113,10 +113,11 @@ def to_arviz(
         groups["log_prior"] = _of_prior(draws, rows, num_chains)
     if predictive:
         problem = _simulable(draws, "predictive=True")
-        simulated = _predict(problem, jax.random.split(for_data, num), draws.unconstrained[rows])
+        simulated = _predict(problem, jax.random.split(for_data, num), draws.unconstrained[rows], _design(draws))
         groups["posterior_predictive"] = _chains(simulated, np.arange(num), num_chains)
     if prior:
-        sites, simulated = _prior(_simulable(draws, f"prior={prior}"), jax.random.split(for_prior, prior))
+        problem = _simulable(draws, f"prior={prior}")
+        sites, simulated = _prior(problem, jax.random.split(for_prior, prior), _design(draws))
         groups["prior"] = _chains(named_leaves(sites), np.arange(prior), 1)
         groups["prior_predictive"] = _chains(simulated, np.arange(prior), 1)
     named = {group: in_file_names(values) for group, values in groups.items() if values}
@@ -151,8 +152,20 @@ def _of_draws(draws: Draws, rows: np.ndarray, num_chains: int) -> dict[str, Grou
     return {
         "posterior": _chains(named_leaves(draws.sites), rows, num_chains),
         "sample_stats": _chains(known, rows, num_chains),
-        "observed_data": {name: np.asarray(value) for name, value in draws.observed.items()},
+        **_of_observation(draws),
     }
+
+
+def _design(draws: Draws) -> Sites:
+    designs = () if draws.problem is None else draws.problem.designs
+    return {name: draws.observed[name] for name in designs}
+
+
+def _of_observation(draws: Draws) -> dict[str, Group]:
+    """Split the observation into data and design."""
+    design = jax.tree.map(np.asarray, _design(draws))
+    data = {name: np.asarray(value) for name, value in draws.observed.items() if name not in design}
+    return {"observed_data": data} | ({"constant_data": design} if design else {})
 
 
 def _of_likelihood(
@@ -266,21 +279,24 @@ def _site_log_prior(problem: Problem, values: Float[Array, "num dim"]) -> Sites:
 
 
 @partial(jax.jit, static_argnums=0)
-def _predict(problem: Problem, keys: Array, values: Float[Array, "num dim"]) -> Sites:
+def _predict(problem: Problem, keys: Array, values: Float[Array, "num dim"], design: Sites) -> Sites:
     """Simulate one observation for every draw."""
-    assert problem.simulate_observation is not None
-    simulate = problem.simulate_observation
-    return jax.lax.map(lambda row: simulate(*row), (keys, values), batch_size=_BLOCK)
+    return jax.lax.map(lambda row: _data(problem, problem.simulate_like(*row, design)), (keys, values), batch_size=_BLOCK)
+
+
+def _data(problem: Problem, y: Sites) -> Sites:
+    return {name: value for name, value in y.items() if name not in problem.designs}
 
 
 @partial(jax.jit, static_argnums=0)
-def _prior(problem: Problem, keys: Array) -> tuple[Values, Sites]:
+def _prior(problem: Problem, keys: Array, design: Sites) -> tuple[Values, Sites]:
     """Draw latent and deterministic sites from the prior, with one observation each."""
 
     def one(key: Key) -> tuple[Values, Sites]:
         assert problem.simulate is not None
         z, y = problem.simulate(key)
-        return problem.constrain(z), y
+        y = problem.simulate_like(jax.random.fold_in(key, 1), z, design) if problem.designs else y
+        return problem.constrain(z), _data(problem, y)
 
     return jax.lax.map(one, keys, batch_size=_BLOCK)
 

@@ -65,7 +65,8 @@ class Problem:
         simulate: draws ``(z, y)`` from prior and simulator. None means the model cannot be simulated.
         simulate_observation: draws ``y`` given ``z``. None means this is not possible.
         encode: maps observed sites to real numbers, site by site, through the sites' bijectors (log of positive
-            values, logit of proportions). Shapes may differ from the site's.
+            values, logit of proportions). Shapes may differ from the site's. For sites whose masks belong to a design
+            these are added, with the suffix `PRESENT`.
         read: reads the observed values from the model's arguments ``(args, kwargs)``, or from attributes, closures and
             globals of the model, anew at every call. Checks them against this problem.
         has_density: False if the likelihood has no density (the model hides a stochastic simulator).
@@ -78,6 +79,8 @@ class Problem:
         model: the NumPyro model that the problem was read from. None means there is none.
         observation: the known likelihood of the data given a foreign simulator's outputs, as a problem whose flat
             vector is the parameters followed by the outputs. None means there is no such likelihood.
+        designs: the observed sites that have no density, because they are drawn with every simulation: masks, times,
+            covariates. `simulate_observation` then takes the observation whose design it keeps as a third argument.
         recipe: makes the problem again from the model and its arguments; it is pickled in place of the problem. None
             means the problem was made by hand.
     """
@@ -91,7 +94,7 @@ class Problem:
     latent_sites: Callable[[Float[Array, " dim"]], Sites]
     unconstrain: Callable[[Sites], Float[Array, " dim"]]
     simulate: Callable[[Key], tuple[Float[Array, " dim"], Sites]] | None
-    simulate_observation: Callable[[Key, Float[Array, " dim"]], Sites] | None
+    simulate_observation: Callable[..., Sites] | None
     encode: Callable[[Sites], Sites]
     read: Callable[[tuple, dict[str, Any]], Sites]
     has_density: bool = True
@@ -101,6 +104,7 @@ class Problem:
     site_log_prior: Callable[[Float[Array, " dim"]], Sites] | None = None
     model: Callable | None = None
     observation: "Problem | None" = None
+    designs: tuple[str, ...] = ()
     recipe: "Callable[[], Problem] | None" = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -116,6 +120,16 @@ class Problem:
     def no_observation(self) -> str:
         """Say why ``simulate_observation`` is None."""
         return self.not_simulable or "this model draws latent sites after its data"
+
+    @property
+    def data(self) -> tuple[Site, ...]:
+        """The observed sites that have a density: all but those of the design."""
+        return tuple(site for site in self.observed if site.name not in self.designs)
+
+    def simulate_like(self, key: Key, z: Float[Array, " dim"], y: Sites) -> Sites:
+        """Draw an observation given ``z``, with the design of ``y``."""
+        assert self.simulate_observation is not None
+        return self.simulate_observation(key, z, y) if self.designs else self.simulate_observation(key, z)
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""

@@ -81,18 +81,22 @@ def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepanc
     for_rows, for_data = jax.random.split(key)
     log_weight = np.zeros(draws.num) if draws.log_weight is None else pareto_smooth(draws.log_weight)[0]
     values = draws.unconstrained[resample_indices(for_rows, log_weight, num)]
-    simulated = in_batches(lambda i: _simulated(problem, for_data, i, values[i]), num, BATCH)
-    own = _statistics(draws.observed)
+    design = {name: draws.observed[name] for name in problem.designs}
+    simulated = in_batches(lambda i: _simulated(problem, for_data, design, i, values[i]), num, BATCH)
+    own = _statistics(problem, draws.observed)
     return [_compare(name, float(own[name]), np.asarray(simulated[name], np.float64)) for name in sorted(own)]
 
 
 @eqx.filter_jit
-def _simulated(problem: Problem, key: Key, rows: Array, values: Float[Array, "num dim"]) -> Sites:
-    simulate = cast(Any, problem.simulate_observation)
-    return jax.vmap(lambda row, z: _statistics(simulate(jax.random.fold_in(key, row), z)))(rows, values)
+def _simulated(problem: Problem, key: Key, design: Sites, rows: Array, values: Float[Array, "num dim"]) -> Sites:
+    def one(row: Array, z: Float[Array, " dim"]) -> Sites:
+        return _statistics(problem, problem.simulate_like(jax.random.fold_in(key, row), z, design))
+
+    return jax.vmap(one)(rows, values)
 
 
-def _statistics(y: Sites) -> Sites:
+def _statistics(problem: Problem, y: Sites) -> Sites:
+    y = {name: value for name, value in y.items() if name not in problem.designs}
     single = {name for name, value in y.items() if jnp.size(value) == 1}
     return {
         f"{name} {statistic}": function(jnp.asarray(value, float))

@@ -16,8 +16,8 @@ The model's arguments are constants. Only keys, ``z`` and ``y`` are traced.
 from collections.abc import Callable
 from typing import Any
 
-from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import read_problem
+from scoreinfer.model.designs import Designs, with_designs
 from scoreinfer.model.likelihood import read_likelihood
 from scoreinfer.model.path import PhysicsPath
 from scoreinfer.model.physics import NoisyEnd, Unknowns, noisy_end, read_physics, sees_path, unknowns
@@ -28,6 +28,7 @@ from scoreinfer.model.states import StateSpace
 from scoreinfer.problem import Problem
 
 __all__ = [
+    "Designs",
     "NoisyEnd",
     "PhysicsPath",
     "Report",
@@ -48,7 +49,14 @@ __all__ = [
 ]
 
 
-def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **kwargs: Any) -> Problem:
+def from_numpyro(
+    model: Callable[..., Any],
+    *args: Any,
+    observed: Any = None,
+    designs: Designs | None = None,
+    missing: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Problem:
     """Read a NumPyro model as a `Problem`: pure functions on one flat unconstrained vector ``z``.
 
     ``model(t)`` and ``model(t, y=data)`` give the same problem. If the arguments hold data, the observed sites are
@@ -64,6 +72,10 @@ def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **
         *args: the model's arguments, with or without data.
         observed: tuple or list of the names of the observed sites. None means they are found as above. If the model
             itself has a parameter ``observed``, any other value is passed on to the model.
+        designs: draws those arguments of the model that differ from data set to data set (masks, times, covariates),
+            as a dictionary of arrays, from a key. They may be left out of the arguments here.
+        missing: names of observed sites in whose data NaN stands for a missing entry. ``designs`` then gives, under
+            these names, which entries are there.
         **kwargs: the model's keyword arguments.
 
     Returns:
@@ -88,11 +100,16 @@ def from_numpyro(model: Callable[..., Any], *args: Any, observed: Any = None, **
         >>> float(problem.log_joint(jnp.zeros(1), problem.read((), {"y": 0})))
         -2.0
     """
-    return read_problem(model, *bind(model, args, kwargs, observed))
+    return problem_of(model, args, kwargs, observed, designs, missing)
 
 
 def problem_of(
-    model: Callable[..., Any] | Problem, args: tuple, kwargs: dict[str, Any], observed: tuple[str, ...] | None = None
+    model: Callable[..., Any] | Problem,
+    args: tuple,
+    kwargs: dict[str, Any],
+    observed: Any = None,
+    designs: Designs | None = None,
+    missing: tuple[str, ...] = (),
 ) -> Problem:
     """Read a model with these arguments, or return a problem unchanged.
 
@@ -102,9 +119,9 @@ def problem_of(
         ValueError: if the data in the arguments do not fit the model.
     """
     if not isinstance(model, Problem):
-        return read_problem(model, *bind(model, args, kwargs, observed))
-    if args or kwargs:
-        given = ", ".join([*map(repr, args), *kwargs])
+        return read_problem(*with_designs(model, args, kwargs, observed, designs, missing))
+    if args or kwargs or designs is not None:
+        given = ", ".join([*map(repr, args), *kwargs, *(["designs"] if designs is not None else [])])
         raise TypeError(
             f"Expected no arguments together with a `Problem`, got {given}. A `Problem` contains its arguments. Leave "
             "them out, or pass the model itself."

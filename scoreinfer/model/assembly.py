@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import biject_to
 
 from scoreinfer._program import own
 from scoreinfer._tree import Layout
-from scoreinfer._typing import Key, Sites, Values
+from scoreinfer._typing import PRESENT, Key, Sites, Values
 from scoreinfer.model.arguments import abstract_trace, fix_parameters, infer_observed
-from scoreinfer.model.encoding import encoder, fill
+from scoreinfer.model.designs import Designed
+from scoreinfer.model.encoding import encoder
+from scoreinfer.model.masks import Masks
 from scoreinfer.model.reading import Design, Reader, look, wrong_shape
 from scoreinfer.model.replay import LOG_DET, Script, Trace, fixed_key, is_data, needs_no_values, sum_terms
 from scoreinfer.model.survey import Survey, close, draw_probes, probe_keys, refuse_seeded, take_survey
@@ -32,6 +34,7 @@ class Facts(NamedTuple):
         fixed: ``param`` and ``mutable`` sites, fixed at their initial values.
         pseudo: sites observed at a function of the latent sites.
         overlooked: latent sites that would receive arguments which are None.
+        designs: sites of the design.
     """
 
     survey: Survey
@@ -40,6 +43,7 @@ class Facts(NamedTuple):
     fixed: tuple[str, ...]
     pseudo: frozenset[str]
     overlooked: frozenset[str]
+    designs: tuple[str, ...] = ()
 
 
 def read_problem(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = None) -> Problem:
@@ -65,12 +69,15 @@ def read_model(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any = 
     run = functools.partial(closed, *args, **kwargs)
     given, pseudo = _given(run, base)
     fed = infer_observed(closed, args, kwargs, base) if observed is None else frozenset()
-    names = frozenset(observed) if observed is not None else frozenset(given) or fed
-    script = Script(run, names, {name: shape for name, shape in given.items() if shape is not None})
+    designs = model.names if isinstance(model, Designed) else ()
+    data = frozenset(given) - set(designs)
+    names = (frozenset(observed) if observed is not None else data or fed) | set(designs)
+    shapes = {name: shape for name, shape in given.items() if shape is not None}
+    script = Script(run, names, shapes, (designs, model.designs) if isinstance(model, Designed) else None)
     survey = take_survey(script)
     refuse_seeded(survey)
-    inferred = frozenset() if given else fed
-    facts = Facts(survey, script, inferred, fixed, pseudo, fed - names)
+    inferred = frozenset() if data else fed
+    facts = Facts(survey, script, inferred, fixed, pseudo, fed - names, designs)
     problem = _problem(model, Design(closed, args, kwargs, script, survey), facts)
     recipe = functools.partial(read_problem, model, args, kwargs, observed)
     return dataclasses.replace(problem, recipe=recipe), facts
@@ -110,14 +117,14 @@ class _Parts(NamedTuple):
     Args:
         survey: the measured properties of the model.
         script: the model with its arguments.
-        names: names of the observed sites.
+        data: names of the observed sites that have a density.
         example: an observation, used if its values do not matter.
         key: a random key, used if it does not matter.
     """
 
     survey: Survey
     script: Script
-    names: list[str]
+    data: list[str]
     example: Sites
     key: Key
 
@@ -165,7 +172,7 @@ def _densities(parts: _Parts) -> _Densities:
 
     def pointwise_log_likelihood(z: Float[Array, " dim"], y: Sites) -> Sites:
         terms = script.terms(parts.key, parts.layout.unflatten(z), y)
-        return {name: terms[name] for name in parts.names}
+        return {name: terms[name] for name in parts.data}
 
     return _Densities(log_prior, log_likelihood, pointwise_log_likelihood if has_density else None, site_log_prior)
 
@@ -209,25 +216,28 @@ def _bijections(parts: _Parts) -> _Bijections:
 def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
     survey, script = facts.survey, facts.script
     names = [name for name in survey.table if name in script.names]
-    parts = _Parts(survey, script, names, {name: survey.sites[name][0] for name in names}, fixed_key())
+    data = [name for name in names if name not in facts.designs]
+    parts = _Parts(survey, script, data, {name: survey.sites[name][0] for name in names}, fixed_key())
     layout = parts.layout
-
-    def filled(name: str, value: Array) -> Array:
-        if name not in survey.masks:
-            return value
-        return fill(survey.supports.get(name, constraints.real), survey.masks[name], value)
+    masks = Masks(survey, script, facts.designs)
 
     def observation(played: Trace) -> Sites:
-        return {name: filled(name, played[name]["value"]) for name in names}
+        return masks.fill({name: played[name]["value"] for name in names}, masks.of(played))
 
     def simulate(key: Key) -> tuple[Float[Array, " dim"], Sites]:
         played = script.play(key)
         return _points(played, layout), observation(played)
 
-    def simulate_observation(key: Key, z: Float[Array, " dim"]) -> Sites:
-        return observation(script.play(key, layout.unflatten(z)))
+    def simulate_observation(key: Key, z: Float[Array, " dim"], y: Sites | None = None) -> Sites:
+        design = {name: y[name] for name in facts.designs} if y is not None else {}
+        return observation(script.play(key, layout.unflatten(z), design))
 
     encoders = {name: encoder(survey.table[name], survey.supports.get(name)) for name in names}
+
+    def encode(y: Sites) -> Sites:
+        encoded = {name: encoders[name](y[name]) for name in names}
+        return encoded | {name + PRESENT: mask * 1.0 for name, mask in masks.at(y).items()} if facts.designs else encoded
+
     not_simulable = _why_not_simulable(facts)
     sizes = zip(layout.names, layout.shapes, strict=True)
     return Problem(
@@ -238,12 +248,17 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
         **_bijections(parts)._asdict(),
         simulate=None if not_simulable else simulate,
         simulate_observation=None if not_simulable or survey.after_data & set(survey.latents) else simulate_observation,
-        encode=lambda y: {name: encoders[name](y[name]) for name in names},
-        read=Reader(design, filled),
+        encode=encode,
+        read=Reader(design, lambda y: masks.fill(y, masks.at(y)), _missing(model)),
         has_density=not survey.notes.draws_keys,
         not_simulable=not_simulable,
         model=model,
+        designs=facts.designs,
     )
+
+
+def _missing(model: Callable) -> dict[str, np.ndarray]:
+    return {name: model.example[name] for name in model.missing} if isinstance(model, Designed) else {}
 
 
 def _site(name: str, survey: Survey, size: int = 0) -> Site:

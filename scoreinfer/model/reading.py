@@ -4,6 +4,7 @@ The model is traced again at every reading. So the current values of its closure
 may keep the old values of a NumPy array that is changed in place. Assign a new array instead.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from jaxtyping import Array
 from numpyro.handlers import seed, trace
 
 from scoreinfer._program import Program, own, shapes_of, trace_afresh
-from scoreinfer._tree import is_traced
+from scoreinfer._tree import evaluated_at_once, is_traced
 from scoreinfer._typing import Key, Sites
 from scoreinfer.model.arguments import bind
+from scoreinfer.model.designs import found, presence
 from scoreinfer.model.replay import Open, Script, compiled, fixed_key, is_data
 from scoreinfer.model.survey import NUM_PROBES, Survey, in_words, probe_keys
 
@@ -110,7 +112,7 @@ class Design:
         def terms(traced: list[Any], row: tuple) -> dict[str, Array]:
             rest = iter(traced)
             args, kwargs = jax.tree.unflatten(treedef, [next(rest) if is_traced(leaf) else leaf for leaf in leaves])
-            script = Script(functools.partial(self.model, *args, **kwargs), self.script.names, self.script.shapes)
+            script = dataclasses.replace(self.script, run=functools.partial(self.model, *args, **kwargs))
             return script.terms(*row)
 
         return Program(terms, shapes_of(traced), jax.tree.map(lambda leaf: leaf[0], self._rows))
@@ -135,11 +137,14 @@ class Reader:
 
     Args:
         design: the design of the problem.
-        filled: ``(site name, value) -> value`` with masked entries replaced by a constant.
+        filled: replaces masked entries of all sites by a constant.
+        missing: observed sites in whose data NaN stands for a missing entry, and an example of their masks.
     """
 
-    def __init__(self, design: Design, filled: Callable[[str, Array], Array]) -> None:
-        self.design, self.filled = design, filled
+    def __init__(
+        self, design: Design, filled: Callable[[Sites], Sites], missing: dict[str, np.ndarray] | None = None
+    ) -> None:
+        self.design, self.filled, self.missing = design, filled, missing or {}
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Sites:
         """Read the current data, from the arguments or from the model's closures and globals.
@@ -158,10 +163,15 @@ class Reader:
         args, kwargs = jax.tree.map(own, (args, kwargs))
         survey, names = self.design.survey, self.design.script.names
         seen = self.design.look(args, kwargs)
-        self._check_names(seen.values)
-        values = {name: seen.values[name] for name in survey.table if name in names}
+        data = seen.values | {
+            presence(name): found(name, seen.values[name], mask)
+            for name, mask in self.missing.items()
+            if name in seen.values
+        }
+        self._check_names(data)
+        values = {name: data[name] for name in survey.table if name in names}
         for name, value in values.items():
-            self._check_shape(name, jnp.shape(value), seen.shapes[name])
+            self._check_shape(name, jnp.shape(value), seen.shapes.get(name, jnp.shape(value)))
             if jnp.iscomplexobj(value):
                 raise ValueError(
                     f"Observed site {name!r} must be real or whole numbers, got {value.dtype}. Observe the real and "
@@ -174,7 +184,10 @@ class Reader:
                 "with these arguments. If the model computes a mask from the data, pass the mask as an argument of its "
                 "own, with the same value in both calls."
             )
-        return {name: self._value(name, value) for name, value in values.items()}
+        shaped = {name: jnp.broadcast_to(value, survey.table[name].shape) for name, value in values.items()}
+        with evaluated_at_once():
+            filled = self.filled(shaped)
+        return {name: self._value(name, value) for name, value in filled.items()}
 
     def _check_names(self, values: Sites) -> None:
         missing = [name for name in self.design.survey.table if name in self.design.script.names - set(values)]
@@ -201,9 +214,8 @@ class Reader:
     def _value(self, name: str, value: Array) -> Array:
         row = self.design.survey.table[name]
         if is_traced(value):
-            return self.filled(name, jnp.broadcast_to(value, row.shape)).astype(row.dtype)
+            return value.astype(row.dtype)
         with jax.ensure_compile_time_eval():
-            value = self.filled(name, jnp.broadcast_to(value, row.shape))
             self._check_value(name, value)
             return value.astype(row.dtype)
 
@@ -211,7 +223,8 @@ class Reader:
         if np.isnan(value).any():
             raise ValueError(
                 f"Observed site {name!r} has {int(np.isnan(value).sum())} NaN of {value.size} entries; expected none. "
-                "Drop missing entries, or put the site under `numpyro.handlers.mask`."
+                "Drop missing entries, put the site under `numpyro.handlers.mask`, or let NaN stand for missing entries: "
+                "`designs` and `missing` of `from_numpyro` and `NPSE`."
             )
         support = self.design.survey.supports.get(name)
         inside = np.asarray(True if support is None else support(value))

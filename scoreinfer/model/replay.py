@@ -16,7 +16,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from scoreinfer._program import NEEDS_VALUES
-from scoreinfer._typing import Key
+from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnsupportedModel
 
 Trace = dict[str, dict[str, Any]]
@@ -177,11 +177,13 @@ class Script:
         run: the model as a function without arguments.
         names: names of the observed sites.
         shapes: see `Open`.
+        designs: the names of the sites of a design, and a function that draws them. None means that there are none.
     """
 
     run: Callable[[], Any]
     names: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
+    designs: tuple[tuple[str, ...], Callable[[Key], Sites]] | None = None
 
     def play(self, key: Key, points: Given | None = None, sites: Given | None = None, notes: Any = None) -> Trace:
         """Run the model with unconstrained latent values ``points`` and values ``sites``, and draw all other sites.
@@ -189,8 +191,12 @@ class Script:
         Exactness: sites without a value are exact draws, except sites with an improper prior, which get a value from
             (-2, 2) in the unconstrained space.
         """
+        given = dict(sites or {})
+        if self.designs is not None and not given.keys() >= set(self.designs[0]):
+            for_design, key = jax.random.split(key)
+            given = self.designs[1](for_design) | given
         model = seed(Open(self.run, self.names, self.shapes, notes), key)
-        model = substitute(model, data=jax.tree.map(jnp.asarray, dict(sites or {})))
+        model = substitute(model, data=jax.tree.map(jnp.asarray, given))
         model = substitute(model, substitute_fn=functools.partial(_constrained, points or {}))
         return trace(model).get_trace()
 

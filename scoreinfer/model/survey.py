@@ -88,6 +88,7 @@ class Survey:
         terms: log density of every site, entry by entry.
         supports: support of each site whose support is the same in all draws.
         masks: for each observed site with a fixed mask, True for the entries that count (no draw axis).
+        masked: the observed sites with a mask.
         exchangeable: for each observed site with exchangeable entries along its plate, the axis of the plate.
         after_data: latent and deterministic sites that depend on the value of an observed site.
         notes: see `Notes`.
@@ -103,6 +104,7 @@ class Survey:
     terms: dict[str, np.ndarray]
     supports: dict[str, constraints.Constraint]
     masks: dict[str, Bool[np.ndarray, "..."]]
+    masked: tuple[str, ...]
     exchangeable: dict[str, int]
     after_data: frozenset[str]
     notes: Notes
@@ -168,6 +170,7 @@ def take_survey(script: Script) -> Survey:
             if all(map(_constant, leaves))
         },
         masks={name: np.asarray(mask[0]) for name, mask in drawn["masks"].items() if _constant(mask)},
+        masked=tuple(drawn["masks"]),
         exchangeable={
             name: axis
             for name, (moved, stayed) in drawn["alike"].items()
@@ -196,7 +199,7 @@ def _draw(script: Script, notes: Notes) -> tuple[dict[str, Row], dict[str, Any]]
             "supports": {
                 name: list(map(jnp.asarray, jax.tree.leaves(site["fn"].support))) for name, site in samples.items()
             },
-            "masks": {name: mask for name, site in data.items() if (mask := _mask(site)) is not None},
+            "masks": {name: mask for name, site in data.items() if (mask := mask_of(site)) is not None},
             "alike": {name: _rolled(site) for name, site in data.items() if _plate_axis(site) is not None},
         }
 
@@ -245,7 +248,7 @@ def _constant(rows: np.ndarray) -> bool:
     return bool(np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape)))
 
 
-def _mask(site: dict[str, Any]) -> Array | None:
+def mask_of(site: dict[str, Any]) -> Array | None:
     """Find the entries of a site's value that count. None means that all entries count."""
     value, masks = site["value"], []
     for layer in layers(site["fn"]):

@@ -3,5 +3,6 @@
 from scoreinfer.nets.convnet import ConvNet
 from scoreinfer.nets.embedding import Concatenate, DeepSet, Embedding, Series
 from scoreinfer.nets.mlp import ConditionalMLP, ResidualMLP
+from scoreinfer.nets.rows import MaskedRows
 
-__all__ = ["Concatenate", "ConditionalMLP", "ConvNet", "DeepSet", "Embedding", "ResidualMLP", "Series"]
+__all__ = ["Concatenate", "ConditionalMLP", "ConvNet", "DeepSet", "Embedding", "MaskedRows", "ResidualMLP", "Series"]

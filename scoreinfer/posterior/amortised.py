@@ -30,6 +30,7 @@ from scoreinfer.montecarlo.weights import effective_sample_size, log_evidence, p
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.base import AbstractConditioned, AbstractPosterior, warn_of_outlier
 from scoreinfer.posterior.checkpoint_amortised import Parts, write_posterior
+from scoreinfer.posterior.design_range import check_design, rank_within_design
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import AbstractAmortised
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted, bounded_target
@@ -251,7 +252,7 @@ class Conditioned(AbstractConditioned):
         self, key: Key, simulations: Store | str | os.PathLike[str] | None, log_weight: Array
     ) -> ForwardCheck:
         """Weigh stored simulations under the proposal; they are resampled by their likelihood of the data."""
-        outlying, problem = ForwardCheck(jnp.zeros(0), self._distance_rank()), self.target.problem
+        outlying, problem = ForwardCheck(jnp.zeros(0), self._distance_rank(key)), self.target.problem
         if simulations is None:
             return outlying
         stored = simulations if isinstance(simulations, Store) else Store(simulations)
@@ -267,9 +268,13 @@ class Conditioned(AbstractConditioned):
         excess = log_joint - weighed.log_q - log_evidence(log_weight)[0]
         return ForwardCheck(excess, outlying.distance_rank, source, informative, len(z))
 
-    def _distance_rank(self) -> float:
-        outliers = self.posterior.outliers
-        return np.nan if outliers is None else float(outliers.rank(_features(self.proposal, self.target)))
+    def _distance_rank(self, key: Key) -> float:
+        outliers, problem, y = self.posterior.outliers, self.target.problem, self.target.y
+        if outliers is None or (problem.designs and problem.simulate_observation is None):
+            return np.nan
+        if problem.designs:
+            return float(rank_within_design(jax.random.fold_in(key, 1), self.proposal.amortised, problem, y))
+        return float(outliers.rank(_features(self.proposal, self.target)))
 
     def _defence(self, prior_fraction: float) -> Defence | None:
         problem = self.target.problem
@@ -298,7 +303,7 @@ class Conditioned(AbstractConditioned):
     ) -> Judged:
         """Check a batch, with witnesses if the model has a density and can be simulated."""
         problem = self.target.problem
-        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank())
+        outlying = ForwardCheck(jnp.zeros(0), self._distance_rank(streams.judging))
         if not problem.has_density:
             certificate = certify_weights(None, outlying)
             unweighed = problem.observation is not None
@@ -312,10 +317,13 @@ class Conditioned(AbstractConditioned):
 class Posterior(AbstractPosterior):
     """An amortised posterior: trained once, for any observation with the same design (covariates, shapes).
 
+    With ``NPSE(designs=...)``, for any observation with a design like those of the training.
+
     Args:
         problem: the inference problem.
         proposal: the learned sampler.
-        outliers: simulations with which outlying observations are detected. None means no detection.
+        outliers: simulations with which outlying observations are detected. With designs, these are designs, and data
+            are compared with fresh simulations of their own design. None means no detection.
         history: the history of the training.
         validity: probability v(z) that a foreign simulator succeeds; draws are weighed by 1 / v(z). None means no such
             weights.
@@ -336,9 +344,12 @@ class Posterior(AbstractPosterior):
             **kwargs: the model's own keyword arguments.
 
         Raises:
-            ValueError: if the data are missing, not finite, or have another shape or another design.
+            ValueError: if the data are missing, not finite, or have another shape or another design. With ``designs``,
+                if the design is not like those of the training.
         """
-        return Conditioned(self.proposal, bounded_target(self.problem, self.problem.read(args, kwargs)), self)
+        y = self.problem.read(args, kwargs)
+        check_design(self.problem, self.outliers, y)
+        return Conditioned(self.proposal, bounded_target(self.problem, y), self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a folder: ``config.json`` and ``weights.safetensors``, plain data for `scoreinfer.load`.

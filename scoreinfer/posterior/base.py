@@ -60,7 +60,8 @@ class AbstractConditioned(eqx.Module):
         for_draws, for_rows, for_data = jax.random.split(key, 3)
         draws = self.sample(for_draws, num) if draws is None else draws
         numbered = draws._replace(sites={"z": draws.unconstrained}).resample(for_rows, num)
-        return in_batches(lambda i: _simulated(for_data, problem, i, numbered["z"][i]), num, PREDICTED)
+        y = {name: self.target.y[name] for name in problem.designs}
+        return in_batches(lambda i: _simulated(for_data, problem, y, i, numbered["z"][i]), num, PREDICTED)
 
     def _check_data(self, draws: Draws) -> None:
         """Refuse draws of other data; missing values (NaN) are equal."""
@@ -122,9 +123,8 @@ class AbstractPosterior(eqx.Module):
 
 
 @eqx.filter_jit
-def _simulated(key: Key, problem: Problem, rows: Array, z: Float[Array, "num dim"]) -> Sites:
-    simulate: Any = problem.simulate_observation
-    return jax.vmap(lambda row, z: simulate(jax.random.fold_in(key, row), z))(rows, z)
+def _simulated(key: Key, problem: Problem, y: Sites, rows: Array, z: Float[Array, "num dim"]) -> Sites:
+    return jax.vmap(lambda row, z: problem.simulate_like(jax.random.fold_in(key, row), z, y))(rows, z)
 
 
 def warn_of_outlier(distance_rank: float) -> None:

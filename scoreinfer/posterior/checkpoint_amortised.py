@@ -19,6 +19,7 @@ from scoreinfer.posterior.checkpoint import (
     training_record,
     write_folder,
 )
+from scoreinfer.posterior.design_range import describe_design
 from scoreinfer.posterior.hyperparameters import (
     EMBEDDINGS,
     MAX_SIZE,
@@ -166,7 +167,8 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
             proposal = TunedProposal(first, jnp.zeros(2, jnp.uint32), effort)
         elif kind is TunedMixture:
             proposal = TunedMixture(first, untuned(dim, effort))
-        outliers = None if num is None else Outliers(jnp.zeros((num, features.size)), jnp.zeros(num))
+        width = len(describe_design(problem, zeros(problem))) if problem.designs else features.size
+        outliers = None if num is None else Outliers(jnp.zeros((num, width)), jnp.zeros(num))
         validity = Validity(jnp.zeros(dim), jnp.zeros(dim), validity_network(key, dim)) if has_validity else None
         return Saved(proposal, outliers, validity)
 
@@ -175,4 +177,9 @@ def outline_of(problem: Problem, network: dict[str, Any], embedding: Embedding |
 
 def nothing(problem: Problem) -> Sites:
     """Make an encoded observation that consists of zeros."""
-    return encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
+    return encode(problem, zeros(problem))
+
+
+def zeros(problem: Problem) -> Sites:
+    """Make an observation that consists of zeros."""
+    return {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed}

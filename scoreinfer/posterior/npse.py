@@ -21,12 +21,14 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import TrainingWarning, UnsupportedModel, warn
 from scoreinfer.evidence.bank import Outliers, outliers
 from scoreinfer.identity import describe_run
-from scoreinfer.model import problem_of
-from scoreinfer.nets import Concatenate, Embedding
+from scoreinfer.model import Designs, problem_of
+from scoreinfer.nets import Embedding, MaskedRows
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.amortised import Posterior
 from scoreinfer.posterior.checkpoint import foreign_outputs
 from scoreinfer.posterior.checkpoint_amortised import read_posterior
+from scoreinfer.posterior.design_range import trained_designs
+from scoreinfer.posterior.rows import default_embedding
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.amortised import (
     AbstractAmortised,
@@ -116,6 +118,12 @@ class NPSE:
             a test by Stein's identity, and their mean square in the whitened space is below 10,000 in every dimension
             (larger ones have almost no share in the loss).
         observed: names of the observed sites. Necessary if the model does not show them without data.
+        designs: draws those arguments of the model that differ from data set to data set (masks, times, covariates,
+            numbers of rows), as a dictionary of arrays of fixed shapes, from a key. Every simulation has a fresh
+            design. The posterior is then learned for all of them, and `Posterior.condition` takes them with the data.
+        missing: names of observed sites in whose data NaN stands for a missing entry. ``designs`` then gives, under
+            these names, which entries are there, as an array of booleans. Only for entries that are missing whatever
+            their values are: where that tells something, the mask is data, and a site of the model.
         simulations: a store of the runs of a foreign simulator (`scoreinfer.simulators.simulate`), or its folder.
             ``model`` is then the prior of the runs. Data are passed by the names of the outputs:
             ``posterior.sample(key, num, y=data)``. A store larger than its ``memory`` is never read as a whole: every
@@ -164,6 +172,8 @@ class NPSE:
     sampler: AbstractSampler | None = None
     target_score: bool | None = None
     observed: tuple[str, ...] | None = None
+    designs: Designs | None = None
+    missing: tuple[str, ...] = ()
     simulations: Store | str | os.PathLike[str] | None = None
     likelihood: Callable[..., Any] | None = None
     invalid: Literal["learn", "drop", "raise"] = "learn"
@@ -207,8 +217,9 @@ class NPSE:
             UnreadableFile: if a file in the folder ``checkpoint`` is damaged.
         """
         streams = _Streams(*jax.random.split(key, len(_Streams._fields)))
-        data = _read(self, streams.pilot, problem_of(self.model, args, kwargs, self.observed))
-        embedding = Concatenate() if self.embedding is None else self.embedding
+        problem = self._problem(args, kwargs)
+        embedding = default_embedding(streams.embedding, problem) if self.embedding is None else self.embedding
+        data = _read(self, streams.pilot, problem, embedding)
         course = _Course(
             self, streams, data, embedding, _open_checkpoint(self, key, data, embedding), _judge(streams, data)
         )
@@ -221,7 +232,11 @@ class NPSE:
         else:
             usual = _first(data.validation.x, min(NUM_OUTLIERS, data.validation.num))
         validity = _validity(self, streams.validity, stored)
-        return Posterior(problem, proposal, _outliers(usual), history, validity)
+        known = trained_designs(streams.designs, problem) if problem.designs else _outliers(usual)
+        return Posterior(problem, proposal, known, history, validity)
+
+    def _problem(self, args: tuple, kwargs: dict[str, Any]) -> Problem:
+        return problem_of(self.model, args, kwargs, self.observed, self.designs, self.missing)
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Posterior:
         """Load a saved posterior for the model that it was fitted to.
@@ -245,7 +260,7 @@ class NPSE:
         Exactness: on the same machine the loaded posterior gives the same draws as the saved one, to the last bit.
             Weights are always computed from the given model, never from the files.
         """
-        problem = problem_of(self.model, args, kwargs, self.observed)
+        problem = self._problem(args, kwargs)
         if self.likelihood is not None:
             options = dataclasses.replace(self, invalid="learn")  # the probability of success is in the folder
             problem = _stored(options, jax.random.key(0), problem).problem
@@ -255,8 +270,17 @@ class NPSE:
         return Posterior(problem, *read_posterior(Path(path), problem, self.embedding))
 
 
-def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
+def fit(
+    key: Key, model: Callable | Problem, *args: Any, designs: Designs | None = None, **kwargs: Any
+) -> Posterior:
     """Learn the posterior of a model with the defaults of `NPSE`: ``NPSE(model).fit(key, *args, **kwargs)``.
+
+    Args:
+        key: random key.
+        model: a NumPyro model, or a `Problem`.
+        *args: the model's own arguments.
+        designs: draws the arguments that differ from data set to data set; see `NPSE`.
+        **kwargs: the model's own keyword arguments.
 
     Raises what `NPSE.fit` raises.
 
@@ -268,12 +292,17 @@ def fit(key: Key, model: Callable | Problem, *args: Any, **kwargs: Any) -> Poste
     >>> posterior.problem.dim, posterior.history.num_simulations
     (1, 7373)
     """
-    return NPSE(model).fit(key, *args, **kwargs)
+    return NPSE(model, designs=designs).fit(key, *args, **kwargs)
 
 
-def load(path: str | os.PathLike[str], model: Callable | Problem, *args: Any, **kwargs: Any) -> Posterior:
-    """Load a saved posterior: ``NPSE(model).load(path, *args, **kwargs)``. Raises what `NPSE.load` raises."""
-    return NPSE(model).load(path, *args, **kwargs)
+def load(
+    path: str | os.PathLike[str], model: Callable | Problem, *args: Any, designs: Designs | None = None, **kwargs: Any
+) -> Posterior:
+    """Load a saved posterior: ``NPSE(model, designs=designs).load(path, *args, **kwargs)``.
+
+    Raises what `NPSE.load` raises.
+    """
+    return NPSE(model, designs=designs).load(path, *args, **kwargs)
 
 
 class _Streams(NamedTuple):
@@ -289,6 +318,8 @@ class _Streams(NamedTuple):
     judge: Key
     large: Key
     tuning: Key
+    embedding: Key
+    designs: Key
 
 
 class _Data(NamedTuple):
@@ -368,7 +399,7 @@ class _Course(NamedTuple):
         return proposal_of(module), history
 
 
-def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
+def _read(options: NPSE, key: Key, problem: Problem, embedding: Embedding) -> _Data:
     """Simulate the model, or read the store."""
     if options.simulations is not None:
         return _read_store(options, key, problem)
@@ -386,7 +417,7 @@ def _read(options: NPSE, key: Key, problem: Problem) -> _Data:
     if pilot.gradient is not None and options.target_score is None and not _all_finite(pilot.gradient):
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
-    scale = standardiser(pilot.x)
+    scale = standardiser(pilot.x, embedding.num_rows if isinstance(embedding, MaskedRows) else None)
     online = options.num_simulations is None
     size = min(POOL, most, min(250, options.num_steps) * options.batch_size)
 

@@ -1,7 +1,7 @@
 """Simulations: joint draws of parameters and observations, and their standardisation for the networks."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from scoreinfer._memory import footprint, map_rows, rows_at_once
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key, Sites
+from scoreinfer._typing import PRESENT, Key, Sites
 from scoreinfer.montecarlo.langevin import Differentiation, LogDensity, derivatives, differentiate
 from scoreinfer.problem import Problem
 
@@ -121,7 +121,7 @@ def _parts(problem: Problem, y: Sites) -> dict[str, LogDensity]:
     pointwise = problem.pointwise_log_likelihood
     if pointwise is None:
         return {"the prior": problem.log_prior, "the likelihood": lambda z: problem.log_likelihood(z, y)}
-    sites = {site.name: partial(lambda name, z: pointwise(z, y)[name].sum(), site.name) for site in problem.observed}
+    sites = {site.name: partial(lambda name, z: pointwise(z, y)[name].sum(), site.name) for site in problem.data}
     return {"the prior": problem.log_prior, **sites}
 
 
@@ -166,7 +166,8 @@ class Standardiser(eqx.Module):
     """Standardise encoded observations: linear within ``bend`` scale units of the centre, logarithmic beyond.
 
     With v = (x - centre) / scale the result is sign(v) (min(|v|, bend) + log(1 + max(|v| - bend, 0))). Linear problems
-    therefore stay linear, and heavy tails of a simulator give the network inputs of moderate size.
+    therefore stay linear, and heavy tails of a simulator give the network inputs of moderate size. Missing entries
+    become zero (see `Problem.encode`).
     """
 
     centre: Sites
@@ -181,22 +182,44 @@ class Standardiser(eqx.Module):
             excess = jnp.maximum(jnp.abs(x) - self.bend, 0.0)
             return jnp.clip(x, -self.bend, self.bend) + jnp.sign(x) * jnp.log1p(excess)
 
-        return {name: one(x[name], self.centre[name], self.scale[name]) for name in sorted(self.centre)}
+        units = {name: one(x[name], self.centre[name], self.scale[name]) for name in sorted(self.centre)}
+        return {name: value * _alongside(units[name + PRESENT], value) if name + PRESENT in units else value
+                for name, value in units.items()}  # fmt: skip
+
+
+def _alongside(mask: Float[Array, "*shape"], value: Array) -> Array:
+    """Give a mask the trailing axes that encoding added to a value."""
+    return mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
 
 
 @eqx.filter_jit
-def standardiser(x: Sites) -> Standardiser:
+def standardiser(x: Sites, num_rows: int | None = None) -> Standardiser:
     """Make a standardiser from the medians and quantiles of encoded observations ``x`` (draw axis first).
 
     The scale is the range between the quantiles 0.1 and 0.9, divided by its value for a standard normal distribution.
+    Missing entries do not count. Masks stay as they are.
+
+    Args:
+        x: encoded observations.
+        num_rows: sites with so many rows have one centre and scale for all of them. None means that no site has rows.
     """
 
-    def spread(value):
-        low, high = jnp.quantile(value, jnp.array([0.1, 0.9]), axis=0)
-        wide = jnp.where(high > low, (high - low) / 2.5631, value.std(axis=0))
-        return jnp.where(wide > 0, wide, 1.0)
+    def one(name: str, value: Array) -> tuple[Array, Array]:
+        if name.endswith(PRESENT):
+            return jnp.zeros(value.shape[1:]), jnp.ones(value.shape[1:])
+        axes: Any = (0, 1) if num_rows is not None and value.ndim > 1 and value.shape[1] == num_rows else 0
+        if name + PRESENT in x:
+            value = jnp.where(_alongside(x[name + PRESENT], value) > 0, value, jnp.nan)
+            centre, (low, high) = jnp.nanmedian(value, axes), jnp.nanquantile(value, jnp.array([0.1, 0.9]), axes)
+            centre, deviation = jnp.nan_to_num(centre), jnp.nan_to_num(jnp.nanstd(value, axes))
+        else:
+            centre, (low, high) = jnp.median(value, axes), jnp.quantile(value, jnp.array([0.1, 0.9]), axes)
+            deviation = value.std(axes)
+        wide = jnp.where(high > low, (high - low) / 2.5631, deviation)
+        scale = jnp.where(wide > 0, wide, 1.0)
+        return jnp.broadcast_to(centre, value.shape[1:]), jnp.broadcast_to(scale, value.shape[1:])
 
+    both = {name: one(name, value) for name, value in x.items()}
     return Standardiser(
-        {name: jnp.median(value, axis=0) for name, value in x.items()},
-        {name: spread(value) for name, value in x.items()},
+        {name: centre for name, (centre, _) in both.items()}, {name: scale for name, (_, scale) in both.items()}
     )

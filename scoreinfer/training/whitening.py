@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
-from scoreinfer.nets import Embedding, ResidualMLP
+from scoreinfer.nets import Embedding, MaskedRows, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 
 MAX_FULL = 64
@@ -45,8 +45,13 @@ class Whitening(eqx.Module):
         triangle = jnp.diag(jnp.exp(4.0 * jnp.tanh(log_scale / 4.0)))
         if dim > 1 and lower.size:
             triangle = triangle.at[jnp.tril_indices(dim, -1)].set(lower)
-        mean = intercept + slope @ flatten(x) + residual @ shift
+        mean = intercept + slope @ summary(self.embedding, x) + residual @ shift
         return Affine(mean, residual @ triangle)
+
+
+def summary(embedding: Embedding, x: Sites) -> Float[Array, " features"]:
+    """Compute what the regression knows of an observation: all its numbers, or means over rows."""
+    return embedding.summary(x) if isinstance(embedding, MaskedRows) else flatten(x)
 
 
 def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth: int) -> ResidualMLP:
@@ -57,7 +62,7 @@ def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth
 
 def untrained_whitening(key: Key, dim: int, x: Sites, embedding: Embedding, *, width: int, depth: int) -> Whitening:
     """Make a whitening that is the identity map, for standardised observations like ``x``."""
-    features, context = flatten(x), embedding(x)
+    features, context = summary(embedding, x), embedding(x)
     network = whitening_network(key, dim, context.size, width=width, depth=depth)
     slope, eye = jnp.zeros((dim, features.size), jnp.float32), jnp.eye(dim, dtype=jnp.float32)
     return Whitening(slope, jnp.zeros(dim, jnp.float32), eye, embedding, network)
@@ -70,7 +75,7 @@ def regressed(whitening: Whitening, z: Float[Array, "num dim"], x: Sites) -> Whi
     With fewer simulations than features the equations of the simulations are solved instead: the same slope, from a
     matrix no larger than the simulations themselves.
     """
-    features = jax.vmap(flatten)(x)
+    features = jax.vmap(lambda x: summary(whitening.embedding, x))(x)
     centre, middle = features.mean(0), z.mean(0)
     f, r = features - centre, z - middle
     num, ridge = z.shape[0], 1e-4
