@@ -281,7 +281,9 @@ def _site_log_prior(problem: Problem, values: Float[Array, "num dim"]) -> Sites:
 @partial(jax.jit, static_argnums=0)
 def _predict(problem: Problem, keys: Array, values: Float[Array, "num dim"], design: Sites) -> Sites:
     """Simulate one observation for every draw."""
-    return jax.lax.map(lambda row: _data(problem, problem.simulate_like(*row, design)), (keys, values), batch_size=_BLOCK)
+    return jax.lax.map(
+        lambda row: _data(problem, problem.simulate_like(row[0], row[1], design)), (keys, values), batch_size=_BLOCK
+    )
 
 
 def _data(problem: Problem, y: Sites) -> Sites:

@@ -1,7 +1,7 @@
 """Predictive checks: whether data simulated from a posterior look like the observed data."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import equinox as eqx
 import jax

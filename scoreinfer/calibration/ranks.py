@@ -51,6 +51,7 @@ class SBC(NamedTuple):
         effective_share: effective sample size of the weighted proposals, divided by their number, for each data set.
             None means the draws have no weights.
         seconds: wall time.
+        labels: the stratum of each data set. None means that there are no strata.
     """
 
     ranks: dict[str, np.ndarray]
@@ -58,6 +59,7 @@ class SBC(NamedTuple):
     num_draws: int
     effective_share: np.ndarray | None
     seconds: float
+    labels: np.ndarray | None = None
 
     @property
     def num_simulations(self) -> int:
@@ -90,6 +92,16 @@ class SBC(NamedTuple):
         """Whether the tests do not reject calibration. Wrongly False for at most 1 % of calibrated posteriors."""
         return self.p_value > ALARM
 
+    def strata(self) -> "dict[Any, SBC]":
+        """Split the data sets by their labels; empty without labels."""
+        labels = np.zeros(0) if self.labels is None else self.labels
+        return {label: self._within(labels == label) for label in np.unique(labels).tolist()}
+
+    def _within(self, chosen: np.ndarray) -> "SBC":
+        ranks, joint = ({name: rows[chosen] for name, rows in told.items()} for told in (self.ranks, self.joint))
+        share = None if self.effective_share is None else self.effective_share[chosen]
+        return SBC(ranks, joint, self.num_draws, share, self.seconds)
+
     def to_arviz(self) -> Any:
         """Convert the ranks to the ArviZ group ``prior_sbc``, which `arviz_plots.plot_ecdf_pit` plots."""
         return to_prior_sbc(self.ranks)
@@ -101,6 +113,10 @@ class SBC(NamedTuple):
         for row in self.rows():
             inside = " ".join(f"{share:6.1%}" for share in row.coverage)
             lines.append(f"  {row.name:<{width}}  p = {row.p_value:<8.3g}  in 50/80/95 %: {inside}  {row.finding}")
+        lines += [
+            f"  stratum {label}: p = {within.p_value:.3g} over all quantities, {within.num_simulations} simulations"
+            for label, within in self.strata().items()
+        ]
         return "\n".join(lines)
 
 
@@ -135,6 +151,7 @@ def sbc(
     corrected: bool = True,
     num_warmup: int = 500,
     thinning: int = 10,
+    label: Callable[[Sites], Array] | None = None,
     progress_bar: bool = True,
 ) -> SBC:
     """Rank true parameters among posterior draws for simulated data.
@@ -158,6 +175,9 @@ def sbc(
             has no weights.
         num_warmup: warm-up steps of a kernel.
         thinning: steps of a kernel between two kept draws. Ranks are uniform for independent draws only.
+        label: gives the stratum of a data set: a whole number, computed in JAX from the observed sites and the design,
+            such as ``lambda y: y["present"].sum() > 20``. Every stratum is then tested by itself (`SBC.strata`). None
+            means no strata.
         progress_bar: show a progress bar on a terminal.
 
     Returns:
@@ -206,19 +226,20 @@ def sbc(
     with tqdm(total=num_simulations, desc="calibrating", disable=None if progress_bar else True, leave=False) as bar:
         if is_kernel(posterior):
             sampler = chain_sampler(posterior, problem, model_args, model_kwargs or {}, num_warmup, num_draws, thinning)
-            told = _rank_chains(for_rows, problem, references, sampler, num_simulations, num_draws, bar.update)
+            told = _rank_chains(for_rows, problem, references, sampler, label, num_simulations, num_draws, bar.update)
             share = None
         else:
             weighed = corrected and problem.has_density
             sizes = num_proposals if weighed else num_draws, num_draws, weighed
 
             def rank(rows: Int[Array, " size"]) -> Any:
-                return _rank_rows(for_rows, posterior.proposal, problem, references, sizes, pairs, rows)
+                return _rank_rows(for_rows, posterior.proposal, problem, references, sizes, pairs, label, rows)
 
             told, share = in_batches(rank, num_simulations, max(1, AT_ONCE // sizes[0]), bar.update)
             share = np.asarray(share) if weighed else None
-    sites, joint = jax.tree.map(np.asarray, told)
-    return SBC(sites, joint, num_draws, share, time.perf_counter() - start)
+    sites, joint, labels = jax.tree.map(np.asarray, told)
+    seconds = time.perf_counter() - start
+    return SBC(sites, joint, num_draws, share, seconds, None if label is None else labels)
 
 
 def _problem_of(posterior: Any, args: tuple, kwargs: dict[str, Any]) -> Problem:
@@ -264,8 +285,9 @@ def _rank_rows(
     references: References,
     sizes: tuple[int, int, bool],
     pairs: tuple[Array, Sites] | None,
+    label: Callable[[Sites], Array] | None,
     rows: Array,
-) -> tuple[tuple[Sites, Sites], Float[Array, " num"]]:
+) -> tuple[tuple[Sites, Sites, Array], Float[Array, " num"]]:
     """Simulate these data sets (or take them from ``pairs``), draw from the posteriors, and rank the true parameters.
 
     ``sizes`` holds the number of proposals, the number of draws, and whether proposals are weighted.
@@ -279,19 +301,25 @@ def _rank_rows(
         context = proposal.context(target)
         drawn = jax.vmap(lambda k: proposal.sample(k, target, context))(jax.random.split(for_draws, num_proposals))
         if not weighed:
-            return _ranks(for_ties, problem, references, z, y, drawn.z), jnp.ones(())
+            return _ranks(for_ties, problem, references, label, z, y, drawn.z), jnp.ones(())
         log_weight = jnp.where(jnp.isnan(drawn.log_weight), -jnp.inf, drawn.log_weight)
         picked = jax.random.categorical(for_pick, log_weight, shape=(num_draws,))
         share = jnp.exp(log_effective_share(log_weight))
-        return _ranks(for_ties, problem, references, z, y, drawn.z[picked]), share
+        return _ranks(for_ties, problem, references, label, z, y, drawn.z[picked]), share
 
     return jax.vmap(one)(rows)
 
 
 def _ranks(
-    key: Key, problem: Problem, references: References, z: Array, y: Sites, values: Float[Array, "draws dim"]
-) -> tuple[Sites, Sites]:
-    """Rank the true ``z`` among the draws ``values``, for every site, and for the joint quantities."""
+    key: Key,
+    problem: Problem,
+    references: References,
+    label: Callable[[Sites], Array] | None,
+    z: Array,
+    y: Sites,
+    values: Float[Array, "draws dim"],
+) -> tuple[Sites, Sites, Array]:
+    """Rank the true ``z`` among the draws ``values``, for every site, and for the joint quantities; label the data."""
     x = flatten(references.standardiser(encode(problem, y)))
     reference = references.z[jnp.argmin(jnp.linalg.norm(references.x - x, axis=1))]
 
@@ -304,7 +332,8 @@ def _ranks(
     leaves, tree = jax.tree.flatten(truth)
     ranks = [_rank(k, *pair) for k, *pair in
              zip(jax.random.split(key, len(leaves)), leaves, jax.tree.leaves(drawn), strict=True)]  # fmt: skip
-    return jax.tree.unflatten(tree, ranks)
+    stratum = jnp.zeros((), int) if label is None else jnp.asarray(label(y)).astype(int)
+    return *jax.tree.unflatten(tree, ranks), stratum
 
 
 def _rank(key: Key, truth: Array, drawn: Array) -> Int[Array, "*shape"]:
@@ -318,10 +347,11 @@ def _rank_chains(
     problem: Problem,
     references: References,
     sampler: Callable[[Key, Sites], Sites],
+    label: Callable[[Sites], Array] | None,
     num_simulations: int,
     num_draws: int,
     done: Callable[[int], Any],
-) -> tuple[Sites, Sites]:
+) -> tuple[Sites, Sites, Array]:
     """Run a kernel on every simulated data set, and rank the true parameters."""
 
     @jax.jit
@@ -330,7 +360,7 @@ def _rank_chains(
 
     @jax.jit
     def rank_one(key, z, y, sites):
-        return _ranks(key, problem, references, z, y, jax.vmap(problem.unconstrain)(sites))
+        return _ranks(key, problem, references, label, z, y, jax.vmap(problem.unconstrain)(sites))
 
     told = []
     for row in range(num_simulations):

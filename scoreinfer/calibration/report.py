@@ -11,7 +11,7 @@ from jaxtyping import Integer
 
 from scoreinfer._typing import Key
 from scoreinfer.calibration.predictive import Discrepancy, predictive_check
-from scoreinfer.calibration.ranks import SBC, sbc
+from scoreinfer.calibration.ranks import ALARM, SBC, sbc
 from scoreinfer.draws import Draws
 from scoreinfer.evidence.certificate import MAX_OUTLYING, Certificate
 from scoreinfer.files import write_file
@@ -80,21 +80,35 @@ def calibrate(
         TypeError, UnsupportedModel, ValueError, UnreadableFile: as for `sbc`. A ValueError also means that there are
             too few simulations for a test.
 
-    Exactness: see `sbc`. Calibration is tested at level 0.01: a calibrated posterior is wrongly rejected with at most
-        this probability. Calibration refers to data of the model; it does not show that the model is right.
+    Exactness: see `sbc`. Calibration is tested at level 0.01, and once more over all strata if there are any: a
+        calibrated posterior is wrongly rejected with at most this probability (twice it with strata). Calibration
+        refers to data of the model; it does not show that the model is right.
     """
     for_ranks, for_data = jax.random.split(key)
     ranks = sbc(for_ranks, posterior, num_simulations, **options)
+    bad = _uncalibrated(ranks)
+    of_ranks = [_of_ranks(ranks), *bad]
     if draws is None:
-        return CalibrationReport(ranks.calibrated, (_of_ranks(ranks),), ranks)
+        return CalibrationReport(ranks.calibrated and not bad, tuple(of_ranks), ranks)
     rows: tuple[Discrepancy, ...] = ()
     if draws.problem is not None and draws.problem.simulate_observation is not None:
         rows = tuple(predictive_check(for_data, draws))
-    verdict = [_of_ranks(ranks), *_of_data(draws.certificate, rows)]
+    verdict = [*of_ranks, *_of_data(draws.certificate, rows)]
     outlying = draws.certificate.distance_rank <= MAX_OUTLYING
     refused = draws.log_joint is not None and not draws.certificate.certified
-    trusted = ranks.calibrated and not outlying and not refused
+    trusted = ranks.calibrated and not bad and not outlying and not refused
     return CalibrationReport(trusted, tuple(verdict), ranks, draws.certificate, rows)
+
+
+def _uncalibrated(ranks: SBC) -> list[str]:
+    """Name the strata in which calibration is rejected; p-values are multiplied by the number of strata."""
+    strata = ranks.strata()
+    p_values = {label: len(strata) * within.p_value for label, within in strata.items()}
+    return [
+        f"In stratum {label} the posterior is not calibrated (p {_told(p_value)}, times {len(strata)} strata)."
+        for label, p_value in p_values.items()
+        if p_value <= ALARM
+    ]
 
 
 def _told(p_value: float) -> str:

@@ -236,7 +236,9 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
 
     def encode(y: Sites) -> Sites:
         encoded = {name: encoders[name](y[name]) for name in names}
-        return encoded | {name + PRESENT: mask * 1.0 for name, mask in masks.at(y).items()} if facts.designs else encoded
+        return (
+            encoded | {name + PRESENT: mask * 1.0 for name, mask in masks.at(y).items()} if facts.designs else encoded
+        )
 
     not_simulable = _why_not_simulable(facts)
     sizes = zip(layout.names, layout.shapes, strict=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -128,10 +127,12 @@ class Designed:
             value = jnp.asarray(value, example.dtype) if is_traced(value) else np.asarray(value, example.dtype)
             if value.shape not in (example.shape, ()):
                 raise ValueError(
-                    f"`{name}` must have shape {example.shape}, as `designs` draws it, got {value.shape}. Pad it (and the "
-                    "data) to this length; a mask says which rows are there."
+                    f"`{name}` must have shape {example.shape}, as `designs` draws it, got {value.shape}. Pad it (and "
+                    "the data) to this length; a mask says which rows are there."
                 )
-            value = jnp.broadcast_to(value, example.shape) if is_traced(value) else np.broadcast_to(value, example.shape)
+            value = (
+                jnp.broadcast_to(value, example.shape) if is_traced(value) else np.broadcast_to(value, example.shape)
+            )
         return numpyro.sample(name, Given(example.shape, str(example.dtype)), obs=value)
 
 
@@ -158,7 +159,8 @@ def designed(
         )
     bound = signature.bind_partial(*args, **kwargs)
     for name in own.arguments:
-        bound.arguments[name] = example[name]
+        if bound.arguments.get(name) is None:
+            bound.arguments[name] = example[name]
     sites = abstract_trace(lambda: model(*bound.args, **bound.kwargs))
     drawn = [name for name in own.arguments if name in sites]
     if drawn:
@@ -197,14 +199,14 @@ def with_designs(
 
 
 def _example(designs: Designs) -> dict[str, np.ndarray]:
-    drawn = designs(fixed_key())
+    drawn: Any = designs(fixed_key())
     if not isinstance(drawn, Mapping) or not drawn:
         raise TypeError(
             f"`designs` must be a function of a key that returns a dictionary of arrays, got {type(drawn).__name__}. "
             "Write `designs=lambda key: dict(present=jax.random.bernoulli(key, 0.7, (20,)))`, say."
         )
     example = {name: np.asarray(jnp.asarray(value)) for name, value in drawn.items()}
-    return {name: value for name, value in sorted(example.items())}
+    return dict(sorted(example.items()))
 
 
 def _check_missing(name: str, sites: dict[str, Any], present: np.ndarray) -> None:

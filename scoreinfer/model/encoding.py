@@ -78,7 +78,7 @@ def _inside_simplex(x: Array) -> Array:
     return x / x.sum(-1, keepdims=True)
 
 
-def fill(support: constraints.Constraint, mask: np.ndarray, value: Array) -> Array:
+def fill(support: constraints.Constraint, mask: Array, value: Array) -> Array:
     """Replace the entries that the mask excludes (False) by one constant inside the support."""
     try:
         constant = support.feasible_like(value)

@@ -1,6 +1,5 @@
 """Masks of observed sites: which entries are missing, and what stands in their place."""
 
-
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
@@ -27,7 +26,7 @@ class Masks:
     def __init__(self, survey: Survey, script: Script, designs: tuple[str, ...]) -> None:
         self._survey, self._script, self._designs = survey, script, designs
         self._points = {name: survey.points[name][0] for name in survey.latents}
-        self._fixed = {} if designs else survey.masks
+        self._fixed: Sites = {} if designs else {name: jnp.asarray(mask) for name, mask in survey.masks.items()}
         self._moving = tuple(self._of_design(survey.masked)) if designs and survey.masked else ()
 
     def of(self, played: Trace) -> Sites:

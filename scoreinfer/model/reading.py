@@ -223,8 +223,8 @@ class Reader:
         if np.isnan(value).any():
             raise ValueError(
                 f"Observed site {name!r} has {int(np.isnan(value).sum())} NaN of {value.size} entries; expected none. "
-                "Drop missing entries, put the site under `numpyro.handlers.mask`, or let NaN stand for missing entries: "
-                "`designs` and `missing` of `from_numpyro` and `NPSE`."
+                "Drop missing entries, put the site under `numpyro.handlers.mask`, or let NaN stand for missing ones "
+                "(`designs` and `missing` of `NPSE`)."
             )
         support = self.design.survey.supports.get(name)
         inside = np.asarray(True if support is None else support(value))

@@ -13,8 +13,8 @@ from jaxtyping import Array
 from scoreinfer._typing import Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
 from scoreinfer.errors import UnsupportedModel
-from scoreinfer.model.arguments import bind
 from scoreinfer.model.assembly import Facts, read_model
+from scoreinfer.model.designs import Designs, with_designs
 from scoreinfer.model.replay import LOG_DET, fixed_key, sum_terms
 from scoreinfer.model.series import describe, describe_series
 from scoreinfer.model.states import StateSpace, observed_of
@@ -61,7 +61,8 @@ class Report:
     def __str__(self) -> str:
         rows = [("site", "role", "support", "shape", "dtype", "unconstrained")]
         rows += [(s.name, "latent", s.support, str(s.shape), s.dtype, str(s.size)) for s in self.latents]
-        rows += [(s.name, "observed", s.support, str(s.shape), s.dtype, "-") for s in self.observed]
+        roles = dict.fromkeys(self.problem.designs if self.problem else (), "design")
+        rows += [(s.name, roles.get(s.name, "observed"), s.support, str(s.shape), s.dtype, "-") for s in self.observed]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if self.problem else []
         return "\n".join([*table, *self.messages])
@@ -73,6 +74,8 @@ def check(
     model: Callable[..., Any] | StateSpace,
     *args: Any,
     observed: Any = None,
+    designs: Designs | None = None,
+    missing: tuple[str, ...] = (),
     file: Any = None,
     **kwargs: Any,
 ) -> Report:
@@ -84,6 +87,8 @@ def check(
         model: any callable with NumPyro primitives; or a `scoreinfer.StateSpace`.
         *args: the model's arguments, with or without data.
         observed: see `from_numpyro`.
+        designs: see `from_numpyro`.
+        missing: see `from_numpyro`.
         file: the text file to print to. None means standard output.
         **kwargs: the model's keyword arguments.
 
@@ -103,16 +108,18 @@ def check(
         >>> bool(report)
         False
     """  # noqa: E501
-    report = _report(model, args, kwargs, observed)
+    report = _report(model, args, kwargs, observed, designs, missing)
     print(report, file=sys.stdout if file is None else file)
     return report
 
 
-def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> Report:
+def _report(
+    model: Any, args: tuple, kwargs: dict[str, Any], observed: Any, designs: Designs | None, missing: tuple[str, ...]
+) -> Report:
     if isinstance(model, StateSpace):
         return _report_space(model)
     try:
-        args, kwargs, observed = bind(model, args, kwargs, observed)
+        model, args, kwargs, observed = with_designs(model, args, kwargs, observed, designs, missing)
         problem, facts = read_model(model, args, kwargs, observed)
     except UnsupportedModel as error:
         reasons = [f"✗ {offence}" for offence in error.offences] or [f"✗ {error}"]
@@ -121,7 +128,12 @@ def _report(model: Any, args: tuple, kwargs: dict[str, Any], observed: Any) -> R
         reason = f"✗ the model failed: {type(error).__name__}: {error}"
         return Report(False, None, (reason, "✗ verdict: this model cannot be used"))
     messages = [f"{problem.dim} unconstrained dimensions"]
-    messages += _say_observed(problem, facts) + _say_density(problem, facts) + _say_simulable(problem, facts)
+    messages += (
+        _say_designs(problem)
+        + _say_observed(problem, facts)
+        + _say_density(problem, facts)
+        + _say_simulable(problem, facts)
+    )
     messages += _say_agreement(problem) + describe_series(
         facts.script.run, tuple(site.name for site in problem.observed)
     )
@@ -139,6 +151,12 @@ def _report_space(space: StateSpace) -> Report:
     except Exception as error:  # as above
         return Report(False, None, (f"✗ the state space failed: {type(error).__name__}: {error}",))
     return Report(True, None, tuple(lines))
+
+
+def _say_designs(problem: Problem) -> list[str]:
+    if not problem.designs:
+        return []
+    return [f"✓ designs, drawn with every simulation and without density: {', '.join(problem.designs)}"]
 
 
 def _say_observed(problem: Problem, facts: Facts) -> list[str]:
@@ -173,7 +191,7 @@ def _say_density(problem: Problem, facts: Facts) -> list[str]:
         lines.append(f"! prior of {', '.join(sorted(late))} depends on observed values: it counts as likelihood")
     if facts.fixed:
         lines.append(f"! fixed at their initial values (`param`): {', '.join(facts.fixed)}")
-    if facts.survey.masks:
+    if facts.survey.masks and not problem.designs:
         lines.append(f"✓ masked entries do not count: {', '.join(facts.survey.masks)}")
     return lines
 

@@ -43,7 +43,15 @@ class MaskedRows(eqx.Module):
     window: int = eqx.field(static=True)
 
     def __init__(
-        self, key: Key, num_rows: int, num_entry: int, num_other: int, window: int, *, width: int = 32, num_out: int = 48
+        self,
+        key: Key,
+        num_rows: int,
+        num_entry: int,
+        num_other: int,
+        window: int,
+        *,
+        width: int = 32,
+        num_out: int = 48,
     ):
         self.num_rows, self.num_entry, self.num_other, self.window = num_rows, num_entry, num_other, window
         first, last, outer = jax.random.split(key, 3)
@@ -78,9 +86,7 @@ class MaskedRows(eqx.Module):
         """Compute the summary s."""
         return self._summary(*self._split(sites))
 
-    def _split(
-        self, sites: Sites
-    ) -> tuple[Float[Array, "rows entry"], Bool[Array, " rows"], Float[Array, " other"]]:
+    def _split(self, sites: Sites) -> tuple[Float[Array, "rows entry"], Bool[Array, " rows"], Float[Array, " other"]]:
         """Split the sites into rows, which of these are there, and the rest."""
         has_rows = {name: jnp.ndim(value) > 0 and jnp.shape(value)[0] == self.num_rows for name, value in sites.items()}
         columns = [jnp.reshape(sites[name], (self.num_rows, -1)) for name in sorted(sites) if has_rows[name]]

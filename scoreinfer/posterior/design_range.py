@@ -43,23 +43,28 @@ def describe_design(problem: Problem, y: Sites) -> dict[str, Float[Array, ""]]:
     masks = {name.removesuffix(PRESENT): mask for name, mask in x.items() if name.endswith(PRESENT)}
     told = {f"{NUMBER} `{name}`": jnp.log1p(mask.sum()) for name, mask in masks.items()}
     for site in problem.observed:
-        value = x[site.name]
-        if site.name not in problem.designs or (site.dtype == "bool" and site.shape in {m.shape for m in masks.values()}):
-            continue
-        if value.size <= FEW:
-            told |= {f"`{site.name}`[{i}]": entry for i, entry in enumerate(jnp.ravel(value))}
-            continue
-        rows = value.reshape(value.shape[0], -1)
-        there = [mask.reshape(rows.shape[0], -1).max(1) for mask in masks.values() if mask.shape[:1] == rows.shape[:1]]
-        weight = (jnp.stack(there).max(0) if there else jnp.ones(rows.shape[0]))[:, None]
-        empty = weight.sum() == 0
-        for i, column in enumerate(rows.T[:FEW]):
-            inside = weight[:, 0] > 0
-            mean = jnp.where(inside, column, 0.0).sum() / jnp.maximum(weight.sum(), 1.0)
-            label = f"`{site.name}`" if rows.shape[1] == 1 else f"`{site.name}`[:, {i}]"
-            low, high = jnp.where(inside, column, jnp.inf).min(), jnp.where(inside, column, -jnp.inf).max()
-            told |= {f"least {label}": jnp.where(empty, 0.0, low), f"mean {label}": mean}
-            told |= {f"largest {label}": jnp.where(empty, 0.0, high)}
+        is_mask = site.dtype == "bool" and site.shape in {mask.shape for mask in masks.values()}
+        if site.name in problem.designs and not is_mask:
+            told |= _describe(site.name, x[site.name], list(masks.values()))
+    return told
+
+
+def _describe(name: str, value: Array, masks: list[Array]) -> dict[str, Float[Array, ""]]:
+    """Describe one covariate: by each number, or by the least, mean and largest number in the rows that are there."""
+    if value.size <= FEW:
+        return {f"`{name}`[{i}]": entry for i, entry in enumerate(jnp.ravel(value))}
+    rows = value.reshape(value.shape[0], -1)
+    there = [mask.reshape(len(rows), -1).max(1) > 0 for mask in masks if mask.shape[:1] == rows.shape[:1]]
+    inside = jnp.stack(there).any(0) if there else jnp.ones(len(rows), bool)
+    told = {}
+    for i, column in enumerate(rows.T[:FEW]):
+        label = f"`{name}`" if rows.shape[1] == 1 else f"`{name}`[:, {i}]"
+        for word, number in (
+            ("least", jnp.where(inside, column, jnp.inf).min()),
+            ("mean", jnp.where(inside, column, 0.0).sum() / inside.sum()),
+            ("largest", jnp.where(inside, column, -jnp.inf).max()),
+        ):
+            told[f"the {word} {label}"] = jnp.where(inside.any(), number, 0.0)
     return told
 
 

@@ -270,9 +270,7 @@ class NPSE:
         return Posterior(problem, *read_posterior(Path(path), problem, self.embedding))
 
 
-def fit(
-    key: Key, model: Callable | Problem, *args: Any, designs: Designs | None = None, **kwargs: Any
-) -> Posterior:
+def fit(key: Key, model: Callable | Problem, *args: Any, designs: Designs | None = None, **kwargs: Any) -> Posterior:
     """Learn the posterior of a model with the defaults of `NPSE`: ``NPSE(model).fit(key, *args, **kwargs)``.
 
     Args:

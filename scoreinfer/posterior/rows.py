@@ -21,9 +21,10 @@ LARGEST_CHANGE = 1e-3
 def default_embedding(key: Key, problem: Problem) -> Embedding:
     """Choose the embedding of a problem.
 
-    All observed numbers are concatenated if there are no designs, or the observed sites do not share one first axis (the
-    rows). If the log likelihood does not depend on the order of the rows, they are a set (`MaskedRows`). Otherwise they
-    are a series, or, if there are few of them and no covariates that change from data set to data set, concatenated.
+    All observed numbers are concatenated if there are no designs, or the observed sites do not share one first axis
+    (the rows). If the log likelihood does not depend on the order of the rows, they are a set (`MaskedRows`). Otherwise
+    they are a series, or, if there are few of them and no covariates that change from data set to data set,
+    concatenated.
 
     Args:
         key: random key of the weights, and of the draws on which the order of the rows is tested.
