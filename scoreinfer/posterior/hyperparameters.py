@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from scoreinfer.nets import Concatenate, ConditionalMLP, ConvNet, DeepSet, Embedding, MaskedRows, Series
+from scoreinfer.nets import Concatenate, ConditionalMLP, ConvNet, DeepSet, Embedding, MaskedGroups, MaskedRows, Series
 from scoreinfer.nets.convnet import PADDING_MODES
 from scoreinfer.process import VE, VP, Angular, Noising, SubVP
 from scoreinfer.samplers.amortised import Size
@@ -18,7 +18,7 @@ SCHEDULES = (VE, Angular, VP, SubVP)
 """Noise schedules that can be saved."""
 SAMPLERS = (ProbabilityFlow, ReverseSDE)
 """Samplers that can be saved."""
-EMBEDDINGS = (Concatenate, DeepSet, MaskedRows, Series)
+EMBEDDINGS = (Concatenate, DeepSet, MaskedGroups, MaskedRows, Series)
 """Embeddings that can be saved."""
 YOURS = "yours"
 """Type name of a module of the user's own. Only its arrays are saved."""
@@ -38,7 +38,7 @@ def make_embedding(described: dict[str, Any], own: Embedding | None) -> Embeddin
         TypeError: if the hyperparameters are invalid.
     """
     sizes = {
-        name: size_of(value, name, MAX_SIZE, 0 if name == "num_other" else 1)
+        name: size_of(value, name, MAX_SIZE, 0 if name in ("num_other", "num_covariates") else 1)
         for name, value in described.items()
         if name not in ("type", "name")
     }

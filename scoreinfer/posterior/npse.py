@@ -22,7 +22,7 @@ from scoreinfer.errors import TrainingWarning, UnsupportedModel, warn
 from scoreinfer.evidence.bank import Outliers, outliers
 from scoreinfer.identity import describe_run
 from scoreinfer.model import Designs, problem_of
-from scoreinfer.nets import Embedding, MaskedRows
+from scoreinfer.nets import Embedding, MaskedGroups, MaskedRows
 from scoreinfer.nets.embedding import flatten
 from scoreinfer.posterior.amortised import Posterior
 from scoreinfer.posterior.checkpoint import foreign_outputs
@@ -45,6 +45,7 @@ from scoreinfer.score.network import ConditionalScore
 from scoreinfer.simulators.dataset import StoredSimulations, stored_simulations, with_outputs
 from scoreinfer.simulators.store import Store
 from scoreinfer.simulators.validity import Validity, learn_validity
+from scoreinfer.training.grouped import GroupWhitening, standardised
 from scoreinfer.training.loop import EARLY, FINISHED, FLAT, GOOD, Budget, History, Loss, TrainingHistory, train
 from scoreinfer.training.losses import ScoreBatch, denoising_loss, target_precision, whitening_loss
 from scoreinfer.training.resume import open_run
@@ -415,7 +416,7 @@ def _read(options: NPSE, key: Key, problem: Problem, embedding: Embedding) -> _D
     if pilot.gradient is not None and options.target_score is None and not _all_finite(pilot.gradient):
         pilot = pilot._replace(gradient=None)
     check_finite(pilot)
-    scale = standardiser(pilot.x, embedding.num_rows if isinstance(embedding, MaskedRows) else None)
+    scale = standardiser(pilot.x, _row_axes(embedding))
     online = options.num_simulations is None
     size = min(POOL, most, min(250, options.num_steps) * options.batch_size)
 
@@ -425,6 +426,13 @@ def _read(options: NPSE, key: Key, problem: Problem, embedding: Embedding) -> _D
     training, validation = _held_out(scale, pilot, max(pilot.num // 10, 1))
     y = _first(y, min(NUM_OBSERVATIONS, validation.num))
     return _Data(problem, scale, training, validation, renew if online else None, online, None, y, most)
+
+
+def _row_axes(embedding: Embedding) -> tuple[int, ...]:
+    """Return the lengths of the axes along which an embedding treats all entries alike."""
+    if isinstance(embedding, MaskedGroups):
+        return embedding.num_groups, embedding.within.num_rows
+    return (embedding.num_rows,) if isinstance(embedding, MaskedRows) else ()
 
 
 def _most_simulations(options: NPSE, problem: Problem) -> int:
@@ -587,7 +595,11 @@ def _learn_whitening(course: _Course, budget: Budget, proposal: AmortisedProposa
         num_steps=options.num_steps if data.online else max(options.num_steps // 4, 1),
         max_seconds=None if budget.max_seconds is None else WHITENING_TIME * budget.max_seconds,
     )
-    whitening = regressed(proposal.whitening, data.training.z, data.training.x)
+    first = proposal.whitening
+    if isinstance(first, GroupWhitening):
+        whitening: Any = standardised(first, data.training.z)
+    else:
+        whitening = regressed(first, data.training.z, data.training.x)
     proposal, history = course.train(
         "whitening", course.streams.train, whitening, whitening_loss, lambda key: data.pool(key, False),
         data.validation, short, lambda module: dataclasses.replace(proposal, whitening=module),
@@ -656,13 +668,15 @@ def _standardise(scale: Standardiser, simulations: Simulations) -> Simulations:
     return simulations._replace(x=jax.vmap(scale)(simulations.x))
 
 
-def _whiten(whitening: Whitening, simulations: Simulations, batch: int) -> ScoreBatch:
+def _whiten(whitening: Whitening | GroupWhitening, simulations: Simulations, batch: int) -> ScoreBatch:
     """Map simulations, and the gradients of their log density, to the whitened space."""
     return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, batch)
 
 
 @eqx.filter_jit
-def _whiten_rows(whitening: Whitening, simulations: Simulations, rows: Int[Array, " num"]) -> ScoreBatch:
+def _whiten_rows(
+    whitening: Whitening | GroupWhitening, simulations: Simulations, rows: Int[Array, " num"]
+) -> ScoreBatch:
 
     def one(simulation):
         affine = whitening(simulation.x)

@@ -1,4 +1,4 @@
-"""The choice of an embedding for data with designs: a set of rows, a series of rows, or all numbers in a row."""
+"""The choice of an embedding for data with designs: a set or a series of rows, groups of rows, or all numbers."""
 
 import equinox as eqx
 import jax
@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from scoreinfer._typing import Key, Sites
-from scoreinfer.nets import Concatenate, Embedding, MaskedRows
+from scoreinfer.nets import Concatenate, Embedding, MaskedGroups, MaskedRows
 from scoreinfer.problem import Problem
+from scoreinfer.training.grouped import local_latents
 from scoreinfer.training.simulations import encode
 
 NUM_COMPARED = 8
@@ -36,29 +37,64 @@ def default_embedding(key: Key, problem: Problem) -> Embedding:
     if len(firsts) > 1 or firsts == {()}:
         return Concatenate()
     ((num_rows,),) = firsts
-    is_set = problem.has_density and bool(_exchangeable(key, problem, num_rows))
+    if local := local_latents(problem, num_rows):
+        return _groups(key, problem, num_rows, local)
+    is_set = problem.has_density and bool(_exchangeable(key, problem, (num_rows,), ()))
     covariates = [site for site in problem.observed if site.name in problem.designs and site.dtype != "bool"]
     moving = [site for site in covariates if site.shape[:1] == (num_rows,)]
     if not is_set and not moving and num_rows <= MAX_FEW:
         return Concatenate()
-    x = jax.eval_shape(lambda key: encode(problem, problem.simulate(key)[1]), key)  # type: ignore[misc]
+    x = _encoded(key, problem)
     sizes = {name: leaf.size for name, leaf in x.items() if leaf.shape[:1] == (num_rows,)}
     num_other = sum(leaf.size for name, leaf in x.items() if name not in sizes)
     return MaskedRows(key, num_rows, sum(sizes.values()) // num_rows, num_other, 1 if is_set else 2)
 
 
+def _groups(key: Key, problem: Problem, num_groups: int, local: tuple[tuple[int, ...], ...]) -> Embedding:
+    """Choose the embedding of groups with latents of their own: all numbers, unless groups and rows are sets."""
+    seconds = {site.shape[1:2] for site in problem.data}
+    if len(seconds) > 1 or seconds == {()} or not problem.has_density:
+        return Concatenate()
+    ((num_rows,),) = seconds
+    both = num_groups, num_rows
+    if not (bool(_exchangeable(key, problem, both[:1], local)) and bool(_exchangeable(key, problem, both, local))):
+        return Concatenate()
+    x = _encoded(key, problem)
+    rows = {name: leaf.size for name, leaf in x.items() if leaf.shape[:2] == both}
+    groups = {name: leaf.size for name, leaf in x.items() if leaf.shape[:1] == both[:1] and name not in rows}
+    num_other = sum(leaf.size for name, leaf in x.items() if name not in rows | groups)
+    num_entry, num_covariates = sum(rows.values()) // (num_groups * num_rows), sum(groups.values()) // num_groups
+    return MaskedGroups(key, num_groups, num_rows, num_entry, num_covariates, num_other)
+
+
+def _encoded(key: Key, problem: Problem) -> Sites:
+    return jax.eval_shape(lambda key: encode(problem, problem.simulate(key)[1]), key)  # type: ignore[misc]
+
+
 @eqx.filter_jit
-def _exchangeable(key: Key, problem: Problem, num_rows: int) -> Bool[Array, ""]:
-    """Say whether the log likelihood stays, if the rows of data and designs change places."""
-    order = jax.random.permutation(key, num_rows)
+def _exchangeable(
+    key: Key, problem: Problem, axes: tuple[int, ...], local: tuple[tuple[int, ...], ...]
+) -> Bool[Array, ""]:
+    """Say whether the log density stays, if entries along the last of the axes change places.
+
+    Args:
+        key: random key.
+        problem: the problem.
+        axes: lengths of the first axes of data and designs.
+        local: where the latents of every group stand in z; they move with the groups.
+    """
+    order = jax.random.permutation(key, axes[-1])
 
     def moved(y: Sites) -> Sites:
-        return {name: value[order] if jnp.shape(value)[:1] == (num_rows,) else value for name, value in y.items()}
+        last = len(axes) - 1
+        return {name: jnp.take(value, order, last) if value.shape[: last + 1] == axes else value
+                for name, value in y.items()}  # fmt: skip
 
     def change(key: Key) -> Array:
         z, y = problem.simulate(key)  # type: ignore[misc]
-        stayed = problem.log_likelihood(z, y)
-        return jnp.abs(problem.log_likelihood(z, moved(y)) - stayed) / (1 + jnp.abs(stayed))
+        stayed, own = problem.log_likelihood(z, y), jnp.asarray(local, int)
+        other = z.at[own].set(z[own[order]]) if len(axes) == 1 and own.size else z
+        return jnp.abs(problem.log_likelihood(other, moved(y)) - stayed) / (1 + jnp.abs(stayed))
 
     changes = jax.vmap(change)(jax.random.split(key, NUM_COMPARED))
     return (changes < LARGEST_CHANGE).all()  # also false where they are not finite

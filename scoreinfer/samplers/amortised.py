@@ -11,12 +11,13 @@ from jaxtyping import Array, Float
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine, identity
 from scoreinfer.bijections.base import Change
-from scoreinfer.nets import Embedding
+from scoreinfer.nets import Embedding, MaskedGroups
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractDensityProposal, AbstractProposal, Target
 from scoreinfer.samplers.diffusion import AbstractSampler, ProbabilityFlow, ReverseSDE
 from scoreinfer.score import AbstractScore, NeuralScore
 from scoreinfer.score.network import score_module
+from scoreinfer.training.grouped import GroupWhitening, local_latents, untrained_groups
 from scoreinfer.training.simulations import Standardiser, encode
 from scoreinfer.training.whitening import Whitening, untrained_whitening
 
@@ -69,7 +70,7 @@ class AmortisedProposal(AbstractAmortised):
     """
 
     standardiser: Standardiser
-    whitening: Whitening
+    whitening: Whitening | GroupWhitening
     adjustment: Affine
     embedding: Embedding
     score: NeuralScore
@@ -141,7 +142,13 @@ def untrained(
     x = encode(problem, {site.name: jnp.zeros(site.shape, site.dtype) for site in problem.observed})
     scale = Standardiser(x, jax.tree.map(jnp.ones_like, x), architecture.bend)
     x = scale(x)
-    whitening = untrained_whitening(for_whitening, dim, x, embedding, **architecture.whitening._asdict())
+    size = architecture.whitening._asdict()
+    whitening: Whitening | GroupWhitening
+    if isinstance(embedding, MaskedGroups):
+        local = local_latents(problem, embedding.num_groups)
+        whitening = untrained_groups(for_whitening, dim, x, embedding, local, **size)
+    else:
+        whitening = untrained_whitening(for_whitening, dim, x, embedding, **size)
     rows = jax.tree.map(lambda leaf: leaf[None], x)
     module = score_module(for_score, dim, embedding, rows, **architecture.score._asdict(), octaves=architecture.octaves)
     return AmortisedProposal(scale, whitening, identity(dim), module.embedding, module.score, architecture.sampler)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.score.network import ConditionalScore, preconditioners
+from scoreinfer.training.grouped import GroupWhitening
 from scoreinfer.training.simulations import Simulations
 from scoreinfer.training.whitening import Whitening
 
@@ -56,7 +57,7 @@ class NoiseLevels(NamedTuple):
         return jnp.exp(self.mean + self.sd * jax.scipy.special.ndtri(uniform)).astype(jnp.float32)
 
 
-def whitening_loss(module: Whitening, batch: Simulations, key: Key) -> Float[Array, ""]:
+def whitening_loss(module: Whitening | GroupWhitening, batch: Simulations, key: Key) -> Float[Array, ""]:
     """Compute the mean of -log N(z; m(x), L(x) L(x)^T), without its constant; linear beyond six standard deviations."""
     maps = jax.vmap(module)(batch.x)
     u = jax.vmap(lambda affine, z: affine.inverse(z))(maps, batch.z)

@@ -1,7 +1,7 @@
 """Simulations: joint draws of parameters and observations, and their standardisation for the networks."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -193,7 +193,7 @@ def _alongside(mask: Float[Array, "*shape"], value: Array) -> Array:
 
 
 @eqx.filter_jit
-def standardiser(x: Sites, num_rows: int | None = None) -> Standardiser:
+def standardiser(x: Sites, row_axes: tuple[int, ...] = ()) -> Standardiser:
     """Make a standardiser from the medians and quantiles of encoded observations ``x`` (draw axis first).
 
     The scale is the range between the quantiles 0.1 and 0.9, divided by its value for a standard normal distribution.
@@ -201,13 +201,14 @@ def standardiser(x: Sites, num_rows: int | None = None) -> Standardiser:
 
     Args:
         x: encoded observations.
-        num_rows: sites with so many rows have one centre and scale for all of them. None means that no site has rows.
+        row_axes: lengths of the first axes of the sites along which all entries have the same centre and scale.
     """
 
     def one(name: str, value: Array) -> tuple[Array, Array]:
         if name.endswith(PRESENT):
             return jnp.zeros(value.shape[1:]), jnp.ones(value.shape[1:])
-        axes: Any = (0, 1) if num_rows is not None and value.ndim > 1 and value.shape[1] == num_rows else 0
+        alike = [value.shape[1 : i + 2] == row_axes[: i + 1] for i in range(len(row_axes))]
+        axes = (0, *(i + 1 for i, same in enumerate(alike) if same))
         if name + PRESENT in x:
             value = jnp.where(_alongside(x[name + PRESENT], value) > 0, value, jnp.nan)
             centre, (low, high) = jnp.nanmedian(value, axes), jnp.nanquantile(value, jnp.array([0.1, 0.9]), axes)

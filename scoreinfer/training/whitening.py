@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from scoreinfer._typing import Key, Sites
 from scoreinfer.bijections.affine import Affine
-from scoreinfer.nets import Embedding, MaskedRows, ResidualMLP
+from scoreinfer.nets import Embedding, MaskedGroups, MaskedRows, ResidualMLP
 from scoreinfer.nets.embedding import flatten
 
 MAX_FULL = 64
@@ -51,7 +51,7 @@ class Whitening(eqx.Module):
 
 def summary(embedding: Embedding, x: Sites) -> Float[Array, " features"]:
     """Compute what the regression knows of an observation: all its numbers, or means over rows."""
-    return embedding.summary(x) if isinstance(embedding, MaskedRows) else flatten(x)
+    return embedding.summary(x) if isinstance(embedding, MaskedRows | MaskedGroups) else flatten(x)
 
 
 def whitening_network(key: Key, dim: int, num_context: int, *, width: int, depth: int) -> ResidualMLP:
