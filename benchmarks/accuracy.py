@@ -18,6 +18,7 @@
     python benchmarks/accuracy.py --suite quick_start
     python benchmarks/accuracy.py --suite filters
     python benchmarks/accuracy.py --suite priors
+    python benchmarks/accuracy.py --suite designs
 
 The expected figures are in expected.json.
 """
@@ -557,6 +558,13 @@ def run_priors(args) -> Iterator[Row]:
             yield name, figures()
 
 
+def run_designs(args) -> Iterator[Row]:
+    """Fit once for masks, times and groups of many kinds; weigh old draws anew for changed models."""
+    import designs
+
+    yield from designs.rows(args.seed, lambda name: _chosen(name, args.tasks))
+
+
 def run_cost(args) -> Iterator[Row]:
     """Memory of physics in reverse: flat in the window and the number of steps, linear in the size of the state."""
     import cost
@@ -608,6 +616,7 @@ SUITES: dict[str, Callable] = {
     "unimodal": run_unimodal, "deceived": run_deceived, "honesty": run_honesty, "k2_24": run_k2_24,
     "corners": run_corners, "reading": run_reading,
     "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust, "priors": run_priors,
+    "designs": run_designs,
     "single": run_single, "quick_start": run_quick_start,
     "filters": run_filters,
 }  # fmt: skip

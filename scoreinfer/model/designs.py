@@ -72,7 +72,20 @@ class _Hide(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         """Mask one site."""
         if msg["type"] == "sample" and msg["name"] in self.present and not msg.get("_control_flow_done"):
-            msg["fn"] = msg["fn"].mask(self.present[msg["name"]])
+            present, (fn, events) = self.present[msg["name"]], ungrouped(msg["fn"])
+            msg["fn"] = fn.mask(present).to_event(events)
+
+
+def ungrouped(fn: dist.Distribution) -> tuple[dist.Distribution, int]:
+    """Undo ``to_event``, so that single entries can be masked; return the number of its dimensions, too.
+
+    >>> ungrouped(dist.Normal(jnp.zeros(3), 1.0).to_event(1))[1]
+    1
+    """
+    if not isinstance(fn, dist.Independent):
+        return fn, 0
+    inner, events = ungrouped(fn.base_dist)
+    return inner, events + fn.reinterpreted_batch_ndims
 
 
 @dataclass(eq=False)
@@ -212,7 +225,7 @@ def _example(designs: Designs) -> dict[str, np.ndarray]:
 def _check_missing(name: str, sites: dict[str, Any], present: np.ndarray) -> None:
     if name not in sites or sites[name]["type"] != "sample":
         raise ValueError(f"`missing` must name observed sites of the model, got {name!r}, which is none.")
-    shape = tuple(sites[name]["fn"].batch_shape)
+    shape = tuple(ungrouped(sites[name]["fn"])[0].batch_shape)
     if present.dtype != bool or present.shape != shape:
         raise ValueError(
             f"`designs` must say by an array of booleans of shape {shape} which entries of {name!r} are there, got "

@@ -58,7 +58,7 @@ class GroupWhitening(eqx.Module):
         mean = jnp.zeros_like(centre).at[shared].set(whole[:num]).at[own].set(each[:, :size])
         factor = jnp.zeros((centre.size, centre.size), jnp.float32)
         factor = factor.at[np.ix_(shared, shared)].set(_triangle(whole[num:], num))
-        couplings = each[:, size : size + size * num].reshape(-1, size, num)
+        couplings = each[:, size : size + size * num].reshape(len(own), size, num)
         factor = factor.at[own[:, :, None], shared[None, None, :]].set(couplings)
         triangles = jax.vmap(lambda row: _triangle(row, size))(each[:, size + size * num :])
         factor = factor.at[own[:, :, None], own[:, None, :]].set(triangles)

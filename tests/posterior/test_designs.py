@@ -149,6 +149,27 @@ def test_nan_stands_for_missing_entries():
         si.from_numpyro(plain, missing=("y",))
 
 
+def test_single_components_may_be_missing():
+    """Independent components of an event have masks of their own; those of a vector with one density have not."""
+
+    def event(y=None):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(mean, 1.0).expand([ROWS]).to_event(1), obs=y)
+
+    def vector(y=None):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.MultivariateNormal(mean * jnp.ones(3), jnp.eye(3)), obs=y)
+
+    present = np.isin(np.arange(ROWS), [0, 2, 7])
+    problem = si.from_numpyro(event, designs=lambda key: {"y": designs(key)["present"]}, missing=("y",))
+    y = problem.read((), {"y": np.where(present, DATA, np.nan)})
+    assert np.isclose(problem.log_likelihood(jnp.zeros(1), y), stats.norm.logpdf(DATA[present]).sum())
+    whole = si.from_numpyro(vector, designs=lambda key: {"y": jax.random.bernoulli(key)}, missing=("y",))
+    assert float(whole.log_likelihood(jnp.zeros(1), whole.read((), {"y": np.full(3, np.nan)}))) == 0
+    with pytest.raises(ValueError, match="expected all or none"):
+        whole.read((), {"y": np.array([0.0, np.nan, 0.0])})
+
+
 def test_informative_masks_are_sites_of_the_model():
     def selected(y=None, present=None):
         mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
