@@ -39,7 +39,7 @@ _NOTE = (
 
 
 Draws = Any
-"""A `scoreinfer.Draws`. This module cannot import the class, because its module imports this one."""
+"""A `scoreinfer.Draws`, or a `scoreinfer.filters.FilterRun`. Their modules import this one, which cannot import them."""
 
 
 def to_arviz(
@@ -65,7 +65,8 @@ def to_arviz(
     Args:
         key: random key. Resampling, predictions and prior draws use independent random numbers. The same key gives
             the same groups.
-        draws: the draws of a sampler.
+        draws: the draws of a sampler; or the run of a filter, which takes ``resample``, ``coords`` and ``dims`` alone
+            (`scoreinfer.filters.to_arviz` says which groups it makes).
         num_chains: number of equal pieces that the draws are cut into. Independent draws form one chain, but some
             ArviZ plots need several. Draws that do not fill the last piece are left out.
         resample: draw with replacement by the weights, so that the posterior group has equal weights. Copies of one
@@ -86,7 +87,8 @@ def to_arviz(
 
     Raises:
         ValueError: if there are fewer draws than chains, or the problem cannot be simulated or has no pointwise
-            likelihood or prior and the options need it; or if no draw has a positive weight.
+            likelihood or prior and the options need it; if no draw has a positive weight; or if the run of a filter is
+            given other options than it takes.
 
     Exactness: consistent as the number of draws grows. Resampling adds Monte Carlo noise to the weighted batch.
 
@@ -99,6 +101,10 @@ def to_arviz(
         >>> data["posterior"]["a"].shape
         (1, 8)
     """
+    if not hasattr(draws, "log_joint"):
+        if num_chains != 1 or log_likelihood is not False or log_prior or predictive or prior:
+            raise ValueError("The run of a filter takes `resample=`, `coords=` and `dims=` alone. Leave out the others.")
+        return draws.to_arviz(key, resample=resample, coords=coords, dims=dims)
     if not 1 <= num_chains <= draws.num:
         raise ValueError(f"`num_chains` must be between 1 and the number of draws, {draws.num}, got {num_chains}.")
     weighted = draws.log_weight is not None

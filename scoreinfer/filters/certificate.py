@@ -20,7 +20,13 @@ from jaxtyping import Float
 from scoreinfer._typing import Key
 from scoreinfer.filters.monitoring import Monitor, monitor, probits
 from scoreinfer.filters.run import FilterRun
-from scoreinfer.filters.skill import CLIMATE, forecast_score, reference_scores
+from scoreinfer.filters.skill import (
+    CLIMATE,
+    forecast_log_score,
+    forecast_score,
+    reference_log_scores,
+    reference_scores,
+)
 from scoreinfer.filters.twins import CERTIFIED, REFUSED, UNDECIDED, Twins, Verdict
 from scoreinfer.markov import Sees
 
@@ -38,6 +44,7 @@ class FilterCertificate(NamedTuple):
         ts: times of the observations.
         dim: number of components of the state.
         num_members: number of members.
+        log_score: mean log density of the observations under the same forecasts: of two, the higher is better.
     """
 
     twins: Twins | None
@@ -46,6 +53,7 @@ class FilterCertificate(NamedTuple):
     ts: Float[np.ndarray, " times"]
     dim: int
     num_members: int
+    log_score: dict[str, float]
 
     @property
     def skilled(self) -> bool:
@@ -87,9 +95,12 @@ class FilterCertificate(NamedTuple):
 
     def __str__(self) -> str:
         best = min(self.skill, key=lambda name: self.skill[name])
-        scores = ", ".join(f"{name} {value:.3g}" for name, value in self.skill.items())
+        crps, log_scores = (
+            ", ".join(f"{name} {value:.3g}" for name, value in found.items()) for found in (self.skill, self.log_score)
+        )
         verdict = "certified" if self.certified else f"{self.verdict}:"
-        return f"{verdict} {self.reason}. CRPS of forecasts: {scores}; best: {best}. Not certified: {self.limits}."
+        scores = f"CRPS of forecasts: {crps}; best: {best}. Log scores: {log_scores}"
+        return f"{verdict} {self.reason}. {scores}. Not certified: {self.limits}."
 
     def _data_words(self) -> list[str]:
         alarm = self.data.alarm
@@ -155,9 +166,16 @@ def certify(
             "is not known. Judge the method by `twin` alone, or transform the data until entries are apart."
         )
     found = monitor(probits(for_probits, observed, series.ts, run.predictive, series.y), spin_up)
+    forecasts = {type(run.method).__name__: run.predictive} | {name: r.predictive for name, r in (rivals or {}).items()}
     scores = {
-        name: forecast_score(for_scores, observed, series.ts, other.predictive, series.y)
-        for name, other in {type(run.method).__name__: run, **(rivals or {})}.items()
+        name: forecast_score(for_scores, observed, series.ts, forecast, series.y) for name, forecast in forecasts.items()
     } | reference_scores(series.y)
-    skill = {name: float(jnp.nanmean(score[max(spin_up, 1) :])) for name, score in scores.items()}
-    return FilterCertificate(twins, found, skill, np.asarray(series.ts), series.model.dim, run.now.members.x.shape[0])
+    log_scores = {
+        name: forecast_log_score(observed, series.ts, forecast, series.y) for name, forecast in forecasts.items()
+    } | reference_log_scores(series.y, observed.discrete(series.ts[0]))
+    skill, log_score = (
+        {name: float(jnp.nanmean(score[max(spin_up, 1) :])) for name, score in found.items()}
+        for found in (scores, log_scores)
+    )
+    num = run.now.members.x.shape[0]
+    return FilterCertificate(twins, found, skill, np.asarray(series.ts), series.model.dim, num, log_score)

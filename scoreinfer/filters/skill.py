@@ -1,14 +1,17 @@
 """Skill: how near forecasts of observations are, beside forecasts that know no model.
 
 A calibrated forecast may still say little: the climate's own distribution is calibrated. The continuous ranked
-probability score of a forecast F of y, E|Y - y| - E|Y - Y'| / 2, rewards calibration and sharpness together.
+probability score of a forecast F of y, E|Y - y| - E|Y - Y'| / 2, rewards calibration and sharpness together. So does the
+log score, log f(y) of the forecast's density f, which punishes an observation that was all but excluded most.
 
 References: Gneiting and Raftery 2007, JASA 102(477); Ferro 2014, QJRMS 140 (the score of an ensemble, without bias).
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.scipy.special import logsumexp, ndtr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Bool, Float
 
 from scoreinfer._program import execute
 from scoreinfer._typing import Key
@@ -46,6 +49,40 @@ def forecast_score(
         return crps(jax.vmap(observed.sample, (0, None, 0))(jax.random.split(for_draws, NUM_DRAWS), t, u[rows]), y)
 
     return execute(lambda *inputs: jax.lax.map(at, inputs), jax.random.split(key, len(ts)), ts, predictive, y)
+
+
+def forecast_log_score(
+    observed: Observed, ts: Float[Array, " times"], predictive: Predictive, y: Float[Array, "times entries"]
+) -> Float[Array, "times entries"]:
+    """Compute log p(y_i | observations before) of every entry, by a filter's forecasts; NaN where it is missing."""
+
+    def at(inputs):
+        t, forecast, y = inputs
+        u, log_weight = spread(forecast)
+        log_density = logsumexp(
+            log_weight[:, None] + jax.vmap(observed.log_likelihood, (None, 0, None))(t, u, y), axis=0
+        )
+        return jnp.where(jnp.isnan(y), jnp.nan, log_density)
+
+    return execute(lambda *inputs: jax.lax.map(at, inputs), ts, predictive, y)
+
+
+def reference_log_scores(
+    y: Float[Array, "times entries"], discrete: Bool[Array, " entries"]
+) -> dict[str, Float[Array, "times entries"]]:
+    """Compute the log scores of the two forecasts of `reference_scores`, each as a normal law of their mean and spread.
+
+    For a discrete entry it is the probability of the interval of length one around y.
+    """
+    change = jnp.concatenate([jnp.full_like(y[:1], jnp.nan), y[1:] - y[:-1]])
+
+    def log_density(value):
+        tiny = jnp.finfo(y.dtype).tiny
+        mean, sd = jnp.nanmean(value, axis=0), jnp.nanstd(value, axis=0) + tiny
+        low, high = (ndtr((value - mean + side) / sd) for side in (-0.5, 0.5))
+        return jnp.where(discrete, jnp.log(jnp.maximum(high - low, tiny)), norm.logpdf(value, mean, sd))
+
+    return {CLIMATE: log_density(y), PERSISTENCE: log_density(change)}
 
 
 def reference_scores(y: Float[Array, "times entries"]) -> dict[str, Float[Array, "times entries"]]:

@@ -97,7 +97,7 @@ def read_space(space: StateSpace, y: Any, ts: Any = None) -> Series:
 
 
 def observed_of(space: StateSpace) -> ObservedSites:
-    """Measure what the observations of a state space see.
+    """Measure what the observations of a state space see, at its first 64 times.
 
     Raises:
         ValueError: as `read_space`.
@@ -108,7 +108,7 @@ def observed_of(space: StateSpace) -> ObservedSites:
     transition = _transition_of(space.transition, shape, start)[0]
     laws, _ = _laws_of(space.observation, shape, start)
     sites = [bare(fn) for fn in abstract(laws, start, jnp.zeros(int(np.prod(shape))))]
-    ts = jnp.atleast_1d(start)
+    ts = start + jnp.arange(float(BLOCKS * BLOCK))
     return read_observed(laws, sites, lambda key: _probes(key, draw, transition, start, ts), ts)
 
 

@@ -130,6 +130,9 @@ def test_verdicts_tell_the_filter_from_the_model(twins):
     )
     assert good.certified and str(good).startswith("certified on twins and on these data up to t=150"), str(good)
     assert good.skill["LETKF"] < good.skill["frozen"] and "100 members" not in good.limits
+    exact = TURN.kalman(y)[2] / y.size  # the last forecasts are all but the Kalman filter's
+    assert good.log_score["LETKF"] == pytest.approx(exact, abs=0.1)
+    assert good.log_score["LETKF"] > max(good.log_score[name] for name in ("frozen", "climatology", "persistence"))
     halved = filtered(y, error=0.5 * TURN.error)
     bad = si.filters.certify(jax.random.key(2), halved, twins=twins["letkf"])
     assert (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from scipy import linalg
+from scipy import linalg, stats
 
 import scoreinfer as si
 from filters.linear import AR1, PARTLY, TURN
@@ -86,6 +86,34 @@ def test_local_analyses_are_those_of_one_component():
     gain = variance / (variance + 0.25)
     np.testing.assert_allclose(found.mean(axis=0), X.mean(axis=0) + gain * (y - X.mean(axis=0)), atol=1e-4)
     np.testing.assert_allclose(found.var(axis=0, ddof=1), (1 - gain) * variance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num", [3, 40], ids=["fewer members than entries", "more"])
+def test_the_evidence_of_the_transform_is_that_of_a_gaussian_also_where_entries_are_taken_one_after_the_other(num):
+    """Against SciPy's density of the innovation; a taper of ones leaves Vecchia's factors exact."""
+    x, y = np.random.default_rng(2).standard_normal((num, 6)).cumsum(axis=1), np.linspace(1.0, -2.0, 6)
+    y[2] = np.nan
+    space = si.StateSpace(
+        dist.Normal(jnp.zeros(6), 1.0).to_event(1), lambda t0, t1, x: x, lambda t, x: dist.Normal(x, 0.5)
+    )
+    observed = read_space(space, np.ones((1, 6))).model.observed
+    members, has = Members(jnp.asarray(x, jnp.float32), jnp.zeros(num)), ~np.isnan(y)
+    covariance = np.cov(x[:, has].T) + 0.25 * np.eye(has.sum())
+    exact = stats.multivariate_normal(x[:, has].mean(axis=0), covariance).logpdf(y[has])
+    for method in (si.filters.LETKF(), si.filters.LETKF(np.ones((6, 6)))):
+        found = method.analyse(jax.random.key(0), (), jnp.ones(()), members, observed, jnp.asarray(y))[1].log_evidence
+        assert float(found) == pytest.approx(exact, abs=1e-3)
+
+
+def test_a_locality_is_a_taper():
+    ring = si.filters.grid((3,), 1.0, half_width=0.8)
+    for make in (si.filters.EnKF, si.filters.LETKF):
+        np.testing.assert_allclose(analysed(make(ring), X), analysed(make(ring.taper), X))
+    with pytest.raises(ValueError, match="locality must have 2 points"):
+        y = AR1.simulate(0, 2)[:, [0, 0]]
+        si.filter(
+            jax.random.key(0), TURN.space(), method=si.filters.LETKF(si.filters.grid((5,), 1.0)), num_members=5, y=y
+        )
 
 
 def test_inflation_and_relaxation_are_as_defined():

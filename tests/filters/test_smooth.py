@@ -75,7 +75,7 @@ def test_evidence_is_a_factor_of_a_model():
 
 def test_runs_go_to_arviz():
     run = si.filter(jax.random.key(0), AR1.space(), method=BOOTSTRAP, num_members=500, y=Y)
-    data = run.to_arviz(jax.random.key(1))
+    data = si.to_arviz(jax.random.key(1), run)
     assert data["posterior"]["x"].dims == ("chain", "draw", "time", "x_dim_0")
     assert data["posterior"]["x"].shape == (1, 500, 8, 1) and data["observed_data"]["y"].dims == ("time", "entry")
     assert data["posterior"]["time"].values.tolist() == run.ts.tolist()
@@ -84,6 +84,8 @@ def test_runs_go_to_arviz():
     raw = run.to_arviz(jax.random.key(1), resample=False)
     np.testing.assert_array_equal(raw["prior"]["x"].values[0], np.asarray(run.forecast.x).swapaxes(0, 1))
     np.testing.assert_array_equal(raw["sample_stats"]["log_weight"].values[0].T, run.analysis.log_weight)
+    with pytest.raises(ValueError, match="run of a filter takes"):
+        si.to_arviz(jax.random.key(1), run, num_chains=2)
 
 
 # --- terms of diffrax
