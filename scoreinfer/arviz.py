@@ -39,7 +39,7 @@ _NOTE = (
 
 
 Draws = Any
-"""A `scoreinfer.Draws`, or a `scoreinfer.filters.FilterRun`. Their modules import this one, which cannot import them."""
+"""A `scoreinfer.Draws` or a `scoreinfer.filters.FilterRun`. This module cannot import them: their modules import it."""
 
 
 def to_arviz(
@@ -103,7 +103,7 @@ def to_arviz(
     """
     if not hasattr(draws, "log_joint"):
         if num_chains != 1 or log_likelihood is not False or log_prior or predictive or prior:
-            raise ValueError("The run of a filter takes `resample=`, `coords=` and `dims=` alone. Leave out the others.")
+            raise ValueError("The run of a filter takes `resample=`, `coords=` and `dims=` only: leave out the others.")
         return draws.to_arviz(key, resample=resample, coords=coords, dims=dims)
     if not 1 <= num_chains <= draws.num:
         raise ValueError(f"`num_chains` must be between 1 and the number of draws, {draws.num}, got {num_chains}.")

@@ -166,13 +166,12 @@ def certify(
             "is not known. Judge the method by `twin` alone, or transform the data until entries are apart."
         )
     found = monitor(probits(for_probits, observed, series.ts, run.predictive, series.y), spin_up)
-    forecasts = {type(run.method).__name__: run.predictive} | {name: r.predictive for name, r in (rivals or {}).items()}
-    scores = {
-        name: forecast_score(for_scores, observed, series.ts, forecast, series.y) for name, forecast in forecasts.items()
-    } | reference_scores(series.y)
-    log_scores = {
-        name: forecast_log_score(observed, series.ts, forecast, series.y) for name, forecast in forecasts.items()
-    } | reference_log_scores(series.y, observed.discrete(series.ts[0]))
+    scores, log_scores = {}, {}
+    for name, other in {type(run.method).__name__: run, **(rivals or {})}.items():
+        scores[name] = forecast_score(for_scores, observed, series.ts, other.predictive, series.y)
+        log_scores[name] = forecast_log_score(observed, series.ts, other.predictive, series.y)
+    scores |= reference_scores(series.y)
+    log_scores |= reference_log_scores(series.y, observed.discrete(series.ts[0]))
     skill, log_score = (
         {name: float(jnp.nanmean(score[max(spin_up, 1) :])) for name, score in found.items()}
         for found in (scores, log_scores)

@@ -251,7 +251,7 @@ def _covariance(a: Float[Array, "num rows"], b: Float[Array, "num columns"]) -> 
 
 
 def _log_density_in_ensemble_space(seen: Seen) -> Float[Array, ""]:
-    """Compute the log density of the innovation under N(0, C_hh + R), by matrices of N rows or of one for each entry."""
+    """Compute the log density of the innovation under N(0, C_hh + R), by matrices of N rows, or one for each entry."""
     (num, entries), sd = seen.anomalies.shape, jnp.sqrt(seen.variance)
     if entries <= num:
         covariance = _covariance(seen.anomalies, seen.anomalies) + jnp.diag(seen.variance)

@@ -1,8 +1,8 @@
 """Skill: how near forecasts of observations are, beside forecasts that know no model.
 
 A calibrated forecast may still say little: the climate's own distribution is calibrated. The continuous ranked
-probability score of a forecast F of y, E|Y - y| - E|Y - Y'| / 2, rewards calibration and sharpness together. So does the
-log score, log f(y) of the forecast's density f, which punishes an observation that was all but excluded most.
+probability score of a forecast F of y, E|Y - y| - E|Y - Y'| / 2, rewards calibration and sharpness together. So does
+the log score, log f(y) with the forecast's density f; it punishes most what the forecast all but excluded.
 
 References: Gneiting and Raftery 2007, JASA 102(477); Ferro 2014, QJRMS 140 (the score of an ensemble, without bias).
 """

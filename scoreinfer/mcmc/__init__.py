@@ -3,6 +3,7 @@
 from scoreinfer.mcmc.annealed import AnnealedLangevin
 from scoreinfer.mcmc.chain_certificate import ChainCertificate, certify, certify_chains
 from scoreinfer.mcmc.langevin import MALA, ULA, LangevinState, UnderdampedLangevin
+from scoreinfer.mcmc.particle_marginal import ParticleMarginal, ParticleMarginalState
 from scoreinfer.mcmc.score_sde import ScoreSDE
 from scoreinfer.mcmc.transition import ScoreSDEState
 
@@ -12,6 +13,8 @@ __all__ = [
     "AnnealedLangevin",
     "ChainCertificate",
     "LangevinState",
+    "ParticleMarginal",
+    "ParticleMarginalState",
     "ScoreSDE",
     "ScoreSDEState",
     "UnderdampedLangevin",

@@ -109,11 +109,9 @@ def test_a_locality_is_a_taper():
     ring = si.filters.grid((3,), 1.0, half_width=0.8)
     for make in (si.filters.EnKF, si.filters.LETKF):
         np.testing.assert_allclose(analysed(make(ring), X), analysed(make(ring.taper), X))
+    method = si.filters.LETKF(si.filters.grid((5,), 1.0))
     with pytest.raises(ValueError, match="locality must have 2 points"):
-        y = AR1.simulate(0, 2)[:, [0, 0]]
-        si.filter(
-            jax.random.key(0), TURN.space(), method=si.filters.LETKF(si.filters.grid((5,), 1.0)), num_members=5, y=y
-        )
+        si.filter(jax.random.key(0), TURN.space(), method=method, num_members=5, y=TURN.simulate(0, 2))
 
 
 def test_inflation_and_relaxation_are_as_defined():
