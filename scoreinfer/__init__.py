@@ -17,11 +17,13 @@ from scoreinfer.mcmc import ScoreSDE, certify
 from scoreinfer.model import PhysicsPath, ScorePrior, StateSpace, check, from_numpyro, score_prior
 from scoreinfer.posterior import (
     NPSE,
+    SDA,
     SMDP,
     Guided,
     PathPosterior,
     Posterior,
     fit,
+    fit_local,
     fit_score,
     load,
     load_score,
@@ -38,6 +40,7 @@ except PackageNotFoundError:  # running from a source tree that is not installed
 
 __all__ = [
     "NPSE",
+    "SDA",
     "SMDP",
     "Certificate",
     "Comparison",
@@ -63,6 +66,7 @@ __all__ = [
     "filter",
     "filters",
     "fit",
+    "fit_local",
     "fit_score",
     "from_numpyro",
     "load",

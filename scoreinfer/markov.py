@@ -106,6 +106,7 @@ class MarkovModel(eqx.Module):
         log_transition: log f(x' | x) as ``(t0, t1, x, x')``. None: the transition has no density.
         moments: mean and diagonal factor of the transition, ``(t0, t1, x)``, where it is Gaussian with independent
             noise. None: it is not.
+        log_initial: log p_0(x). None: it is not known.
     """
 
     dim: int = eqx.field(static=True)
@@ -115,6 +116,7 @@ class MarkovModel(eqx.Module):
     observed: Observed
     log_transition: Callable[[Time, Time, State, State], Float[Array, ""]] | None = eqx.field(static=True, default=None)
     moments: Callable[[Time, Time, State], Gaussian] | None = eqx.field(static=True, default=None)
+    log_initial: Callable[[State], Float[Array, ""]] | None = eqx.field(static=True, default=None)
 
 
 def is_missing(y: Entries) -> Bool[Array, " entries"]:

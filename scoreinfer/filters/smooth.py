@@ -1,14 +1,13 @@
 """Smoothing: paths of states given all observations, drawn backwards through the members of a filter."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters.base import Members
 from scoreinfer.filters.run import FilterRun
-from scoreinfer.markov import State, Time
+from scoreinfer.montecarlo.feynman_kac import draw_backwards
 
 BATCH = 64
 """Paths drawn at once, each of which weighs all members. It limits the memory."""
@@ -58,19 +57,8 @@ def smooth(key: Key, run: FilterRun, *, num: int) -> Float[Array, "num times *st
         )
 
     def path(key: Key, ts: Float[Array, " times"], members: Members) -> Float[Array, "times dim"]:
-        for_last, for_rest = jax.random.split(key)
-        last = members.x[-1, jax.random.categorical(for_last, members.log_weight[-1])]
-
-        def earlier(later: State, inputs: tuple[Key, Time, Time, Members]) -> tuple[State, State]:
-            key, t0, t1, now = inputs
-            ahead = jax.vmap(log_transition, (None, None, 0, None))(t0, t1, now.x, later)
-            x = now.x[jax.random.categorical(key, now.log_weight + ahead)]
-            return x, x
-
-        before = jax.tree.map(lambda leaf: leaf[:-1], members)
-        inputs = jax.random.split(for_rest, ts.size - 1), ts[:-1], ts[1:], before
-        rest = jax.lax.scan(earlier, last, inputs, reverse=True)[1]
-        return jnp.concatenate([rest, last[None]])
+        log_move = lambda k, x, new: log_transition(ts[k - 1], ts[k], x, new)  # noqa: E731
+        return draw_backwards(key, members.x, members.log_weight, log_move)
 
     def paths(keys: Array, ts: Array, members: Members) -> Array:
         return jax.lax.map(lambda key: path(key, ts, members), keys, batch_size=min(BATCH, num))

@@ -87,7 +87,22 @@ def read_seen(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -
     return Seen(likelihood, log_prior if played[site]["type"] == "sample" else None, shape)
 
 
-def _check_sites(site: str, played: Trace) -> None:
+def site_of(site: str, run: Callable[[], Any]) -> tuple[Callable[[Key], Array], tuple[int, ...]]:
+    """Return a function that draws one site of a model without arguments, and its shape.
+
+    Raises:
+        UnsupportedModel: if there is no such site, or its support is not the real line.
+    """
+    played = trace(seed(run, fixed_key())).get_trace()
+    _check_site(site, played)
+
+    def draw(key: Key) -> Array:
+        return trace(seed(run, key)).get_trace()[site]["value"]
+
+    return draw, jnp.shape(played[site]["value"])
+
+
+def _check_site(site: str, played: Trace) -> None:
     row = played.get(site)
     if row is None or row["type"] not in ("sample", "deterministic"):
         found = ", ".join(repr(name) for name, row in played.items() if row["type"] in ("sample", "deterministic"))
@@ -95,6 +110,10 @@ def _check_sites(site: str, played: Trace) -> None:
     if row["type"] == "sample" and unwrapped(row["fn"].support) not in (constraints.real, constraints.real_vector):
         way_out = "Give it a real support, and transform it in the model"
         raise UnsupportedModel((Offence(site, "has a support other than the real line", way_out),))
+
+
+def _check_sites(site: str, played: Trace) -> None:
+    _check_site(site, played)
     if not any(row["type"] == "sample" and row["is_observed"] for row in played.values()):
         raise ValueError(
             f"Expected data in the model's arguments, got none: no site beside {site!r} is observed. Pass the data by "

@@ -198,5 +198,6 @@ def _path_door(script: Script, site: str, data: tuple[str, ...]) -> Door:
         observed,
         lambda t0, t1, x, new: moments(t0, t1, x).log_density(new),
         moments,
+        lambda x: fn.init_dist.log_prob(x.reshape(shape)).sum(),
     )
     return Door(model, ts[0], ts, data, shapes, observed.slots)

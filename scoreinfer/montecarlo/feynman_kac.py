@@ -20,6 +20,7 @@ Sequential Monte Carlo, chapters 5 and 10.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -71,11 +72,13 @@ class Run(NamedTuple):
     Args:
         last: the last particles, with their weights since the last resampling; ``last.log_evidence`` is log Z.
         states: the particles of all times as they were drawn: times first, then particles.
+        log_weight: their log weights since the resampling before, times first.
         ancestors: row k - 1 holds, for every particle of time k, the number of its ancestor among those of time k - 1.
     """
 
     last: Population
     states: Any
+    log_weight: Float[Array, "times num"]
     ancestors: Int[Array, "steps num"]
 
 
@@ -119,20 +122,22 @@ def run(
     def held(states: State, k: Int[Array, ""] | int) -> State:
         return states if reference is None else jax.tree.map(lambda a, b: a.at[0].set(b[k]), states, reference)
 
-    def step(now: Population, inputs: tuple[Array, Key]) -> tuple[Population, tuple[State, Array]]:
+    def step(now: Population, inputs: tuple[Array, Key]) -> tuple[Population, tuple[State, Array, Array]]:
         k, key = inputs
         for_rows, for_states = jax.random.split(key)
         now, rows = resample(for_rows, now, drawing, least_share)
         keys = jax.random.split(for_states, num)
         new = held(jax.vmap(model.propagate, (0, None, 0))(keys, k, now.values), k)
         log_potential = jax.vmap(model.log_potential, (None, 0, 0))(k, now.values, new)
-        return now._replace(values=new).weighed(log_potential), (new, rows)
+        weighed = now._replace(values=new).weighed(log_potential)
+        return weighed, (new, weighed.log_weight, rows)
 
     first = held(jax.vmap(model.initial)(jax.random.split(for_initial, num)), 0)
     begun = first_population(first, num).weighed(jax.vmap(model.log_initial)(first))
     steps = jnp.arange(1, model.num_steps + 1), jax.random.split(for_steps, model.num_steps)
-    last, (states, ancestors) = jax.lax.scan(step, begun, steps)
-    return Run(last, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, states), ancestors)
+    last, (states, log_weight, ancestors) = jax.lax.scan(step, begun, steps)
+    whole = lambda a, b: jnp.concatenate([a[None], b])  # noqa: E731
+    return Run(last, jax.tree.map(whole, first, states), whole(begun.log_weight, log_weight), ancestors)
 
 
 def trace_back(run: Run) -> Any:
@@ -146,3 +151,42 @@ def trace_back(run: Run) -> Any:
     start = jnp.arange(run.last.log_weight.size)
     rows, paths = jax.lax.scan(earlier, start, (later, run.ancestors), reverse=True)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[:1, rows], b]).swapaxes(0, 1), run.states, paths)
+
+
+def draw_backwards(
+    key: Key,
+    states: State,
+    log_weight: Float[Array, "times num"],
+    log_move: Callable[[Int[Array, ""], State, State], Float[Array, ""]],
+) -> State:
+    """Draw a path through weighed particles, the last state first.
+
+    Given the state x_k, particle i of time k - 1 is drawn with probability proportional to its weight times
+    M_k(x_k | x_(k-1)^i) G_k(x_(k-1)^i, x_k), as far as that depends on x_(k-1)^i.
+
+    Args:
+        key: random key.
+        states: the particles of all times, times first.
+        log_weight: their log weights.
+        log_move: computes log M_k G_k as ``(k, old, new)``.
+
+    Exactness: consistent as the number of particles grows. Around a reference (`run`) a Gibbs step for any number.
+
+    References: Godsill, Doucet and West 2004, JASA 99(465), algorithm 1; Whiteley 2010, JRSS B 72(3), discussion of
+        Andrieu et al. (Gibbs steps).
+    """
+    for_last, for_rest = jax.random.split(key)
+    pick = lambda tree, row: jax.tree.map(lambda leaf: leaf[row], tree)  # noqa: E731
+    last = pick(pick(states, -1), jax.random.categorical(for_last, log_weight[-1]))
+
+    def earlier(later: State, inputs: tuple[Key, Array, State, Array]) -> tuple[State, State]:
+        key, k, now, log_weight = inputs
+        ahead = jax.vmap(log_move, (None, 0, None))(k, now, later)
+        x = pick(now, jax.random.categorical(key, log_weight + ahead))
+        return x, x
+
+    num = len(log_weight) - 1
+    before = jax.tree.map(lambda leaf: leaf[:-1], (states, log_weight))
+    inputs = (jax.random.split(for_rest, num), jnp.arange(1, num + 1), *before)
+    rest = jax.lax.scan(earlier, last, inputs, reverse=True)[1]
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), rest, last)

@@ -1,5 +1,6 @@
 """Posteriors under a learned prior: a score and a likelihood that the score has never seen, without training."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -137,18 +138,19 @@ class Guided:
             return GuidedPosterior(TwistedNoise(**common), Target(problem, {}), DISCRETISED)
         twisted = Twisted(change=prior.change, **common)
         exact_for = FLOW if seen.log_prior is None else MODEL
-        return GuidedPosterior(twisted, Target(_problem(self.site, seen, prior), {}), exact_for)
+        return GuidedPosterior(twisted, Target(problem_of_site(self.site, seen, seen.log_prior or prior.log_density), {}), exact_for)
 
 
-def _problem(name: str, seen: Seen, prior: LearnedPrior) -> Problem:
-    """Make the problem of the flat site: its prior density, that of the model or of the flow, and the likelihood."""
-    site = Site(name, seen.shape, "float32", "real", prior.dim)
+def problem_of_site(name: str, seen: Seen, log_prior: Callable[..., Any]) -> Problem:
+    """Make the problem of one flat site: a prior density, that of the model or of a flow, and the likelihood."""
+    dim = math.prod(seen.shape)
+    site = Site(name, seen.shape, "float32", "real", dim)
     shaped = lambda z: {name: z.reshape(seen.shape)}  # noqa: E731
     return Problem(
-        dim=prior.dim,
+        dim=dim,
         latents=(site,),
         observed=(),
-        log_prior=prior.log_density if seen.log_prior is None else seen.log_prior,
+        log_prior=log_prior,
         log_likelihood=lambda z, y: seen.likelihood.log_density(z),
         constrain=shaped,
         latent_sites=shaped,

@@ -76,6 +76,13 @@ class AbstractScore(eqx.Module):
         """Compute dD/dx = Cov[x_0 | x_s = x, y] / s^2."""
         return jax.jacfwd(lambda v: self.denoise(level, v, y))(x)
 
+    def pull_rows(
+        self, level: Level, x: State, rows: Float[Array, "rows dim"], y: PyTree = None
+    ) -> Float[Array, "rows dim"]:
+        """Compute ``rows`` times dD/dx, by one vector-Jacobian product for each row."""
+        pull = jax.vjp(lambda v: self.denoise(level, v, y), x)[1]
+        return jax.vmap(lambda row: pull(row)[0])(rows)
+
 
 @jax.custom_jvp
 def positive_root(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from scoreinfer.process.base import LOG_2PI
 from scoreinfer.score.base import AbstractScore, Level, Moments, State, positive_root
 from scoreinfer.score.likelihood import AbstractLikelihood, GaussianLikelihood
 from scoreinfer.score.solve import conjugate_gradients
@@ -118,9 +119,10 @@ class MomentMatched(AbstractGuidance):
     def _rows(self, level: Level, x: State, y: PyTree) -> Guided:
         prior = _diagonal(self.prior, level, x, y)
         u, predictor_rows = jax.vjp(self.likelihood.predict, prior.mean)
-        denoiser_rows = jax.vjp(lambda v: self.prior.denoise(level, v, y), x)[1]
         rows = jax.vmap(lambda e: predictor_rows(e)[0])(jnp.eye(u.size, dtype=u.dtype))
-        gain = level**2 * jax.vmap(lambda row: denoiser_rows(row)[0])(rows)  # the transpose of V A^T
+        gain = level**2 * self.prior.pull_rows(level, x, rows, y)  # the transpose of V A^T
+        if isinstance(self.likelihood, GaussianLikelihood):
+            return _conditioned(prior, self.likelihood, u, rows @ gain.T, gain)
         seen = Moments(u, positive_root(rows @ gain.T))
         given, log_twist = self.likelihood.pull(*seen).condition(seen, jnp.eye(u.size, dtype=u.dtype))
         back = jnp.linalg.pinv(seen.covariance, hermitian=True) @ gain
@@ -149,6 +151,28 @@ class MomentMatched(AbstractGuidance):
         mean = prior.mean + level**2 * back(transpose(weight)[0])[0]
         log_twist = -0.5 * (weight @ (seen.y - u) + jnp.log(2 * jnp.pi * diagonal).sum())
         return Guided(prior, prior._replace(mean=mean), log_twist)
+
+
+def _conditioned(
+    prior: Moments,
+    seen: GaussianLikelihood,
+    u: Float[Array, " obs"],
+    covariance: Float[Array, "obs obs"],
+    gain: Float[Array, "obs dim"],
+) -> Guided:
+    """Condition a Gaussian on data around its predictors, which have a symmetric part of ``covariance``.
+
+    In units of the data's noise the predictors' covariance is Q L Q^T, with L set to zero where it is negative; noise
+    and predictors together have Q (1 + L) Q^T.
+    """
+    unit_covariance = 0.5 * (covariance + covariance.T) / seen.scale / seen.scale[:, None]
+    values, vectors = jnp.linalg.eigh(unit_covariance)
+    root = jnp.sqrt(1 + jnp.maximum(values, 0.0))
+    unit = vectors.T @ ((seen.y - u) / seen.scale) / root
+    back = vectors.T @ (gain / seen.scale[:, None]) / root[:, None]
+    variance = jnp.maximum(prior.variance - (back**2).sum(0), LEAST_LEFT * prior.variance)
+    log_twist = -0.5 * (unit**2 + LOG_2PI).sum() - jnp.log(seen.scale * root).sum()
+    return Guided(prior, Moments(prior.mean + unit @ back, jnp.sqrt(variance)), log_twist)
 
 
 class AbstractGradient(AbstractGuidance):

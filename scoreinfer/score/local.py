@@ -9,7 +9,7 @@ References: Rozet and Louppe 2023, arXiv 2306.10574 (scores of windows, folded o
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from scoreinfer.score.base import AbstractScore
 
@@ -52,6 +52,25 @@ class LocalScore(AbstractScore):
         rows = windows(x.reshape(self._num_times(x), self.dim), self.k)
         mean, variance = jax.vmap(lambda row: self.window.moments(level, row, y))(rows.reshape(len(rows), -1))
         return self._folded(mean), self._folded(variance)
+
+    def jacobian(self, level, x, y=None):
+        """Compute dD/dx, which is zero between times that share no window."""
+        num = self._num_times(x)
+        path, times = x.reshape(num, self.dim), jnp.arange(num)
+        first = jnp.clip(times - self.k, 0, num - 1 - 2 * self.k)  # of the window from which a time is taken
+        seen = first[:, None] + jnp.arange(2 * self.k + 1)
+
+        def state(row: Float[Array, " length"], place: Int[Array, ""]) -> Float[Array, " dim"]:
+            return self.window.denoise(level, row, y).reshape(-1, self.dim)[place]
+
+        parts = jax.vmap(jax.jacrev(state))(path[seen].reshape(num, -1), times - first)
+        parts = parts.reshape(num, self.dim, -1, self.dim).swapaxes(1, 2)  # time, time in the window, to, from
+        whole = jnp.zeros((num, num, self.dim, self.dim), x.dtype).at[times[:, None], seen].set(parts)
+        return whole.swapaxes(1, 2).reshape(x.size, x.size)
+
+    def pull_rows(self, level, x, rows, y=None):
+        """Compute ``rows`` times dD/dx, by as many products for each window as a state has components."""
+        return rows @ self.jacobian(level, x, y)
 
     def _folded(self, rows: Float[Array, "windows length"]) -> Float[Array, " path"]:
         rows = rows.reshape(len(rows), 2 * self.k + 1, self.dim)
