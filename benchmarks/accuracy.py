@@ -19,6 +19,7 @@
     python benchmarks/accuracy.py --suite filters
     python benchmarks/accuracy.py --suite priors
     python benchmarks/accuracy.py --suite designs
+    python benchmarks/accuracy.py --suite sda
 
 The expected figures are in expected.json.
 """
@@ -565,6 +566,15 @@ def run_designs(args) -> Iterator[Row]:
     yield from designs.rows(args.seed, lambda name: _chosen(name, args.tasks))
 
 
+def run_sda(args) -> Iterator[Row]:
+    """Draw paths of Lorenz-63 by score-based data assimilation, unfinished and finished, beside particles."""
+    import assimilation
+
+    for name, figures in assimilation.rows(args.seed):
+        if _chosen(name, args.tasks):
+            yield name, figures()
+
+
 def run_cost(args) -> Iterator[Row]:
     """Memory of physics in reverse: flat in the window and the number of steps, linear in the size of the state."""
     import cost
@@ -617,6 +627,7 @@ SUITES: dict[str, Callable] = {
     "corners": run_corners, "reading": run_reading,
     "lynx_hare": run_lynx_hare, "smdp": run_smdp, "cost": run_cost, "trust": run_trust, "priors": run_priors,
     "designs": run_designs,
+    "sda": run_sda,
     "single": run_single, "quick_start": run_quick_start,
     "filters": run_filters,
 }  # fmt: skip

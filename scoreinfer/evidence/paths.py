@@ -19,9 +19,8 @@ MAX_DRIFT = 0.25
 """Largest drift of the log density over the second half, in its standard deviations. Chosen by judgement."""
 MAX_SHARE_ERROR = 0.1
 """Largest error of a lobe's share that cannot be ruled out at 95 %. Chosen by judgement."""
-MIN_GAP = 6.0
-"""Least distance of two lobes, in standard deviations of chains within a lobe. Chosen by judgement: the halves of one
-normal distribution lie 2.6 apart."""
+MIN_GAP = 3.0
+"""Least gap between the means of chains in two lobes, in standard deviations of one chain. Chosen by judgement."""
 MAX_LOBES, MIN_LOBE = 8, 2
 """Most lobes that are told apart, and fewest chains of one. Chosen by judgement."""
 Trace = Float[np.ndarray, "chains steps seen"]
@@ -137,8 +136,8 @@ def certify_paths(trace: Trace, num: int, num_steps: int, accept_prob: float, ex
 def find_lobes(trace: Trace) -> Int[np.ndarray, " chains"]:
     """Number the lobes of the chains: sets of chains, far from each other, that do not mix.
 
-    A set whose R-hat is above the limit is cut in two along the main direction of its chains' means, where the halves
-    lie far apart; and so on.
+    A set whose R-hat is above the limit is cut in two at the widest gap along the main direction of its chains'
+    means, if that is wide; and so on.
 
     >>> walls = np.repeat([[-9.0], [9.0]], 20, axis=0)[:, None] + np.random.default_rng(0).normal(size=(40, 30, 1))
     >>> np.bincount(find_lobes(walls)).tolist()
@@ -157,20 +156,16 @@ def find_lobes(trace: Trace) -> Int[np.ndarray, " chains"]:
 
 
 def _halves(trace: Trace) -> np.ndarray:
-    """Flag one of two sets of chains that lie far apart; none where they do not."""
+    """Flag one of two sets of chains with a gap between them; none where there is no gap."""
+    if len(trace) < 2 * MIN_LOBE:
+        return np.zeros(len(trace), bool)
     spread = np.sqrt(trace.var(axis=1).mean(axis=0)) + 1e-300
     means = (trace.mean(axis=1) - trace.mean(axis=(0, 1))) / spread
-    line = np.sort(scores := means @ np.linalg.svd(means, full_matrices=False)[2][0])
-    if len(line) < 2 * MIN_LOBE:
-        return np.zeros(len(line), bool)
-    sizes = np.arange(1, len(line))
-    below, above = np.cumsum(line)[:-1] / sizes, (line.sum() - np.cumsum(line)[:-1]) / sizes[::-1]
-    between = sizes * sizes[::-1] * (above - below) ** 2
-    between[(sizes < MIN_LOBE) | (sizes[::-1] < MIN_LOBE)] = -1.0
-    cut = int(np.argmax(between))
-    within = np.sqrt((line[: cut + 1].var() * (cut + 1) + line[cut + 1 :].var() * (len(line) - cut - 1)) / len(line))
-    far = above[cut] - below[cut] > MIN_GAP * max(within, 1e-300)
-    return (scores > line[cut]) & far
+    scores = means @ np.linalg.svd(means, full_matrices=False)[2][0]
+    line = np.sort(scores)
+    gaps = np.diff(line)[MIN_LOBE - 1 : len(line) - MIN_LOBE]
+    cut = int(np.argmax(gaps))
+    return (scores > line[cut + MIN_LOBE - 1]) & (gaps[cut] > MIN_GAP)
 
 
 def _r_hat(trace: Trace) -> Float[np.ndarray, " seen"]:

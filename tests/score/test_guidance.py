@@ -123,6 +123,10 @@ def test_large_states_have_the_posterior_mean(every, num_solves):
     np.testing.assert_allclose(moments.mean, denoised + gain @ (y - denoised[::every]), atol=1e-3)
     if every > 1:
         np.testing.assert_allclose(moments.covariance, (given - gain @ given[::every]).diagonal(), rtol=1e-3)
+        sites = SiteLikelihood(seen.predict, lambda u: stats.norm.logpdf(y, u, 0.3))
+        same = MomentMatched(Chain(covariance), sites).guide(LEVEL, x)
+        np.testing.assert_allclose(same.posterior.mean, moments.mean, atol=1e-2)
+        np.testing.assert_allclose(same.log_twist, guided.guide(LEVEL, x).log_twist, atol=0.1)
 
 
 class Twisted(AbstractScore):

@@ -1,10 +1,11 @@
 """Local scores: exact where a window is the path, nearer to the path's score the wider the window."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scoreinfer.score import GaussianScore
+from scoreinfer.score import AbstractScore, GaussianScore
 from scoreinfer.score.local import LocalScore, windows
 
 DIM, LEVEL = 2, jnp.array(0.8)
@@ -38,6 +39,25 @@ def test_moments_are_those_of_the_windows():
     np.testing.assert_allclose(mean, local.denoise(LEVEL, x), atol=1e-5)
     centre = window.moments(LEVEL, x[2 * DIM : 7 * DIM])[1][2 * DIM : 3 * DIM]
     np.testing.assert_allclose(variance[4 * DIM : 5 * DIM], centre, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_jacobian_is_that_of_the_denoiser(k):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(9 * DIM,)), jnp.float32)
+    local = LocalScore(Bent(chain(2 * k + 1)), k, DIM)
+    plain = jax.jacfwd(lambda v: local.denoise(LEVEL, v))(x)
+    np.testing.assert_allclose(local.jacobian(LEVEL, x), plain, atol=1e-5)
+    rows = jnp.eye(9 * DIM)[::4]
+    np.testing.assert_allclose(local.pull_rows(LEVEL, x, rows), plain[::4], atol=1e-5)
+
+
+class Bent(AbstractScore):
+    """A denoiser with a curve, so that its Jacobian depends on the place."""
+
+    straight: AbstractScore
+
+    def denoise(self, level, x, y=None):
+        return jnp.sin(self.straight.denoise(level, x, y)) + 0.1 * x[::-1] ** 2
 
 
 def test_windows_are_all_pieces_in_order():
