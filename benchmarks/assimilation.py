@@ -51,8 +51,8 @@ def sequence(local, key, kind: str) -> dict[str, float]:
     with Clock() as guiding:
         raw = published.sample(for_draws, NUM)
     with Clock() as finishing:
-        finished = si.SDA(lorenz.model, "x", local).condition(y=y, **options).sample(
-            for_draws, NUM, explorers=truth[None]
+        finished = (
+            si.SDA(lorenz.model, "x", local).condition(y=y, **options).sample(for_draws, NUM, explorers=truth[None])
         )
     print(f"  {kind}: {reference.certificate}\n  {finished.certificate}", flush=True)
     by, of = reference.certificate, finished.certificate
@@ -88,9 +88,7 @@ def hidden(seed: int) -> dict[str, float]:
     error = abs(float((np.asarray(draws.sites["x"])[:, 0, 0] > 0).mean()) - 0.5)
     certified = float(draws.certificate.certified)
     wrong = certified * (error > 0.05)
-    return {
-        "share_error": error, "certified": certified, "wrong_and_certified": wrong, "seconds": clock.times.cpu
-    }
+    return {"share_error": error, "certified": certified, "wrong_and_certified": wrong, "seconds": clock.times.cpu}
 
 
 def rows(seed: int) -> Iterator:

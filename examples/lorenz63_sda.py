@@ -76,11 +76,12 @@ def smoothed(key, num, num_particles, **data):
 
 
 def log_densities(posterior, x):
-    """Compute medians of log p(x) and log p(y | x)."""
+    """Tell medians of log p(x) and log p(y | x)."""
     flat = jnp.asarray(x).reshape(len(x), -1)
     problem = posterior.problem
     both = jax.jit(jax.vmap(lambda z: jnp.stack([problem.log_prior(z), problem.log_likelihood(z, {})])))(flat)
-    return np.median(np.asarray(both), axis=0)
+    prior, likelihood = np.median(np.asarray(both), axis=0)
+    return f"log p(x) {prior:.1f}, log p(y | x) {likelihood:.1f}"
 
 
 def plot(path, truth, y, drawn, turned):
@@ -123,10 +124,10 @@ def main():
         posterior = si.SDA(model, "x", local, finish=finish, num_steps=8 if args.smoke else 64).condition(y=y)
         draws = posterior.sample(keys[2], num, num_explorers=num)
         drawn[name] = draws.sites["x"]
-        print(f"\n{name}: log p(x) %.1f, log p(y | x) %.1f" % tuple(log_densities(posterior, drawn[name])))
+        print(f"\n{name}: {log_densities(posterior, drawn[name])}")
         print(draws.certificate)
     drawn["particle smoother"] = smoothed(keys[3], num, 200 if args.smoke else 10_000, y=y)
-    print("\nparticles: log p(x) %.1f, log p(y | x) %.1f" % tuple(log_densities(posterior, drawn["particle smoother"])))
+    print(f"\nparticle smoother: {log_densities(posterior, drawn['particle smoother'])}")
 
     _, z = simulate(keys[4], coordinate=2)
     gibbs = si.samplers.ParticleGibbs(4, 32) if args.smoke else si.samplers.ParticleGibbs()

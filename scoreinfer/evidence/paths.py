@@ -206,8 +206,9 @@ def _share_faults(mine: np.ndarray, theirs: np.ndarray, num: int, num_explorers:
     which = int(np.argmax(worst))
     if worst[which] <= MAX_SHARE_ERROR:
         return []
-    return [
-        f"the finish does not move between {len(mine)} lobes, and their shares are uncertain: one has {mine[which]:.2f} "
-        f"of {num} draws, {theirs[which]:.2f} of {num_explorers} explorers. Use more draws and explorers, or "
-        "`ParticleGibbs`"
-    ]
+    told = (
+        f"the finish does not move between {len(mine)} lobes, and their shares are uncertain: one has "
+        f"{mine[which]:.2f} of {num} draws, {theirs[which]:.2f} of {num_explorers} explorers. Use more draws and "
+        "explorers, or `ParticleGibbs`"
+    )
+    return [told]

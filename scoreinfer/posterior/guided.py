@@ -138,7 +138,9 @@ class Guided:
             return GuidedPosterior(TwistedNoise(**common), Target(problem, {}), DISCRETISED)
         twisted = Twisted(change=prior.change, **common)
         exact_for = FLOW if seen.log_prior is None else MODEL
-        return GuidedPosterior(twisted, Target(problem_of_site(self.site, seen, seen.log_prior or prior.log_density), {}), exact_for)
+        return GuidedPosterior(
+            twisted, Target(problem_of_site(self.site, seen, seen.log_prior or prior.log_density), {}), exact_for
+        )
 
 
 def problem_of_site(name: str, seen: Seen, log_prior: Callable[..., Any]) -> Problem:

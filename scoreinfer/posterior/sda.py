@@ -28,8 +28,8 @@ from scoreinfer.score import AbstractGuidance, AbstractLikelihood, AbstractScore
 Paths = Float[Array, "num times dim"]
 PARTICLES, MAX_PARTICLES_DIM = 512, 6
 """Particles of an explorer, and most components of a state for which explorers are particles. Chosen by judgement."""
-NUM_EXPLORERS = 32
-"""Chains that the certificate compares with. Chosen by judgement."""
+NUM_EXPLORERS, LEAST_EXPLORERS = 32, 4
+"""Chains that the certificate compares with, and fewest of them. Chosen by judgement."""
 
 
 class SDAPosterior(eqx.Module):
@@ -125,8 +125,8 @@ class SDAPosterior(eqx.Module):
     def _explorers(self, key: Key, num: int, given: Any) -> tuple[Paths, Array, str]:
         """Make the explorers' starts; say which have not seen the data, and what they are."""
         small = self.target.shape[1] <= MAX_PARTICLES_DIM
-        make = (lambda key: swept(key, self.target, PARTICLES)) if small else None
-        paths = self._simulated(key, num) if make is None else _each(make, key, num)
+        seen = lambda key: swept(key, self.target, PARTICLES)  # noqa: E731
+        paths = _each(seen, key, num) if small else self._simulated(key, num)
         cold, source = jnp.full(num, not small), "particles" if small else "simulations that met the data slowly"
         if given is not None:
             expected = self.problem.latents[0].shape
@@ -138,10 +138,6 @@ class SDAPosterior(eqx.Module):
         if len(paths) < LEAST_EXPLORERS:
             raise ValueError(f"Expected at least {LEAST_EXPLORERS} explorers, got {len(paths)}: nothing to agree with.")
         return paths, cold, source
-
-
-LEAST_EXPLORERS = 4
-"""Fewest explorers. Chosen by judgement."""
 
 
 def _each(function: Callable[[Key], Array], key: Key, num: int) -> Array:
@@ -190,7 +186,7 @@ class SDA:
         site: str,
         prior: LocalPrior | LearnedPrior | AbstractScore | None = None,
         *,
-        finish: AbstractFinish | None = HMC(),  # noqa: B008 - frozen
+        finish: AbstractFinish | None = HMC(),
         num_steps: int = 64,
         num_corrections: int = 1,
         guide: Callable[[AbstractScore, AbstractLikelihood], AbstractGuidance] = MomentMatched,

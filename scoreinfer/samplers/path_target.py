@@ -44,7 +44,8 @@ class PathTarget(eqx.Module):
         by the positive part of their negative Hessian.
         """
         model, ts, y = self.series.model, self.series.ts, self.series.y
-        assert model.moments is not None and model.log_initial is not None
+        assert model.moments is not None
+        assert model.log_initial is not None
         dim = model.dim
 
         def link(t0: Time, t1: Time, x: State) -> tuple[Array, Array, Array]:
