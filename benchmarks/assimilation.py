@@ -18,8 +18,8 @@ from scipy.spatial.distance import cdist
 import scoreinfer as si
 
 PROTOCOLS = {"lo": {"every": 8, "noise": 0.05}, "hi": {"every": 1, "noise": 0.25}}
-SEQUENCES, NUM, NUM_REFERENCE = 4, 64, 128
-GIBBS = si.samplers.ParticleGibbs(40, 256)
+SEQUENCES, NUM, NUM_REFERENCE = 4, 64, 64
+GIBBS = si.samplers.ParticleGibbs(20, 256)
 """Observed sequences of each protocol, draws, draws of each reference, and how these are made."""
 
 

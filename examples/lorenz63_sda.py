@@ -122,7 +122,7 @@ def main():
     drawn = {}
     for name, finish in (("guided, unfinished", None), ("finished by HMC", hmc)):
         posterior = si.SDA(model, "x", local, finish=finish, num_steps=8 if args.smoke else 64).condition(y=y)
-        draws = posterior.sample(keys[2], num, num_explorers=num)
+        draws = posterior.sample(keys[2], num)
         drawn[name] = draws.sites["x"]
         print(f"\n{name}: {log_densities(posterior, drawn[name])}")
         print(draws.certificate)
@@ -130,9 +130,9 @@ def main():
     print(f"\nparticle smoother: {log_densities(posterior, drawn['particle smoother'])}")
 
     _, z = simulate(keys[4], coordinate=2)
-    gibbs = si.samplers.ParticleGibbs(4, 32) if args.smoke else si.samplers.ParticleGibbs()
+    gibbs = si.samplers.ParticleGibbs(4, 32) if args.smoke else si.samplers.ParticleGibbs(20, 512)
     hidden = si.SDA(model, "x", finish=gibbs).condition(y=z, coordinate=2)  # a small state: no score needed
-    turned = hidden.sample(keys[5], 16 if args.smoke else 512)
+    turned = hidden.sample(keys[5], 16 if args.smoke else 128)
     print(f"\nz alone: share of paths that start with x > 0: {float((turned.sites['x'][:, 0, 0] > 0).mean()):.2f}")
     print(turned.certificate)
     if args.figure:
