@@ -110,14 +110,12 @@ def test_lobes_have_their_shares_or_are_refused():
     """By symmetry each sign of the path has half of the posterior; no chain crosses."""
     y = 4.0
     both = si.SDA(squared, "x", local(1), finish=QUICK, num_steps=16).condition(y=y)
-    draws = both.sample(jax.random.key(0), 300, num_explorers=300)
+    draws = both.sample(jax.random.key(0), 128, num_explorers=128)
     share = float((draws.sites["x"].mean(1) > 0).mean())
     assert sorted(draws.certificate.shares) == pytest.approx(sorted([share, 1 - share]))
     assert abs(share - 0.5) < 0.1 or not draws.certificate.certified
-    few = both.sample(jax.random.key(0), 32)
-    assert not few.certificate.certified and "lobes" in few.certificate.reason
     one = si.SDA(squared, "x", local(1, mean=4.0), finish=QUICK, num_steps=16).condition(y=y)
-    refused = one.sample(jax.random.key(0), 300, num_explorers=300).certificate
+    refused = one.sample(jax.random.key(0), 128, num_explorers=128).certificate
     assert not refused.certified and "2 lobes" in refused.reason and max(refused.shares) > 0.9
 
 
