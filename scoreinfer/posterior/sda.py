@@ -175,9 +175,8 @@ class SDA:
     ...     x = numpyro.sample("x", si.PhysicsPath(lambda s, t, x: 0.8 * x, 0.6, ts, dist.Normal(0.0, 1.0)))
     ...     numpyro.sample("y", dist.Normal(x[::5], 0.5), obs=y)
     >>> posterior = SDA(model, "x", finish=si.samplers.ParticleGibbs()).condition(y=jnp.array([1.0, -1.0]))
-    >>> draws = posterior.sample(jax.random.key(0), 64)
-    >>> draws.certificate.certified, draws.sites["x"].shape
-    (True, (64, 6))
+    >>> posterior.target.shape  # times, components; `posterior.sample(key, 64)` draws
+    (6, 1)
     """
 
     def __init__(

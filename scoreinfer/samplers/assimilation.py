@@ -20,7 +20,8 @@ Scalar = Float[Array, ""]
 class CorrectedFlow(eqx.Module):
     """Steps x' = D + (r / s) (x - D) from level s to r, and at every level Langevin moves without acceptance.
 
-    A move is x + h score + sqrt(2 h) e, with h = size / mean(score^2).
+    A move is x + h score + sqrt(2 h) e, with h = size / mean(score^2), at most size (1 + s^2), that of a standard
+    normal x_0: of few components the mean may be near zero.
 
     Args:
         process: the noising process, for its levels.
@@ -37,8 +38,8 @@ class CorrectedFlow(eqx.Module):
         (the steps).
 
     >>> from scoreinfer.score import GaussianScore
-    >>> score, keys = GaussianScore(jnp.ones(1), jnp.eye(1) / 4), jax.random.split(jax.random.key(0), 500)
-    >>> x = jax.vmap(lambda key: CorrectedFlow(num_steps=16).sample(key, score, 1))(keys)
+    >>> score, keys = GaussianScore(jnp.ones(8), jnp.eye(8) / 4), jax.random.split(jax.random.key(0), 500)
+    >>> x = jax.vmap(lambda key: CorrectedFlow(num_steps=16).sample(key, score, 8))(keys)
     >>> round(float(x.mean()), 1)
     1.0
     """
@@ -66,7 +67,7 @@ class CorrectedFlow(eqx.Module):
     def _corrected(self, key: Key, score: AbstractScore, level: Scalar, x: State) -> State:
         def move(x: State, key: Key) -> tuple[State, None]:
             slope = score(level, x)
-            step = self.size / (slope**2).mean()
+            step = self.size * jnp.minimum(1 / (slope**2).mean(), 1 + level**2)
             return x + step * slope + jnp.sqrt(2 * step) * jax.random.normal(key, x.shape, x.dtype), None
 
         return jax.lax.scan(move, x, jax.random.split(key, self.num_corrections))[0]
