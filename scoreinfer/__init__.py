@@ -6,6 +6,7 @@ The model's own density corrects the draws, and a certificate says whether they 
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreinfer import calibration, errors, filters, mcmc, nets, paths, process, samplers, score, simulators
+from scoreinfer._devices import use_devices
 from scoreinfer._threads import provide_threads
 from scoreinfer.arviz import to_arviz
 from scoreinfer.calibration import calibrate
@@ -85,4 +86,5 @@ __all__ = [
     "smooth",
     "to_arviz",
     "twin",
+    "use_devices",
 ]

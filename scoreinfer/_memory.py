@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from scoreinfer._devices import split
+
 MAX_MEMORY, SHARE = 1 << 30, 0.25
 """By default, arrays may take one gibibyte, or this share of all memory where that is less. Chosen by judgement: they
 do not depend on what else runs, so a machine always computes the same digits."""
@@ -85,7 +87,8 @@ def each(function: Callable[..., PyTree], target: Any) -> Callable[..., PyTree]:
 def map_rows(function: Callable[..., PyTree], at_once: int | None) -> Callable[..., PyTree]:
     """Make the function that evaluates every row, as `jax.vmap` does, at most ``at_once`` rows together.
 
-    Without a number, or if there are no more rows than that, it is `jax.vmap` itself.
+    Without a number, or if there are no more rows than that, it is `jax.vmap` itself. Several devices share the rows
+    (`scoreinfer._devices`), and each evaluates at most ``at_once`` together.
 
     Args:
         function: a function of one row of each argument.
@@ -100,7 +103,7 @@ def map_rows(function: Callable[..., PyTree], at_once: int | None) -> Callable[.
             return jax.vmap(function)(*rows)
         return jax.lax.map(lambda row: function(*row), rows, batch_size=at_once)
 
-    return evaluate
+    return split(evaluate)
 
 
 def _of_equations(jaxpr: Any, varies: list[bool]) -> Footprint:
@@ -163,7 +166,7 @@ def _num_bytes(aval: Any) -> int:
 
 def _total() -> int:
     """Find the bytes of the device where arrays are made. Without an answer they are enough."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:

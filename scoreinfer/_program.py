@@ -15,8 +15,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from scoreinfer._devices import at_home, mesh_in_use, mesh_of_trace, splitting
 from scoreinfer._tree import is_array, is_traced
 
 NEEDS_VALUES = (
@@ -43,6 +45,36 @@ def run_once(function: F) -> F:
         return (function if inside else compiled)(*args, **kwargs)
 
     return cast(F, run)
+
+
+def over_devices(function: F) -> F:
+    """Compile a function, as `equinox.filter_jit` does, for the devices in use: they share its rows (`_devices`).
+
+    Inside another program it does as that program does.
+    """
+
+    def for_mesh(mesh: Mesh | None, *args: Any, **kwargs: Any) -> Any:
+        with splitting(mesh):
+            return function(*args, **kwargs)
+
+    for_mesh.__name__ = for_mesh.__qualname__ = function.__name__
+    compiled = eqx.filter_jit(for_mesh)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mesh = _mesh_for((args, kwargs))
+        if mesh is None:
+            return compiled(None, *args, **kwargs)
+        args, kwargs = at_home((args, kwargs))
+        return at_home(compiled(mesh, *args, **kwargs))
+
+    return cast(F, run)
+
+
+def _mesh_for(args: PyTree) -> Mesh | None:
+    """Return the mesh over which a program with these arguments splits rows: inside another one, as that does."""
+    mesh = mesh_in_use()
+    return mesh_of_trace() if mesh is not None and is_traced((args, jnp.zeros(()))) else mesh
 
 
 class Program:
@@ -102,12 +134,17 @@ class Program:
 
 def execute(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function by a program that is compiled once for all functions that do the same with other constants."""
-    program = Program(function, *args)
-    return _compiled(program, program.constants, *args)
+    mesh = _mesh_for(args)
+    with splitting(mesh):
+        program = Program(function, *args)
+    if mesh is None:
+        return _compiled(program, None, program.constants, *args)
+    constants, args = at_home((program.constants, args))
+    return at_home(_compiled(program, mesh, constants, *args))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(program: Program, constants: list[Any], *args: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(program: Program, mesh: Mesh | None, constants: list[Any], *args: Any) -> Any:
     return program(constants, *args)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from scoreinfer._devices import num_devices
 from scoreinfer._typing import Sites
 
 P = ParamSpec("P")
@@ -62,10 +63,11 @@ def in_batches(
 ) -> PyTree:
     """Call ``function`` on the numbers 0 to ``num`` - 1, ``size`` at a time, and concatenate the results.
 
-    The last batch is padded with copies of the last number, so that only one shape is compiled. After each batch,
-    ``done`` is called with the count of numbers in it, without padding.
+    Where several devices are in use, each may have ``size`` numbers at a time. The last batch is padded with copies of
+    the last number, so that only one shape is compiled. After each batch, ``done`` is called with the count of numbers
+    in it, without padding.
     """
-    parts = []
+    parts, size = [], size * max(min(num_devices(), -(-num // size)), 1)
     for start in range(0, num, size):
         count = min(size, num - start)
         parts.append(function(jnp.asarray(np.minimum(start + np.arange(size), num - 1))))

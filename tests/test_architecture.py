@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Who may import whom, low to high. Names on one line are independent of each other.
 RANKS = """
-_typing errors _pickling _memory _threads
+_typing errors _pickling _devices _threads
+_memory
 _keys _quadrature _tree files figures
 _program problem nets process bijections
 identity score agreement markov

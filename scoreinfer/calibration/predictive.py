@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
@@ -87,12 +88,12 @@ def predictive_check(key: Key, draws: Draws, num: int = 1000) -> list[Discrepanc
     return [_compare(name, float(own[name]), np.asarray(simulated[name], np.float64)) for name in sorted(own)]
 
 
-@eqx.filter_jit
+@over_devices
 def _simulated(problem: Problem, key: Key, design: Sites, rows: Array, values: Float[Array, "num dim"]) -> Sites:
     def one(row: Array, z: Float[Array, " dim"]) -> Sites:
         return _statistics(problem, problem.simulate_like(jax.random.fold_in(key, row), z, design))
 
-    return jax.vmap(one)(rows, values)
+    return map_rows(one, None)(rows, values)
 
 
 def _statistics(problem: Problem, y: Sites) -> Sites:

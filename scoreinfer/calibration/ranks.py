@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.agreement import misdrawn_data, misdrawn_latents, say_misdrawn
@@ -277,7 +278,7 @@ def _stored_pairs(key: Key, posterior: Any, store: Store, num: int) -> tuple[Pro
     return stored.problem, (stored.z, stored.y), _references(encoded(stored.problem, *rest))
 
 
-@eqx.filter_jit
+@over_devices
 def _rank_rows(
     key: Key,
     proposal: AbstractProposal,
@@ -307,7 +308,7 @@ def _rank_rows(
         share = jnp.exp(log_effective_share(log_weight))
         return _ranks(for_ties, problem, references, label, z, y, drawn.z[picked]), share
 
-    return jax.vmap(one)(rows)
+    return map_rows(one, None)(rows)
 
 
 def _ranks(

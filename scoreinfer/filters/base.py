@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
 from scoreinfer._typing import Key
 from scoreinfer.markov import Entries, MarkovModel, Observed, Sees, Time
 from scoreinfer.montecarlo.weights import log_mean_weight
@@ -115,7 +116,7 @@ class AbstractFilter(eqx.Module):
 def simulated(key: Key, model: MarkovModel, t0: Time, t1: Time, members: Members) -> Members:
     """Draw the members' next states from the model's transition."""
     keys = jax.random.split(key, members.log_weight.size)
-    return members._replace(x=jax.vmap(model.transition, (0, None, None, 0))(keys, t0, t1, members.x))
+    return members._replace(x=map_rows(lambda key, x: model.transition(key, t0, t1, x), None)(keys, members.x))
 
 
 def predict(observed: Observed, t: Time, members: Members, added: Any = 0.0) -> Predictive:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import stats
 
+from scoreinfer._memory import map_rows
 from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.filters import cycle
@@ -184,7 +185,7 @@ def twin(
         spread, off = jnp.sqrt(jnp.mean(spread[spin_up:])), jnp.sqrt(jnp.mean(off[spin_up:]))
         return inside[spin_up:].mean(), spread, off
 
-    found = execute(jax.vmap(world), jax.random.split(key, num_experiments))
+    found = execute(map_rows(world, None), jax.random.split(key, num_experiments))
     coverage, spread, error = (np.asarray(part, np.float64) for part in found)
     return Twins(coverage, spread, error, series.model.dim, num_members)
 

@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._memory import each
-from scoreinfer._program import run_once
+from scoreinfer._program import over_devices, run_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.langevin import LogDensity
@@ -89,7 +88,7 @@ def first_power(first: FirstDraws, num: int) -> Float[Array, ""]:
     return next_power(first.log_ratio, num / first.num)
 
 
-@eqx.filter_jit
+@over_devices
 def _draw_and_weigh(key: Key, reference: AbstractReference, target: LogDensity, rows: Int[Array, " num"]) -> FirstDraws:
     values = reference_rows(key, reference, rows)
     return FirstDraws(values, each(lambda z: seen_at(reference, target, z).log_ratio, target)(values))

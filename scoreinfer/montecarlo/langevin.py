@@ -14,13 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from scoreinfer._memory import each
+from scoreinfer._program import over_devices
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.resampling import resample_indices
 from scoreinfer.montecarlo.weights import LogWeights
@@ -201,7 +201,7 @@ def rejuvenate(
     return move_all(for_moves, log_density, start, jnp.asarray(factor, values.dtype), num_moves)
 
 
-@eqx.filter_jit
+@over_devices
 def move_all(
     key: Key,
     log_density: LogDensity,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._memory import each
-from scoreinfer._program import run_once
+from scoreinfer._program import over_devices, run_once
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.bijections.base import Chain, pull, spread
@@ -195,7 +195,7 @@ class LangevinMoves(AbstractMoves):
         whitening = whitening_of(values, seen, power, np.array(RIDGE))
         return self._walk(key, power, whitening, values, seen, starts, adapted)
 
-    @eqx.filter_jit
+    @over_devices
     def _walk(self, key, power, whitening, values, seen, starts, adapted):
         """Walk from the starts, in whitened coordinates."""
         length = self.chain_length
@@ -292,7 +292,7 @@ class DifferenceMoves(AbstractMoves):
         """Compute both log densities."""
         return each(partial(seen_at, self.reference, self.target), self.target)(values)
 
-    @eqx.filter_jit
+    @over_devices
     def move(self, key, power, values, seen, starts, adapted):
         """Move along differences."""
         num, dim = values.shape

@@ -9,7 +9,8 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer._program import run_once
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices, run_once
 from scoreinfer._typing import Key
 from scoreinfer.agreement import misdrawn_latents
 from scoreinfer.problem import Problem
@@ -136,10 +137,10 @@ def reference_draws(key: Key, density: AbstractReference, num: int) -> Float[Arr
     return jax.vmap(density.sample)(jax.random.split(key, num))
 
 
-@eqx.filter_jit
+@over_devices
 def reference_rows(key: Key, density: AbstractReference, rows: Int[Array, " num"]) -> Float[Array, "num dim"]:
     """Draw some rows of an endless list of draws; row i depends on ``key`` and i alone."""
-    return jax.vmap(lambda row: density.sample(jax.random.fold_in(key, row)))(rows)
+    return map_rows(lambda row: density.sample(jax.random.fold_in(key, row)), None)(rows)
 
 
 def reference_of(problem: Problem, scale: float = 5.0) -> AbstractReference:

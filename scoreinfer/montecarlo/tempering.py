@@ -16,14 +16,13 @@ Statistics 38(1) (temperatures by effective sample size).
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._keys import keys_of
-from scoreinfer._program import run_once
+from scoreinfer._program import over_devices, run_once
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.moves import AbstractMoves, Seen
 from scoreinfer.montecarlo.population import ALWAYS, Population, resample
@@ -67,14 +66,14 @@ class Tempered(NamedTuple):
         return self.population.log_evidence
 
 
-@eqx.filter_jit
+@over_devices
 def begin(moves: AbstractMoves, population: Population, power: Float[Array | np.ndarray, ""]) -> Tempered:
     """Make a population that has not moved yet, of draws of the density of that power."""
     values = population.values
     return Tempered(population, jnp.asarray(power, values.dtype), moves.see(values), moves.begin(values))
 
 
-@eqx.filter_jit
+@over_devices
 def elsewhere(moves: AbstractMoves, particles: Tempered, values: Float[Array, "num dim"]) -> Tempered:
     """Put the particles elsewhere."""
     population = particles.population._replace(values=values)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import DrawInfo, Draws
@@ -122,9 +124,9 @@ class AbstractPosterior(eqx.Module):
         return self.condition(*args, **kwargs).sample(key, num)
 
 
-@eqx.filter_jit
+@over_devices
 def _simulated(key: Key, problem: Problem, y: Sites, rows: Array, z: Float[Array, "num dim"]) -> Sites:
-    return jax.vmap(lambda row, z: problem.simulate_like(jax.random.fold_in(key, row), z, y))(rows, z)
+    return map_rows(lambda row, z: problem.simulate_like(jax.random.fold_in(key, row), z, y), None)(rows, z)
 
 
 def warn_of_outlier(distance_rank: float) -> None:

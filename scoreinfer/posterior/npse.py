@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from scoreinfer._memory import default_memory
+from scoreinfer._memory import default_memory, map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches, own_broadcasting
 from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import TrainingWarning, UnsupportedModel, warn
@@ -673,7 +674,7 @@ def _whiten(whitening: Whitening | GroupWhitening, simulations: Simulations, bat
     return in_batches(lambda i: _whiten_rows(whitening, simulations, i), simulations.num, batch)
 
 
-@eqx.filter_jit
+@over_devices
 def _whiten_rows(
     whitening: Whitening | GroupWhitening, simulations: Simulations, rows: Int[Array, " num"]
 ) -> ScoreBatch:
@@ -685,4 +686,4 @@ def _whiten_rows(
         u = affine.inverse(simulation.z.astype(jnp.float32))
         return ScoreBatch(u, simulation.x, gradient.astype(jnp.float32))
 
-    return jax.vmap(one)(_rows(simulations, rows))
+    return map_rows(one, None)(_rows(simulations, rows))

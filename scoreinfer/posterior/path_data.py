@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnsupportedModel
@@ -211,7 +213,7 @@ def _checked_block(key: Key, reversal: Reversal, rows: Int[Array | np.ndarray, "
     return block
 
 
-@eqx.filter_jit
+@over_devices
 def _block(key: Key, reversal: Reversal, rows: Int[Array | np.ndarray, " num"]) -> _Block:
     """Simulate; draw i depends only on ``key`` and i."""
     problem, physics, end = reversal.problem, reversal.physics, reversal.end
@@ -222,7 +224,7 @@ def _block(key: Key, reversal: Reversal, rows: Int[Array | np.ndarray, " num"]) 
         z, y = simulate(jax.random.fold_in(key, row))
         return z, y, encode(problem, y)
 
-    z, y, x = jax.vmap(one)(jnp.asarray(rows))
+    z, y, x = map_rows(one, None)(jnp.asarray(rows))
     parameters, paths = jax.vmap(unknowns(problem, reversal.site).parts)(z)
     conditions = ({PARAMETERS: parameters} if parameters.size else {}) | (x if reversal.conditioned else {})
     drawn = Simulated(_with_ends(physics, paths, None if end is None else x[end.site]), conditions)

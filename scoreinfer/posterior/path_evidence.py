@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from scoreinfer._program import run_once
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices, run_once
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.evidence.bank import ForwardBank, Outliers, outliers
@@ -73,7 +74,7 @@ class _Weighed(NamedTuple):
     judged: Float[Array, " num"]
 
 
-@eqx.filter_jit
+@over_devices
 def _weighed_truths(
     key: Key,
     given: Bool[Array | np.ndarray, ""],
@@ -105,7 +106,7 @@ def _weighed_truths(
         excess = log_targets[0] - paths.log_q(for_truth, context, z) - jax.nn.logsumexp(log_ws) + LOG_NUM
         return _Weighed(path_features(paths, target), excess, log_effective_share(log_ws), _share(log_ws))
 
-    return jax.vmap(one)(jnp.asarray(rows))
+    return map_rows(one, None)(jnp.asarray(rows))
 
 
 LOG_NUM = float(np.log(NUM_PROPOSALS))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
@@ -338,7 +340,7 @@ def path_features(paths: AbstractPaths, target: Target) -> Float[Array, " featur
     return paths.features(target)
 
 
-@eqx.filter_jit
+@over_devices
 def _reverse_rows(
     key: Key, proposal: PathProposal, ends: Float[Array, "num dim"], num_corrections: int
 ) -> Float[Array, "num times dim"]:
@@ -350,9 +352,9 @@ def _reverse_rows(
             return draw_path(key, backward, end, num_steps)[0]
         return corrected_path(key, backward, end, num_steps, num_corrections)
 
-    return jax.vmap(one)(jax.random.split(key, ends.shape[0]), ends)
+    return map_rows(one, None)(jax.random.split(key, ends.shape[0]), ends)
 
 
-@eqx.filter_jit
+@over_devices
 def _flow_rows(proposal: PathProposal, ends: Float[Array, "num dim"]) -> Float[Array, "num times dim"]:
-    return jax.vmap(lambda end: probability_flow(proposal.backward, end, proposal.num_steps))(ends)
+    return map_rows(lambda end: probability_flow(proposal.backward, end, proposal.num_steps), None)(ends)

@@ -17,11 +17,11 @@ threshold: section 3.4). Nguyen and Vreeken 2015, "Non-parametric Jensen-Shannon
 
 from typing import NamedTuple
 
-import equinox as eqx
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Sites
 from scoreinfer.draws import Draws
@@ -112,11 +112,11 @@ def sensitivity(draws: Draws, *, power: float = 1.01) -> Sensitivity:
     return Sensitivity(**found)
 
 
-@eqx.filter_jit
+@over_devices
 def _log_terms(problem: Problem, z: Float[Array, "num dim"], y: Sites) -> tuple[Sites, Float[Array, " num"]]:
     assert problem.site_log_prior is not None
     site_log_prior = problem.site_log_prior
-    return jax.lax.map(lambda z: (site_log_prior(z), problem.log_likelihood(z, y)), z, batch_size=BATCH)
+    return map_rows(lambda z: (site_log_prior(z), problem.log_likelihood(z, y)), BATCH)(z)
 
 
 def _of_sites(

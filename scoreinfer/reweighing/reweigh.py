@@ -13,13 +13,13 @@ posteriors); Vehtari et al. 2024, arXiv 1507.02646 (k-hat).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from scoreinfer._memory import each
+from scoreinfer._program import over_devices
 from scoreinfer._tree import own_broadcasting
 from scoreinfer._typing import Key
 from scoreinfer.draws import Draws
@@ -133,7 +133,7 @@ def reweigh(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: 
     )  # fmt: skip
 
 
-@eqx.filter_jit
+@over_devices
 def _log_joints(target: Target, z: Float[Array, "num dim"]) -> Float[Array, " num"]:
     return each(target, target)(z)
 

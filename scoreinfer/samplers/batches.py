@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from scoreinfer._memory import each
+from scoreinfer._memory import each, map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Values
 from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
@@ -27,7 +28,7 @@ def batch_shape(num: int, batch_size: int) -> int:
     return min(batch_size, max(SMALLEST_BATCH, 1 << max(num - 1, 1).bit_length()))
 
 
-@eqx.filter_jit
+@over_devices
 def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Array, " num"]) -> Weighted:
     """Draw and weigh rows of the stream of draws of ``key``; row i depends on ``key`` and i only.
 
@@ -37,7 +38,7 @@ def draw_rows(key: Key, proposal: AbstractProposal, target: Target, rows: Int[Ar
     return each(lambda row: proposal.sample(jax.random.fold_in(key, row), target, context), target)(rows)
 
 
-@eqx.filter_jit
+@over_devices
 def weigh_rows(
     key: Key,
     proposal: AbstractProposal,
@@ -152,9 +153,9 @@ def _is_other(share: float, first: int, count: int) -> np.ndarray:
     return np.diff(edges) > 0
 
 
-@eqx.filter_jit
+@over_devices
 def _constrain(problem, values):
-    return jax.vmap(problem.constrain)(values)
+    return map_rows(problem.constrain, None)(values)
 
 
 def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Values:

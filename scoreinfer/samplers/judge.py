@@ -8,13 +8,13 @@ that the observations were simulated with, which are draws of the posteriors.
 import dataclasses
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreinfer._memory import each
+from scoreinfer._program import over_devices
 from scoreinfer._typing import Key, Sites
 from scoreinfer.montecarlo.weights import log_effective_share, log_mean_weight
 from scoreinfer.problem import Problem
@@ -85,7 +85,7 @@ class Judge(NamedTuple):
         return dataclasses.replace(proposal, sampler=chosen)
 
 
-@eqx.filter_jit
+@over_devices
 def _typical_share(
     judge: Judge, proposal: AbstractAmortised, num_steps: Int[Array | np.ndarray, ""] | None, with_truths: bool
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.montecarlo.kernel_estimate import DEGREES, KernelEstimate
@@ -141,7 +142,7 @@ class TunedProposal(AbstractMixture, AbstractAdapted):
         return tune(key, target, self.original.context(target).affine, self.effort)
 
 
-@eqx.filter_jit
+@over_devices
 def _context(proposal: TunedProposal, target: Target) -> KernelEstimate:
     return proposal.context(target)
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnreadableFile, UnsupportedModel
@@ -142,21 +143,21 @@ def explained(problem: Problem, store: Store, y: Sites) -> tuple[Float[Array, "n
     return jnp.asarray(z[order], float), jnp.asarray(log_likelihood[order], float)
 
 
-@eqx.filter_jit
+@over_devices
 def _log_likelihoods(
     problem: Problem, y: Sites, rows: Array, z: Float[Array, "num dim"], outputs: Sites
 ) -> Float[Array, " num"]:
     del rows
     observation = problem.observation
     assert observation is not None
-    return jax.vmap(lambda z, outputs: observation.log_likelihood(_row(problem, z, outputs), y))(z, outputs)
+    return map_rows(lambda z, outputs: observation.log_likelihood(_row(problem, z, outputs), y), None)(z, outputs)
 
 
-@eqx.filter_jit
+@over_devices
 def _simulate_data(key: Key, problem: Problem, rows: Array, z: Float[Array, "num dim"], outputs: Sites) -> Sites:
     simulate: Any = problem.observation.simulate_observation  # type: ignore[union-attr]
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    return jax.vmap(lambda key, z, outputs: simulate(key, _row(problem, z, outputs)))(keys, z, outputs)
+    return map_rows(lambda key, z, outputs: simulate(key, _row(problem, z, outputs)), None)(keys, z, outputs)
 
 
 def _data(key: Key, problem: Problem, z: Array, outputs: Sites) -> Sites:

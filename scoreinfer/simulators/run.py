@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
+from scoreinfer._memory import map_rows
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches, named_leaves
 from scoreinfer._typing import Key, Sites
 from scoreinfer.draws import Draws
@@ -262,14 +263,14 @@ def _rounded(sites: Sites) -> dict[str, list]:
     return {name: np.asarray(value, np.float64).round(4).tolist() for name, value in sites.items()}
 
 
-@eqx.filter_jit
+@over_devices
 def _prior_rows(key: Key, problem: Problem, rows: Array) -> tuple[Array, Sites, Array]:
     def one(row):
         for_parameters, for_seed = jax.random.split(jax.random.fold_in(key, row))
         z = cast(Any, problem.simulate)(for_parameters)[0]
         return z, problem.latent_sites(z), jax.random.bits(for_seed, dtype=jnp.uint32)
 
-    return jax.vmap(one)(rows)
+    return map_rows(one, None)(rows)
 
 
 def _rows_of_draws(key: Key, draws: Draws, rows: Array) -> tuple[Array, Sites, Array]:

@@ -19,6 +19,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
+from scoreinfer._devices import spread
+from scoreinfer._program import over_devices
 from scoreinfer._typing import Key
 from scoreinfer.errors import TrainingWarning, warn
 from scoreinfer.figures import draw_losses, draw_shares, row_of_axes
@@ -421,7 +423,7 @@ def _keys(key: Key, epoch: Int[Array | np.ndarray, ""], last: Int[Array | np.nda
     return for_pool, for_epoch, jax.random.fold_in(key, last)
 
 
-@eqx.filter_jit
+@over_devices
 def _run_epoch(
     loss: Loss,
     sizes: tuple[int, int],
@@ -443,7 +445,7 @@ def _run_epoch(
 
     def step(state, inputs):
         number, rows, key = inputs
-        batch = jax.tree.map(lambda leaf: leaf[rows], pool)
+        batch = spread(jax.tree.map(lambda leaf: leaf[rows], pool))
         value, gradient = jax.value_and_grad(lambda w: loss(eqx.combine(w, module), batch, key))(state.weights)
         updates, memory = optimiser.update(gradient, state.optimiser, state.weights)
         new = jax.tree.map(lambda w, update: w - rate.at(number) * update, state.weights, updates)

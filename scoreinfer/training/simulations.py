@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from scoreinfer._memory import footprint, map_rows, rows_at_once
+from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
 from scoreinfer._typing import PRESENT, Key, Sites
 from scoreinfer.montecarlo.langevin import Differentiation, LogDensity, derivatives, differentiate
@@ -65,16 +66,16 @@ def simulate_with_data(
     return in_batches(rows, num, batch)
 
 
-@eqx.filter_jit
+@over_devices
 def _simulate_rows(key, problem, rows):
     def one(row):
         z, y = problem.simulate(jax.random.fold_in(key, row))
         return z, y, encode(problem, y)
 
-    return jax.vmap(one)(rows)
+    return map_rows(one, None)(rows)
 
 
-@eqx.filter_jit
+@over_devices
 def _gradients(problem, z, y):
     def one(z, y):
         return differentiate(lambda z: problem.log_joint(z, y), z)(z)[1]

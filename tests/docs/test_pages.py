@@ -54,6 +54,8 @@ def room():
 @pytest.mark.parametrize("path", HOWTOS, ids=lambda path: path.stem)
 def test_howtos_run(path, room, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
+    if "import distributed" in path.read_text():
+        pytest.importorskip("distributed")
     monkeypatch.chdir(tmp_path)
     y = 1.2 * jnp.exp(-0.7 * room["t"])
     draws = room["posterior"].condition(room["t"], y=y).sample(jax.random.key(7), 2000)
