@@ -104,12 +104,23 @@ def split(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return evaluate
 
 
+def everywhere(tree: PyTree) -> PyTree:
+    """Keep arrays whole on every device of the program."""
+    return _laid_out(tree, PartitionSpec())
+
+
 def spread(batch: PyTree) -> PyTree:
     """Spread the rows of a batch over the devices of the program; what is computed of them follows by itself."""
+    return _laid_out(batch, PartitionSpec(AXIS))
+
+
+def _laid_out(tree: PyTree, where: PartitionSpec) -> PyTree:
     mesh = _OF_TRACE.get()
     if mesh is None:
-        return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+        return tree
+    layout = NamedSharding(mesh, where)
+    constrain = lambda leaf: jax.lax.with_sharding_constraint(leaf, layout) if isinstance(leaf, jax.Array) else leaf  # noqa: E731
+    return jax.tree.map(constrain, tree)
 
 
 def at_home(tree: PyTree) -> PyTree:

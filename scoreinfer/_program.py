@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from scoreinfer._devices import at_home, mesh_in_use, mesh_of_trace, splitting
+from scoreinfer._devices import at_home, everywhere, mesh_in_use, mesh_of_trace, splitting
 from scoreinfer._tree import is_array, is_traced
 
 NEEDS_VALUES = (
@@ -55,7 +55,7 @@ def over_devices(function: F) -> F:
 
     def for_mesh(mesh: Mesh | None, *args: Any, **kwargs: Any) -> Any:
         with splitting(mesh):
-            return function(*args, **kwargs)
+            return everywhere(function(*args, **kwargs))
 
     for_mesh.__name__ = for_mesh.__qualname__ = function.__name__
     compiled = eqx.filter_jit(for_mesh)
@@ -136,7 +136,7 @@ def execute(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function by a program that is compiled once for all functions that do the same with other constants."""
     mesh = _mesh_for(args)
     with splitting(mesh):
-        program = Program(function, *args)
+        program = Program(lambda *args: everywhere(function(*args)), *args)
     if mesh is None:
         return _compiled(program, None, program.constants, *args)
     constants, args = at_home((program.constants, args))

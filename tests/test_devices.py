@@ -60,9 +60,10 @@ def test_four_devices_and_two_processes_give_what_one_gives(alone, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     alone = alone | named(explored())
-    for runs in [[start(tmp_path, 4)], [start(tmp_path, 1, str(number), port) for number in range(2)]]:
-        for output, process in runs:
-            assert process.wait(timeout=300) == 0
+    for runs in ([(4,)], [(1, str(number), port) for number in range(2)]):
+        for output, process in [start(tmp_path, *run) for run in runs]:
+            with process:
+                assert process.wait(timeout=600) == 0
             check_same(np.load(output), alone)
 
 
