@@ -132,6 +132,33 @@ class Program:
         return jax.tree.unflatten(self._treedef, jax.core.eval_jaxpr(self._jaxpr, constants, *leaves))
 
 
+class Traced(eqx.Module):
+    """A function of one array that was traced; its constants are arrays.
+
+    Programs that are given two such functions are the same if their texts are.
+
+    Args:
+        function: the function.
+        example: its argument, or the shape and dtype of it.
+
+    >>> first, second = (Traced(lambda x, y=jnp.array(y): x * y, jnp.zeros(3)) for y in (2.0, 5.0))
+    >>> jax.tree.structure(first) == jax.tree.structure(second), first(jnp.ones(1)).tolist()
+    (True, [2.0])
+    """
+
+    constants: list[Any]
+    program: Program = eqx.field(static=True)
+
+    def __init__(self, function: Callable[[Any], PyTree], example: Any) -> None:
+        self.program = Program(function, example)
+        self.constants = self.program.constants
+
+    def __call__(self, x: Any) -> PyTree:
+        """Compute the function."""
+        (example,) = self.program.shapes
+        return self.program(self.constants, x.astype(example.dtype))
+
+
 def execute(function: Callable[..., Any], *args: Any) -> Any:
     """Run a function by a program that is compiled once for all functions that do the same with other constants."""
     mesh = _mesh_for(args)

@@ -1,5 +1,6 @@
 """Reading what the data of a model see of one site: the likelihood in the form that guidance needs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 
+from scoreinfer._program import Traced, execute
 from scoreinfer._typing import Key
 from scoreinfer.errors import Offence, UnsupportedModel
 from scoreinfer.model.replay import Trace, fixed_key, is_data, layers, log_prob, unwrapped
@@ -78,13 +80,21 @@ def read_seen(site: str, model: Callable[..., Any], *args: Any, **kwargs: Any) -
     def draw(key: Key) -> Array:
         return jnp.ravel(trace(seed(run, key)).get_trace()[site]["value"])
 
-    probes = jax.jit(jax.vmap(draw))(jax.random.split(fixed_key(), NUM_PROBES))
-    likelihood = _likelihood(site, _Reading(play, probes))
+    probes = execute(jax.vmap(draw), jax.random.split(fixed_key(), NUM_PROBES))
+    likelihood = _traced(_likelihood(site, _Reading(play, probes)), probes[0])
 
     def log_prior(x: State) -> Float[Array, ""]:
         return log_prob(play(x)[site]).sum()
 
-    return Seen(likelihood, log_prior if played[site]["type"] == "sample" else None, shape)
+    return Seen(likelihood, Traced(log_prior, probes[0]) if played[site]["type"] == "sample" else None, shape)
+
+
+def _traced(likelihood: AbstractLikelihood, x: State) -> AbstractLikelihood:
+    """Trace the functions of a likelihood: programs then compile once for all data."""
+    u = jax.eval_shape(likelihood.predict, x)
+    arguments = {"predict": x, "log_sites": u, "log_ratio": u}
+    own = {name: Traced(getattr(likelihood, name), of) for name, of in arguments.items() if hasattr(likelihood, name)}
+    return dataclasses.replace(likelihood, **own)
 
 
 def site_of(site: str, run: Callable[[], Any]) -> tuple[Callable[[Key], Array], tuple[int, ...]]:
@@ -141,7 +151,7 @@ class _Reading(NamedTuple):
 
     def over_probes(self, function: Callable[[State], Any]) -> Any:
         """Compute a function at all draws."""
-        return jax.jit(lambda x: jax.lax.map(function, x))(self.probes)
+        return execute(lambda x: jax.lax.map(function, x), self.probes)
 
 
 def _likelihood(site: str, reading: _Reading) -> AbstractLikelihood:

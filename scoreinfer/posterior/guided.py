@@ -1,14 +1,17 @@
 """Posteriors under a learned prior: a score and a likelihood that the score has never seen, without training."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scoreinfer._program import Program
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.evidence.certificate import certify_weights
@@ -34,13 +37,16 @@ class GuidedPosterior(AbstractConditioned):
 
     Args:
         proposal: twisted particles.
-        target: the density that their weights are exact for.
+        target: the density that their weights are exact for. Its problem has no density of its own: programs then
+            compile once for all data.
         exact_for: which density that is, in words.
+        problem: the problem, with its density at these data.
     """
 
     proposal: AbstractTwisted
     target: Target
     exact_for: str = eqx.field(static=True)
+    problem: Problem = eqx.field(static=True)
 
     def sample(self, key: Key, num: int, *, batch_size: int = 1024) -> Draws:
         """Draw, weigh every draw exactly, and certify the batch.
@@ -64,7 +70,7 @@ class GuidedPosterior(AbstractConditioned):
             )
         info = DrawInfo(num, num * self.proposal.num_evaluations, None, self.proposal.num_particles)
         draws = self._draws(drawn, certify_weights(drawn.log_weight), info, batch_size)
-        return draws._replace(info=info._replace(seconds=time.perf_counter() - start))
+        return draws._replace(info=info._replace(seconds=time.perf_counter() - start), problem=self.problem)
 
 
 class Guided:
@@ -114,14 +120,18 @@ class Guided:
     ) -> None:
         self.model, self.site, self.prior, self.guide, self.discretised = model, site, prior, guide, discretised
         self.num_steps, self.num_particles = num_steps, num_particles
+        self._without_data: dict[Any, Problem] = {}
 
     def condition(self, *args: Any, **kwargs: Any) -> GuidedPosterior:
         """Return the posterior of the data in these model arguments.
+
+        Other data of the same shapes need no compilation. Whole numbers that are no arrays are part of the programs.
 
         Raises:
             UnsupportedModel: if the site cannot be read, or other sites are unknown.
             ValueError: if the data see nothing of the site, there are none, or the prior was made for another shape.
         """
+        args, kwargs = jax.tree.map(_as_data, (args, kwargs))
         seen = read_seen(self.site, self.model, *args, **kwargs)
         prior = as_prior(self.prior, seen.shape)
         process = LEVELS if isinstance(self.prior, LearnedPrior) else prior.flow.process
@@ -135,12 +145,32 @@ class Guided:
             problem = discretised_problem(
                 prior.discretised(process, self.num_steps), guidance.likelihood, site, prior.change.forward
             )
-            return GuidedPosterior(TwistedNoise(**common), Target(problem, {}), DISCRETISED)
+            return self._posterior(TwistedNoise(**common), problem, DISCRETISED)
         twisted = Twisted(change=prior.change, **common)
         exact_for = FLOW if seen.log_prior is None else MODEL
-        return GuidedPosterior(
-            twisted, Target(problem_of_site(self.site, seen, seen.log_prior or prior.log_density), {}), exact_for
+        return self._posterior(
+            twisted, problem_of_site(self.site, seen, seen.log_prior or prior.log_density), exact_for
         )
+
+    def _posterior(self, proposal: AbstractTwisted, problem: Problem, exact_for: str) -> GuidedPosterior:
+        """Make the target of a traced density, and of the problem that all data of these shapes share."""
+        z = jax.ShapeDtypeStruct((problem.dim,), jnp.result_type(float))
+        program = Program(problem.log_joint, z, {})
+        shared = self._without_data.setdefault(
+            (exact_for, problem.latents), dataclasses.replace(problem, log_prior=_unknown, log_likelihood=_unknown)
+        )
+        target = Target(shared, {}, program=program, constants=tuple(map(jnp.asarray, program.constants)))
+        return GuidedPosterior(proposal, target, exact_for, problem)
+
+
+def _as_data(leaf: Any) -> Any:
+    """Make an array of a number: as a constant of a program it would be part of its text."""
+    is_number = isinstance(leaf, float | np.floating) or (isinstance(leaf, np.ndarray) and leaf.ndim == 0)
+    return jnp.asarray(leaf) if is_number else leaf
+
+
+def _unknown(*args: Any) -> Any:
+    raise NotImplementedError("This problem is shared by many data sets: weigh by the target.")
 
 
 def problem_of_site(name: str, seen: Seen, log_prior: Callable[..., Any]) -> Problem:

@@ -12,6 +12,7 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import log_density
 
+from compilations import Compilations
 from laws import RANDOM
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.errors import UnreadableFile
@@ -104,6 +105,31 @@ def test_the_models_own_density_corrects_a_score_of_another_prior():
     mean = 0.5 + gain * (1.7 - 0.25)
     variance = 1.44 - gain**2 * sd**2
     assert (np.abs(own - np.concatenate([mean, mean**2 + variance])) < 5 * error).all()
+
+
+def spikes(y=None):
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Poisson(jnp.exp(0.7 * x)).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second", "discretised"),
+    [(normal, 1.7, -0.4, False), (normal, 1.7, -0.4, True), (spikes, Y, jnp.array([0, 2]), False)],
+)
+def test_other_data_need_no_compilation(model, first, second, discretised):
+    """The second posterior is that of its own data."""
+    guided = Guided(model, "x", GaussianScore(jnp.zeros(2), jnp.eye(2)), num_steps=3, discretised=discretised)
+
+    def draw(y):
+        return guided.condition(y=y).sample(jax.random.key(6), 64)
+
+    before = draw(first)
+    with Compilations() as compilations:
+        draws = draw(second)
+    assert compilations.count == 0
+    own = jax.vmap(lambda z: draws.problem.log_joint(z, {}))(draws.unconstrained)
+    np.testing.assert_allclose(own, draws.log_joint, rtol=1e-5)
+    assert not np.isin(draws.unconstrained, before.unconstrained).all()
 
 
 def test_the_product_with_a_gaussian_is_in_closed_form():
