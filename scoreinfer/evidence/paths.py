@@ -64,6 +64,8 @@ class PathCertificate(NamedTuple):
 
     def __str__(self) -> str:
         head = "certified" if self.certified else "not certified"
+        if not self.num_steps:
+            return f"{head}: {self.reason}"
         lobes = "/".join(f"{share:.2f}" for share in self.shares)
         theirs = "/".join(f"{share:.2f}" for share in self.explorer_shares)
         return (

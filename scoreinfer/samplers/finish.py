@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.feynman_kac import draw_backwards, run
@@ -69,7 +69,7 @@ class AbstractFinish(eqx.Module):
         """
 
     def run(
-        self, key: Key, target: PathTarget, starts: Float[Array, "chains times dim"], cold: Float[Array, " chains"]
+        self, key: Key, target: PathTarget, starts: Float[Array, "chains times dim"], cold: Bool[Array, " chains"]
     ) -> Finished:
         """Run one chain from every start."""
         keys = jax.random.split(key, len(starts))
