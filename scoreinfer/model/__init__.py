@@ -90,7 +90,7 @@ def from_numpyro(
     Exactness: the densities are those of the model. The simulations are exact draws of its sample sites.
 
     Example:
-        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> def model(y=None):
         ...     rate = numpyro.sample("rate", dist.Exponential(1.0))
         ...     numpyro.sample("y", dist.Poisson(rate), obs=y)
@@ -99,6 +99,16 @@ def from_numpyro(
         (1, 'y')
         >>> float(problem.log_joint(jnp.zeros(1), problem.read((), {"y": 0})))
         -2.0
+
+        With designs, a posterior is learned for any of them:
+
+        >>> def masked(present, y=None):
+        ...     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(a, 1.0).expand([3]).mask(present), obs=y)
+        >>> problem = from_numpyro(masked, designs=lambda key: {"present": jax.random.bernoulli(key, 0.5, (3,))})
+        >>> y = problem.read((jnp.array([True, False, False]),), {"y": jnp.array([0.0, 1.0, jnp.nan])})
+        >>> round(float(problem.log_likelihood(jnp.zeros(1), y)), 3)
+        -0.919
     """
     return problem_of(model, args, kwargs, observed, designs, missing)
 

@@ -33,6 +33,12 @@ class MaskedRows(eqx.Module):
         num_out: length of A's output.
 
     References: Zaheer et al. 2017, arXiv 1703.06114, theorem 2.
+
+    Example:
+        >>> net, there = MaskedRows(jax.random.key(0), 3, 2, 0, 1), jnp.array([1.0, 1.0, 0.0])
+        >>> one, other = (net({"y": jnp.array([0.5, 2.0, gone]), "y present": there}) for gone in (0.0, 7.0))
+        >>> bool((one == other).all())
+        True
     """
 
     inner: ResidualMLP

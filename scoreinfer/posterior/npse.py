@@ -279,7 +279,8 @@ def fit(key: Key, model: Callable | Problem, *args: Any, designs: Designs | None
         key: random key.
         model: a NumPyro model, or a `Problem`.
         *args: the model's own arguments.
-        designs: draws the arguments that differ from data set to data set; see `NPSE`.
+        designs: draws the arguments that differ from data set to data set; see `NPSE`. A model with an argument of
+            this name needs ``NPSE(model).fit``.
         **kwargs: the model's own keyword arguments.
 
     Raises what `NPSE.fit` raises.
