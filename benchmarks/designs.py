@@ -199,7 +199,7 @@ def grouped(present, y=None):
 
 def groups(seed: int) -> Iterator[tuple[str, Figures]]:
     """Mean, spread and evidence against a grid over the spread, with everything else in closed form."""
-    options = {"width": 32, "depth": 1, "num_steps": 2000, "batch_size": 128, "target_share": 0.25}
+    options = {"width": 32, "depth": 1, "num_steps": 4000, "batch_size": 128, "target_share": 0.5}
     posterior, seconds = fitted(jax.random.key(seed), grouped, any_groups, target_score=False, **options)
     yield "groups/fit", seconds
     rng = np.random.default_rng(seed)

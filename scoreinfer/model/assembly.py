@@ -228,13 +228,13 @@ def _problem(model: Callable, design: Design, facts: Facts) -> Problem:
         played = script.play(key)
         return _points(played, layout), observation(played)
 
-    def simulate_observation(key: Key, z: Float[Array, " dim"], y: Sites | None = None) -> Sites:
+    def simulate_observation(key: Key, z: Float[Array, " dim"], y: Any = None) -> Sites:
         design = {name: y[name] for name in facts.designs} if y is not None else {}
         return observation(script.play(key, layout.unflatten(z), design))
 
     encoders = {name: encoder(survey.table[name], survey.supports.get(name)) for name in names}
 
-    def encode(y: Sites) -> Sites:
+    def encode(y: Any) -> Sites:
         encoded = {name: encoders[name](y[name]) for name in names}
         return (
             encoded | {name + PRESENT: mask * 1.0 for name, mask in masks.at(y).items()} if facts.designs else encoded

@@ -57,7 +57,7 @@ class Given(dist.Distribution):
         """Return zeros: `Designed.designs` draws the values."""
         return jnp.zeros(sample_shape + self.batch_shape, self.dtype)
 
-    def log_prob(self, value: Array) -> Array:
+    def log_prob(self, value: Any) -> Array:
         """Return zeros."""
         return jnp.zeros(jnp.shape(value))
 
@@ -135,7 +135,7 @@ class Designed:
                 stack.enter_context(_Hide(present))
             return self.model(*bound.args, **bound.kwargs)
 
-    def _site(self, name: str, example: np.ndarray, value: Any) -> Array:
+    def _site(self, name: str, example: np.ndarray, value: Any) -> Any:
         if value is not None:  # as NumPy where possible: a constant must not become an operation of the program
             value = jnp.asarray(value, example.dtype) if is_traced(value) else np.asarray(value, example.dtype)
             if value.shape not in (example.shape, ()):

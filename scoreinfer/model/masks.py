@@ -1,5 +1,7 @@
 """Masks of observed sites: which entries are missing, and what stands in their place."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
@@ -25,7 +27,7 @@ class Masks:
 
     def __init__(self, survey: Survey, script: Script, designs: tuple[str, ...]) -> None:
         self._survey, self._script, self._designs = survey, script, designs
-        self._points = {name: survey.points[name][0] for name in survey.latents}
+        self._points = {name: jnp.asarray(survey.points[name][0]) for name in survey.latents}
         self._fixed: Sites = {} if designs else {name: jnp.asarray(mask) for name, mask in survey.masks.items()}
         self._moving = tuple(self._of_design(survey.masked)) if designs and survey.masked else ()
 
@@ -34,7 +36,7 @@ class Masks:
         moving = {name: mask_of(played[name]) for name in self._moving}
         return {**self._fixed, **{name: mask for name, mask in moving.items() if mask is not None}}
 
-    def at(self, y: Sites) -> Sites:
+    def at(self, y: Any) -> Sites:
         """Compute the masks of an observation, from its design."""
         return self.of(self._script.play(fixed_key(), self._points, y)) if self._moving else dict(self._fixed)
 

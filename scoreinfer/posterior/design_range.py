@@ -6,6 +6,7 @@ all trained ones. Data are compared with fresh simulations of the very same desi
 """
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -125,7 +126,7 @@ def check_design(problem: Problem, trained: Outliers | None, y: Sites) -> None:
         )
 
 
-def _in_units(name: str, *numbers: float) -> list[float]:
+def _in_units(name: str, *numbers: Any) -> list[float]:
     return [float(np.expm1(number)) if name.startswith(NUMBER) else float(number) for number in numbers]
 
 

@@ -1,5 +1,7 @@
 """The choice of an embedding for data with designs: a set or a series of rows, groups of rows, or all numbers."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,8 @@ def _groups(key: Key, problem: Problem, num_groups: int, local: tuple[tuple[int,
     return MaskedGroups(key, num_groups, num_rows, num_entry, num_covariates, num_other)
 
 
-def _encoded(key: Key, problem: Problem) -> Sites:
+def _encoded(key: Key, problem: Problem) -> Any:
+    """Compute the shapes of encoded observations."""
     return jax.eval_shape(lambda key: encode(problem, problem.simulate(key)[1]), key)  # type: ignore[misc]
 
 
