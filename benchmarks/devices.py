@@ -66,41 +66,63 @@ def weather(y=None):
     numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
 
-def works(key):
-    """Make the works by name."""
+def problem_and_proposal(key):
+    """Read the model, and make a proposal that nobody has trained."""
     problem = si.from_numpyro(weather)
-    target = bounded_target(problem, {"y": np.asarray(problem.simulate(key)[1]["y"])})
     architecture = Architecture(Size(32, 2), Size(128, 4), ProbabilityFlow(num_steps=8))
-    proposal = untrained(key, key, problem, architecture, Concatenate())
-    reference = Prior(problem)
+    return problem, untrained(key, key, problem, architecture, Concatenate())
+
+
+def target_of(problem, key):
+    return bounded_target(problem, {"y": np.asarray(problem.simulate(key)[1]["y"])})
+
+
+def simulate(key):
+    problem = si.from_numpyro(weather)
+    return lambda: simulate_joint(key, problem, 16_384)
+
+
+def draw(key):
+    problem, proposal = problem_and_proposal(key)
+    target = target_of(problem, key)
+    return lambda: weighted_draws(key, proposal, target, 1024, None, 0, 4096)
+
+
+def explore(key):
+    problem = si.from_numpyro(weather)
+    reference, target = Prior(problem), target_of(problem, key)
     moves = LangevinMoves(reference, target, np.array(16), short=True)
     start = first_population(reference_rows(key, reference, jnp.arange(1024)), 1024)
-    particles, starts = begin(moves, start, np.array(0.01)), jnp.arange(0, 1024, 2)
+    now, starts = begin(moves, start, np.array(0.01)), jnp.arange(0, 1024, 2)
+    return lambda: moves.move(key, now.power, now.values, now.seen, starts, now.adapted)
+
+
+def filtering(key):
     space = si.StateSpace(
         initial=dist.Normal(8.0 * jnp.ones(STATES), 1.0).to_event(1),
         transition=lambda t0, t1, x: dist.Normal(jax.lax.fori_loop(0, 100, lambda _, x: lorenz(x), x), 0.1).to_event(1),
         observation=lambda t, x: dist.Normal(x[::4], 1.0).to_event(1),
     )
-    posterior = Fitted(problem, proposal)
+    method, y = si.filters.BootstrapFilter(), jnp.full((4, STATES // 4), 8.0)
+    return lambda: si.filter(key, space, method=method, num_members=2048, y=y).cycles.analysis.members
+
+
+def calibrate(key):
+    posterior, sizes = Fitted(*problem_and_proposal(key)), {"num_proposals": 64, "num_draws": 31}
+    return lambda: si.calibration.sbc(key, posterior, 64, **sizes, progress_bar=False).joint
+
+
+def training(key):
     u = jax.random.normal(key, (4096, 16))
     batch = ScoreBatch(u, {"x": u}, jnp.zeros_like(u))
     module = score_module(key, 16, Concatenate(), batch.x, width=256, depth=4)
-    return {
-        "simulate": lambda: simulate_joint(key, problem, 16_384),
-        "draw": lambda: weighted_draws(key, proposal, target, 1024, None, 0, 4096),
-        "explore": lambda: moves.move(
-            key, particles.power, particles.values, particles.seen, starts, particles.adapted
-        ),
-        "filter": lambda: (
-            si.filter(
-                key, space, method=si.filters.BootstrapFilter(), num_members=2048, y=jnp.full((4, STATES // 4), 8.0)
-            ).cycles.analysis.members
-        ),
-        "calibrate": lambda: (
-            si.calibration.sbc(key, posterior, 64, num_proposals=64, num_draws=31, progress_bar=False).joint
-        ),
-        "train": lambda: train(key, module, loss, lambda key: batch, None, Budget(20, 2048, 20), progress_bar=False)[0],
-    }
+    return lambda: train(key, module, loss, lambda key: batch, None, Budget(20, 2048, 20), progress_bar=False)[0]
+
+
+WORKS = {
+    "simulate": simulate, "draw": draw, "explore": explore, "filter": filtering, "calibrate": calibrate,
+    "train": training,
+}  # fmt: skip
 
 
 class Fitted:
@@ -131,9 +153,8 @@ def measure(names, repeats, output):
     """Measure in this process, on all its devices; write results and figures down."""
     found, figures = {}, {}
     with si.use_devices():
-        for name, work in works(jax.random.key(0)).items():
-            if names and name not in names:
-                continue
+        for name in names or WORKS:
+            work = WORKS[name](jax.random.key(0))
             found[name] = arrays(work())
             for _ in range(repeats):
                 wall, cpu = time.perf_counter(), time.process_time()
