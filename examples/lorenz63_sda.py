@@ -133,7 +133,8 @@ def main():
     gibbs = si.samplers.ParticleGibbs(4, 32) if args.smoke else si.samplers.ParticleGibbs(20, 512)
     hidden = si.SDA(model, "x", finish=gibbs).condition(y=z, coordinate=2)  # a small state: no score needed
     turned = hidden.sample(keys[5], 16 if args.smoke else 128)
-    print(f"\nz alone: share of paths with x > 0 in the middle: {float((turned.sites['x'][:, TIMES // 2, 0] > 0).mean()):.2f}")
+    share = float((turned.sites["x"][:, TIMES // 2, 0] > 0).mean())
+    print(f"\nz alone: share of paths with x > 0 in the middle: {share:.2f}")
     print(turned.certificate)
     if args.figure:
         plot(args.figure, np.asarray(truth), y, drawn, turned.sites["x"])
