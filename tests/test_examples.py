@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import coal_disasters
 import interferometer
 import k2_24_velocities as k2_24
+import layered_ground
 import lorenz96_filter as lorenz96
 import rainfall_runoff
 import toy_process_holzschuh2023 as toy
@@ -215,3 +216,13 @@ def test_lorenz96_runs(tmp_path):
         text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert "ScoreFilter: " in done.stdout and (tmp_path / "filter.png").stat().st_size > 1000
+
+
+def test_layers_in_series_share_the_head_by_their_resistance():
+    """An even column has a linear head; over two kinds of ground the drops are in proportion to the resistances."""
+    even = layered_ground.heads(jnp.full(layered_ground.NUM_CELLS, 0.7))
+    np.testing.assert_allclose(even, 1 - (layered_ground.WELLS + 1) / layered_ground.NUM_CELLS, rtol=1e-5)
+    half = layered_ground.NUM_CELLS // 2
+    two = layered_ground.heads(jnp.log(jnp.where(jnp.arange(2 * half) < half, 1.0, 0.25)))
+    drops = np.diff(two) / np.diff(layered_ground.WELLS)
+    assert drops[-1] / drops[0] == pytest.approx(4.0, rel=1e-4)

@@ -141,11 +141,13 @@ class Certificate(NamedTuple):
 
     def __str__(self) -> str:
         head = "certified" if self.certified else "not certified"
-        return (
-            f"{head}: {self.reason}\n  ESS {self.ess:.0f} of {self.num}, k-hat {self.k_hat:.2f}, "
-            f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}, missed share {self.missed:.3f}, "
-            f"distance rank {self.distance_rank:.3f}\n  {self.resolution}"
+        figures = (
+            f"ESS {self.ess:.0f} of {self.num}, k-hat {self.k_hat:.2f}, "
+            f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_se:.3f}"
         )
+        measured = {"missed share": self.missed, "distance rank": self.distance_rank}
+        figures += "".join(f", {name} {value:.3f}" for name, value in measured.items() if not np.isnan(value))
+        return f"{head}: {self.reason}\n  {figures}\n  {self.resolution}"
 
     @property
     def resolution(self) -> str:
