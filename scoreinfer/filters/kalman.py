@@ -200,7 +200,7 @@ class LETKF(AbstractKalman):
         scaled = seen.anomalies / jnp.sqrt(seen.anomalies.shape[0] - 1.0)
 
         def entry(i: Array) -> Float[Array, ""]:
-            weight = self.rho(place[i][None], place)[0] * (numbers < i) / seen.variance
+            weight = jnp.asarray(self.rho(place[i][None], place))[0] * (numbers < i) / seen.variance
             system = jnp.eye(len(scaled)) + (scaled * weight) @ scaled.T
             solved = jax.scipy.linalg.solve(system, scaled[:, i], assume_a="pos")
             mean = solved @ (scaled @ (weight * seen.innovation))
