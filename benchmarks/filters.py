@@ -11,9 +11,11 @@ score filter has one configuration for all cases.
 
 import argparse
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -105,7 +107,7 @@ CASES = {
             see=lambda x: x,
             noise=1.0,
             spread=0.03,
-            radius=16.0,
+            radius=20.0,
         ),
         Case("quiet", 100),
         Case("shocks", 100, shocks=True, num_seeds=24),
@@ -267,6 +269,9 @@ def rows(
     if chosen("lorenz63"):
         jax.clear_caches()
         yield "lorenz63", lorenz63_rows(first_seed)
+    if chosen("surface_qg"):
+        jax.clear_caches()
+        yield from surface_qg_rows()
     if chosen("alarms"):
         jax.clear_caches()
         yield "alarms", alarms()
@@ -293,6 +298,29 @@ def lorenz63_rows(first_seed: int) -> dict[str, float]:
         found = measure(case._replace(num_members=num), method, seeds, f"N {num} h {bandwidth:g}")
         figures |= {f"{name}_{num}": found[name] for name in ("rmse", "spread", "coverage", "rmse_worst")}
     return figures
+
+
+def surface_qg_rows(size: int = 16, num_cycles: int = 30, seeds=(0, 1)) -> Iterator[tuple[str, dict[str, float]]]:
+    """Follow surface quasi-geostrophic turbulence (`examples/surface_qg.py`) on a small domain; later half."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import surface_qg as example
+
+    flow = example.Flow(size, width=10.0 * size / 32)
+    states = jax.jit(partial(example.climate, flow), static_argnums=1)(jax.random.key(0), 41)
+    for name in ("arctan", "half"):
+        found: dict[str, list[list[float]]] = {}
+        for seed in seeds:
+            told = example.follow(jax.random.key(seed), flow, example.CASES[name], states, num_cycles)[2]
+            for method, values in told.items():
+                found.setdefault(method, []).append([float(value[num_cycles // 2 :].mean()) for value in values])
+        rmse, _, coverage = (
+            dict(zip(found, np.array(list(found.values())).mean(1)[:, i], strict=True)) for i in range(3)
+        )
+        yield f"surface_qg_{name}", {
+            "rmse": rmse["ScoreFilter"], "coverage": coverage["ScoreFilter"], "letkf_rmse": rmse["LETKF"],
+            "letkf_coverage": coverage["LETKF"], "times_letkf": rmse["ScoreFilter"] / rmse["LETKF"],
+            "times_ensf": rmse["ScoreFilter"] / rmse["EnSF"],
+        }  # fmt: skip
 
 
 def cost(dim: int, num_times: int = 5) -> dict[str, float]:

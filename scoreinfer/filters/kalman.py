@@ -22,7 +22,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
-from scoreinfer.filters.spectral import inverse_and_root
+from scoreinfer.filters.spectral import after, left_of, shrunk
 from scoreinfer.filters.taper import Locality
 from scoreinfer.markov import Entries, Observed, Time
 from scoreinfer.process.base import LOG_2PI
@@ -222,20 +222,11 @@ class LETKF(AbstractKalman):
 
 
 def _transformed(seen: Seen, rho: Entries, centred: Float[Array, "num dim"]) -> Float[Array, "num dim"]:
-    """Move anomalies to the analysis: X^T [w 1^T + (I + S S^T)^{-1/2}] with S = Y D^{1/2} / sqrt(N - 1).
-
-    Where there are fewer entries than members, the same from (I + S^T S): with R its inverse square root,
-    (I + S S^T)^{-1/2} = I - S (I + S^T S)^{-1} (I + R)^{-1} S^T.
-    """
-    num, entries = seen.anomalies.shape
-    scale = jnp.sqrt(rho / seen.variance / (num - 1))
+    """Move anomalies to the analysis: X^T [w 1^T + (I + S S^T)^{-1/2}] with S = Y D^{1/2} / sqrt(N - 1)."""
+    scale = jnp.sqrt(rho / seen.variance / (seen.anomalies.shape[0] - 1))
     small, aim = seen.anomalies * scale, seen.innovation * scale
-    if num <= entries:
-        inverse, root = inverse_and_root(jnp.eye(num) + small @ small.T)
-        return root.T @ centred + (inverse @ (small @ aim)) @ centred
-    inverse, root = inverse_and_root(jnp.eye(entries) + small.T @ small)
-    shrunk = jnp.linalg.solve(jnp.eye(entries) + root, inverse)
-    return centred - small @ (shrunk @ (small.T @ centred)) + (small @ (inverse @ aim)) @ centred
+    spread = shrunk(small, centred)
+    return spread + jax.vmap(lambda column: left_of(after(small, spread), column)[0] @ aim, 1)(centred)
 
 
 def _relaxed(

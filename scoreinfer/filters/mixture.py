@@ -16,10 +16,9 @@ from jaxtyping import Array, Float
 
 from scoreinfer._quadrature import Numbers
 from scoreinfer._typing import Key
-from scoreinfer.filters.sites import Prior
-from scoreinfer.filters.spectral import inverse_and_root
+from scoreinfer.filters.sites import Prior, block, marginals
+from scoreinfer.filters.spectral import after, inverse_and_root, shrunk
 from scoreinfer.filters.taper import everywhere
-from scoreinfer.filters.transform import transform
 from scoreinfer.montecarlo.resampling import systematic
 from scoreinfer.montecarlo.weights import log_mean_weight
 from scoreinfer.score.sites import Sites
@@ -50,11 +49,13 @@ def analyse_mixture(key: Key, prior: Prior, bandwidth: float, fit: Fit) -> tuple
     components = jax.vmap(lambda mean: Prior(mean, rows, jnp.zeros(points), everywhere(points)))(centres)
     sites, log_evidence = jax.vmap(fit)(components)
     chosen = systematic(for_rows, log_evidence, num)
-    noise = jax.random.normal(for_draws, (num, points), centres.dtype) @ root
+    noise = jax.random.normal(for_draws, (num, points + 1), centres.dtype)
     priors, found = jax.tree.map(lambda leaf: leaf[chosen], (components, sites))
 
     def drawn(prior: Prior, sites: Sites, noise: Numbers) -> Numbers:
-        return transform(prior, sites, noise[None])[0]
+        near_all = block(prior, sites, jnp.zeros((), int))
+        columns = prior.anomalies / jnp.sqrt(1.0 * points)
+        return marginals(prior, sites)[0] + shrunk(after(near_all.small, log_evidence), noise) @ columns
 
     return jax.vmap(drawn)(priors, found, noise), log_mean_weight(log_evidence)
 

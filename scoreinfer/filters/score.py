@@ -3,7 +3,7 @@
 A diffusion filter draws from the posterior by running a score backwards. Where the prior is Gaussian, the posterior's
 moments are available at once, and the run could only add errors. So `ScoreFilter` fits a local Gaussian to the members
 (its score is `scoreinfer.score.LocalGaussianScore`), puts every likelihood in by expectation propagation, and moves the
-members by the symmetric square root.
+members by the symmetric square root. Both happen in the space that the members span, as in `LETKF`.
 
 References: Minka 2001, UAI (expectation propagation); Anderson 2010, MWR 138 (exact scalar likelihoods in ensemble
 filters).
@@ -23,6 +23,7 @@ from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Memb
 from scoreinfer.filters.jumps import Error, Jumps, white_noise
 from scoreinfer.filters.mixture import analyse_mixture
 from scoreinfer.filters.sites import Prior, cavities, propagate
+from scoreinfer.filters.spectral import after
 from scoreinfer.filters.taper import Locality, everywhere
 from scoreinfer.filters.transform import transform
 from scoreinfer.markov import Entries, Observed, Sees, Time, is_missing
@@ -102,15 +103,16 @@ class ScoreFilter(AbstractFilter):
             is below 1 beside a locality.
 
     Exactness: without ``locality``, ``jumps`` and inflation, exact for linear Gaussian models as the ensemble grows.
-        Otherwise biased: the forecast is taken as Gaussian, distant correlations as zero, and the model's error as
-        known once it is inferred. Given these, marginals are the posterior's to the accuracy of expectation
+        Otherwise biased: the forecast is taken as Gaussian, distant observations count less, and the model's error is
+        taken as known once it is inferred. Given these, marginals are the posterior's to the accuracy of expectation
         propagation. The evidence conditions each entry on those before it in its block (Vecchia 1988). With ``jumps``
         it is no density of y: the variance added is inferred from the same y, so that its integral exceeds one (1.14
         was measured for one entry). Compare models by it with ``jumps=None`` only. As ``bandwidth``
         falls while the ensemble grows, without inflation and jumps: consistent.
 
-    Good values: the defaults. The radius of the blocks is the one thing to choose: as far as the ensemble can tell
-        correlations from noise. On Lorenz-96 with 20 members that is 12.
+    Good values: the defaults. The radius, at which observations cease to count, is the one thing to choose: as far as
+        the ensemble can tell correlations from noise. With 20 members that is 12 to 20 on Lorenz-96, and 8 in the plane
+        (`examples/surface_qg.py`).
 
     >>> from scoreinfer.filters import grid
     >>> ScoreFilter(grid((40,), 12.0)).inflation
@@ -170,7 +172,8 @@ class ScoreFilter(AbstractFilter):
 
         def fit(prior: Prior) -> tuple[Sites, Float[Array, ""]]:
             sites = propagate(prior, *likelihoods, num_sweeps=self.num_sweeps, damping=self.damping)
-            return sites, evidence(prior, sites, likelihoods)
+            log_evidence = evidence(prior, sites, likelihoods)
+            return Sites(*(after(value, log_evidence) for value in sites)), log_evidence
 
         if self.bandwidth < 1.0:
             noisy = dataclasses.replace(prior, anomalies=anomalies, added=jnp.zeros_like(prior.added))

@@ -1,17 +1,27 @@
-"""A localised Gaussian prior and scalar likelihoods: the posterior by expectation propagation, block by block.
+"""Points with a sample prior and scalar likelihoods: the posterior near each of them by expectation propagation.
 
-The prior of the points x is Gaussian, N(m, C), with C = rho o A^T A / (N - 1) + diag(b): a tapered sample covariance,
-and variance that is added to every point by itself. Each likelihood p(y_i | x_i) is replaced by a *site*, an
-unnormalised Gaussian exp(nu_i x_i - tau_i x_i^2 / 2). Expectation propagation takes site i away, which leaves the
-cavity N(x_i; m_i', v_i'), tilts it by the exact likelihood, and chooses the site anew so that mean and variance agree:
+The prior of the points is that of the N members' anomalies A, and of noise of variance b that is added to every point
+by itself:
+
+    x_j = m_j + A_j^T w / sqrt(N - 1) + e_j,        w ~ N(0, I), e_j ~ N(0, b_j).
+
+Each likelihood p(y_j | x_j) is replaced by a *site*, an unnormalised Gaussian exp(nu_j x_j - tau_j x_j^2 / 2).
+Expectation propagation takes site i away, which leaves the cavity N(x_i; m_i', v_i'), tilts it by the exact likelihood,
+and chooses the site anew so that mean and variance agree:
 
     tau_i = 1 / v_tilted - 1 / v',        nu_i = m_tilted / v_tilted - m' / v'.
 
-For a normal likelihood of x_i the site is the likelihood, whatever the cavity. All points are moved at once, and the
-marginals of point i are those of its block alone.
+For a normal likelihood of x_i the site is the likelihood, whatever the cavity. All points are moved at once.
 
-References: Minka 2001, UAI; Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", section 3.6 (the
-stable form through B = I + T^(1/2) C T^(1/2)).
+*Localisation*: seen from point i, a site j tells of w with precision t_j = rho_ij tau_j / (1 + tau_j b_j), where rho_ij
+is the taper of the distance between the two. So every point has its own posterior of w, with precision
+
+    M_i = I + S T S^T,        S = A / sqrt(N - 1), T = diag(t),
+
+which is a matrix of N rows, or, where the block of i has n < N points, one of n rows: B_i = I + T^(1/2) S^T S T^(1/2).
+
+References: Minka 2001, UAI (expectation propagation); Hunt, Kostelich and Szunyogh 2007, Physica D 230, section 2.3
+(precisions tapered by distance).
 """
 
 from collections.abc import Callable
@@ -23,6 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer._quadrature import LogLikelihood, Numbers
+from scoreinfer.filters.spectral import left_of
 from scoreinfer.filters.taper import Locality
 from scoreinfer.score import LocalGaussianScore
 from scoreinfer.score.sites import Sites, matched, roots_and_aims
@@ -32,7 +43,7 @@ CHUNK = 4096
 
 
 class Prior(eqx.Module):
-    """The localised Gaussian prior.
+    """The prior of the points.
 
     Args:
         mean: m.
@@ -52,7 +63,7 @@ class Prior(eqx.Module):
         return jnp.sum(self.anomalies**2, axis=0) / (self.anomalies.shape[0] - 1)
 
     def covariance(self, point: Int[Array, ""]) -> Float[Array, "block block"]:
-        """Compute C on the block of a point; zero where the block is padded."""
+        """Compute the tapered covariance on the block of a point; zero where the block is padded."""
         index, present = self.locality.index[point], self.locality.present[point]
         part = self.anomalies[:, index]
         sample = part.T @ part / (self.anomalies.shape[0] - 1)
@@ -60,34 +71,33 @@ class Prior(eqx.Module):
         return jnp.where(present[:, None] & present, tapered, 0.0)
 
     def score(self) -> LocalGaussianScore:
-        """Make the score that a diffusion filter would follow from this prior."""
+        """Make the score that a diffusion filter would follow from a prior with tapered covariances."""
         blocks = over_points(self.covariance, self.mean.size)
         return LocalGaussianScore(self.mean, self.locality.index, blocks)
 
 
 class Block(NamedTuple):
-    """The block of a point and the sites in it.
+    """What the sites near a point tell of w.
 
     Args:
-        covariance: C on the block; the point comes first.
-        root: T^(1/2).
-        system: B = I + T^(1/2) C T^(1/2).
-        aim: T^(-1/2) (nu - T m): how far from the prior mean the sites lie, in their standard deviations.
+        own: the point's own column of S.
+        small: S T^(1/2).
+        aim: T^(1/2) (nu / tau - m): how far from the prior mean the sites lie, in their standard deviations.
     """
 
-    covariance: Float[Array, "block block"]
-    root: Float[Array, " block"]
-    system: Float[Array, "block block"]
+    own: Float[Array, " num"]
+    small: Float[Array, "num block"]
     aim: Float[Array, " block"]
 
 
 def block(prior: Prior, sites: Sites, point: Int[Array, ""], seen: Bool[Array, " block"] | bool = True) -> Block:
     """Gather the block of a point; sites that are not ``seen`` are left out."""
-    index, covariance = prior.locality.index[point], prior.covariance(point)
-    near = Sites(*(jnp.where(seen, value[index], 0.0) for value in sites))
+    index, present = prior.locality.index[point], prior.locality.present[point]
+    columns = prior.anomalies[:, index] / jnp.sqrt(prior.anomalies.shape[0] - 1.0)
+    near = Sites(*(jnp.where(seen & present, value[index], 0.0) for value in sites))
     root, aim = roots_and_aims(near, prior.mean[index])
-    system = jnp.eye(index.size, dtype=root.dtype) + root[:, None] * covariance * root
-    return Block(covariance, root, system, aim)
+    share = jnp.sqrt(prior.locality.taper(point, index)) / jnp.sqrt(1.0 + near.precision * prior.added[index])
+    return Block(columns[:, 0], columns * (share * root), share * aim)
 
 
 def cavity(
@@ -95,15 +105,14 @@ def cavity(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute mean and variance of a point given the sites of its block, its own left out.
 
-    They are m + c T^(1/2) B^(-1) T^(-1/2) (nu - T m) and C_00 - c T^(1/2) B^(-1) T^(1/2) c, with c the point's row of
-    C. To take the point's own site out of its marginal instead would cancel all digits where the site is precise.
+    With s the point's own column of S, they are m + s^T M^(-1) S T^(1/2) aim and s^T M^(-1) s + b. To take the point's
+    own site out of its marginal instead would cancel all digits where the site is precise.
     """
     index = prior.locality.index[point]
     part = block(prior, sites, point, index < point if before else index != point)
-    row, prior_variance = part.root * part.covariance[0], part.covariance[0, 0]
-    solved = jax.scipy.linalg.solve(part.system, row, assume_a="pos")
-    least = jnp.finfo(row.dtype).eps * prior_variance + jnp.finfo(row.dtype).tiny
-    return prior.mean[point] + solved @ part.aim, jnp.maximum(prior_variance - solved @ row, least)
+    weight, left = left_of(part.small, part.own)
+    least = jnp.finfo(left.dtype).eps * part.own @ part.own + jnp.finfo(left.dtype).tiny
+    return prior.mean[point] + weight @ part.aim, jnp.maximum(left, least) + prior.added[point]
 
 
 def marginal(prior: Prior, sites: Sites, point: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -143,7 +152,7 @@ def marginals(prior: Prior, sites: Sites) -> tuple[Numbers, Numbers]:
         sites: the sites.
 
     Exactness: exact for one block without a taper and Gaussian likelihoods; otherwise biased: what lies outside of the
-        block is left out.
+        block is left out, and what is far away counts less.
     """
     return over_points(lambda point: marginal(prior, sites, point), prior.mean.size)
 

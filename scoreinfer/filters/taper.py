@@ -1,8 +1,9 @@
 """Localisation: which points lie near which, and how far a sample covariance between two of them is believed.
 
-A small ensemble cannot tell a weak correlation from none. A taper multiplies the sample covariance of two points by a
-number between 0 and 1 that falls with their distance. Where the taper is positive definite, so is every block of the
-product (Schur's theorem), although the sample covariance itself has no more than N - 1 directions.
+A small ensemble cannot tell a weak correlation from none. A taper is a number between 0 and 1 that falls with the
+distance of two points. It multiplies their sample covariance, or the precision of what one of them tells of the other.
+Where the taper is positive definite, so is every block of its product with a sample covariance (Schur's theorem),
+although the sample covariance itself has no more than N - 1 directions.
 
 References: Gaspari and Cohn 1999, QJRMS 125, equation 4.10; Houtekamer and Mitchell 2001, MWR 129.
 """
@@ -92,7 +93,7 @@ def _half_width(radius: float, half_width: float | None) -> float:
     if not radius >= 0.0:
         raise ValueError(f"`radius` must not be negative, got {radius:g}. Give 0 for components that are independent.")
     if half_width is None:
-        return 0.75 * radius if radius > 0.0 else 1.0  # a block of one point knows the distance 0 alone
+        return 0.5 * radius if radius > 0.0 else 1.0  # a block of one point knows the distance 0 alone
     if not half_width > 0.0:
         raise ValueError(
             f"`half_width` must be positive, got {half_width:g}. Give `radius=0` for components that are independent, "
@@ -108,7 +109,7 @@ def grid(shape: Sequence[int], radius: float, *, periodic: bool = True, half_wid
         shape: number of points along each axis.
         radius: a block holds the points not farther from its centre than this; 0 makes all independent.
         periodic: whether the axes are closed.
-        half_width: half-width of the taper; three quarters of the radius where not given.
+        half_width: half-width of the taper; where not given half of the radius, at which the taper then ends.
 
     Raises:
         ValueError: if ``radius`` is negative, or ``half_width`` is not positive.
@@ -145,7 +146,7 @@ def near(
         distance: a matrix, or a function of two arrays of numbers, which broadcast.
         radius: a block holds the points not farther from its centre than this; 0 makes all independent.
         num: number of points; needed beside a function.
-        half_width: half-width of the taper; three quarters of the radius where not given.
+        half_width: half-width of the taper; where not given half of the radius, at which the taper then ends.
 
     Raises:
         ValueError: if a matrix is not square and symmetric with zeros on its diagonal, ``num`` is missing, ``radius``

@@ -1,20 +1,20 @@
-"""Move an ensemble so that it has the posterior's mean and covariance, by the symmetric square root.
+"""Move an ensemble to the posterior's means and variances, by the symmetric square root.
 
-With sites of precision T and B = I + T^(1/2) C T^(1/2),
+With M = I + S T S^T for the sites near a point (`scoreinfer.filters.sites`), the anomalies of the point become
 
-    a_i' = a_i - C_i T^(1/2) (B + B^(1/2))^(-1) T^(1/2) a
+    a' = M^(-1/2) a,
 
-gives the anomalies the posterior covariance, where C is their own. Of all square roots this one moves them least.
+stretched by the factor that gives them the variance of the point's marginal: one, but where noise was added. Of all
+square roots this one moves members least, and neighbours nearly alike.
 
-References: Whitaker and Hamill 2002, MWR 130, equation 10 (the reduced gain); Hunt, Kostelich and Szunyogh 2007,
-Physica D 230 (local, symmetric).
+References: Hunt, Kostelich and Szunyogh 2007, Physica D 230, section 2.3.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer.filters.sites import Prior, block, marginal, over_points
-from scoreinfer.filters.spectral import inverse_and_root
+from scoreinfer.filters.spectral import after, shrunk
 from scoreinfer.score.sites import Sites
 
 
@@ -26,16 +26,16 @@ def transform(prior: Prior, sites: Sites, anomalies: Float[Array, "num points"])
         sites: the sites.
         anomalies: the members less their mean, noise of variance ``prior.added`` included.
 
-    Exactness: exact for one block without a taper, where C is the anomalies' own covariance: their mean and covariance
-        become the posterior's. Otherwise biased as the blocks are.
+    Exactness: exact for one block without a taper and without added noise: mean and covariance of the members become
+        the posterior's. Otherwise means and variances are those of `marginals`, and correlations biased as blocks are.
     """
+    num = anomalies.shape[0]
 
     def moved(point):
+        mean, variance = marginal(prior, sites, point)
         part = block(prior, sites, point)
-        mean, _ = marginal(prior, sites, point)
-        inverse, root = inverse_and_root(part.system)
-        eye = jnp.eye(root.shape[0], dtype=root.dtype)
-        gain = part.root * jnp.linalg.solve(eye + root, inverse @ (part.root * part.covariance[0]))
-        return mean + anomalies[:, point] - anomalies[:, prior.locality.index[point]] @ gain
+        a = shrunk(after(part.small, mean), anomalies[:, point])
+        own = jnp.sum(a**2) / (num - 1)
+        return mean + jnp.sqrt(variance / jnp.where(own > 0.0, own, 1.0)) * a
 
     return over_points(moved, prior.mean.size).T

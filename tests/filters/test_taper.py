@@ -79,7 +79,7 @@ def test_radius_zero_means_independent_and_bad_numbers_are_refused(make):
     alone = make(0.0)
     assert alone.index.tolist() == [[i] for i in range(9)]
     assert alone.taper(jnp.arange(9), jnp.arange(9)).tolist() == [1.0] * 9
-    assert make(4.0).half_width == 3.0 and make(4.0, half_width=0.5).half_width == 0.5
+    assert make(4.0).half_width == 2.0 and make(4.0, half_width=0.5).half_width == 0.5
     for bad in (0.0, -1.0, np.nan):
         with pytest.raises(ValueError, match="`half_width` must be positive"):
             make(4.0, half_width=bad)
