@@ -25,6 +25,8 @@ demo: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(SMOKE),1,0)
 QUICK_FLAG := --xla_cpu_use_fusion_emitters=false
 QUICK = XLA_FLAGS="$$XLA_FLAGS $$(XLA_FLAGS=$(QUICK_FLAG) $(BIN)/python -c 'import jax; jax.devices()' >/dev/null 2>&1 \
 	&& echo $(QUICK_FLAG))"
+# Batches of small matrices: XLA already uses every core, and OpenBLAS's own threads wait for each other (60 times, measured).
+test test-worlds test-all demo: export OPENBLAS_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What may differ between versions of Python, JAX, NumPyro and ArviZ: reading models, kernels, saving, ArviZ, docstrings.
