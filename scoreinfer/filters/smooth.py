@@ -36,7 +36,7 @@ def smooth(key: Key, run: FilterRun, *, num: int) -> Float[Array, "num times *st
     References: Godsill, Doucet and West 2004, JASA 99(465), algorithm 1.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
         >>> import scoreinfer as si
         >>> space = si.StateSpace(
         ...     initial=dist.Normal(0.0, 1.0),
