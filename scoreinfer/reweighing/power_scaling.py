@@ -88,7 +88,7 @@ def sensitivity(draws: Draws, *, power: float = 1.01) -> Sensitivity:
     Exactness: consistent as the number of draws grows, up to the finite difference in ``power``.
 
     Example:
-        >>> import numpyro, numpyro.distributions as dist
+        >>> import jax, numpyro, numpyro.distributions as dist
         >>> from scoreinfer import from_numpyro
         >>> problem = from_numpyro(lambda: numpyro.sample("a", dist.Normal(0.0, 1.0)))  # a prior and no data
         >>> z = jax.random.normal(jax.random.key(0), (1000, 1))
