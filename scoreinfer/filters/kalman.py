@@ -22,7 +22,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Members, predict
-from scoreinfer.filters.spectral import after, left_of, shrunk
+from scoreinfer.filters.spectral import left_of, shrunk
 from scoreinfer.filters.taper import Locality
 from scoreinfer.markov import Entries, Observed, Time
 from scoreinfer.process.base import LOG_2PI
@@ -226,7 +226,7 @@ def _transformed(seen: Seen, rho: Entries, centred: Float[Array, "num dim"]) -> 
     scale = jnp.sqrt(rho / seen.variance / (seen.anomalies.shape[0] - 1))
     small, aim = seen.anomalies * scale, seen.innovation * scale
     spread = shrunk(small, centred)
-    return spread + jax.vmap(lambda column: left_of(after(small, spread), column)[0] @ aim, 1)(centred)
+    return spread + jax.vmap(lambda column: left_of(small, column)[0] @ aim, 1)(centred)
 
 
 def _relaxed(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from scoreinfer._quadrature import Numbers
 from scoreinfer._typing import Key
 from scoreinfer.filters.sites import Prior, block, marginals
-from scoreinfer.filters.spectral import after, inverse_and_root, shrunk
+from scoreinfer.filters.spectral import inverse_and_root, shrunk
 from scoreinfer.filters.taper import everywhere
 from scoreinfer.montecarlo.resampling import systematic
 from scoreinfer.montecarlo.weights import log_mean_weight
@@ -55,7 +55,7 @@ def analyse_mixture(key: Key, prior: Prior, bandwidth: float, fit: Fit) -> tuple
     def drawn(prior: Prior, sites: Sites, noise: Numbers) -> Numbers:
         near_all = block(prior, sites, jnp.zeros((), int))
         columns = prior.anomalies / jnp.sqrt(1.0 * points)
-        return marginals(prior, sites)[0] + shrunk(after(near_all.small, log_evidence), noise) @ columns
+        return marginals(prior, sites)[0] + shrunk(near_all.small, noise) @ columns
 
     return jax.vmap(drawn)(priors, found, noise), log_mean_weight(log_evidence)
 

@@ -23,7 +23,6 @@ from scoreinfer.filters.base import AbstractFilter, Analysis, EvidenceKind, Memb
 from scoreinfer.filters.jumps import Error, Jumps, white_noise
 from scoreinfer.filters.mixture import analyse_mixture
 from scoreinfer.filters.sites import Prior, cavities, propagate
-from scoreinfer.filters.spectral import after
 from scoreinfer.filters.taper import Locality, everywhere
 from scoreinfer.filters.transform import transform
 from scoreinfer.markov import Entries, Observed, Sees, Time, is_missing
@@ -173,7 +172,7 @@ class ScoreFilter(AbstractFilter):
         def fit(prior: Prior) -> tuple[Sites, Float[Array, ""]]:
             sites = propagate(prior, *likelihoods, num_sweeps=self.num_sweeps, damping=self.damping)
             log_evidence = evidence(prior, sites, likelihoods)
-            return Sites(*(after(value, log_evidence) for value in sites)), log_evidence
+            return sites, log_evidence
 
         if self.bandwidth < 1.0:
             noisy = dataclasses.replace(prior, anomalies=anomalies, added=jnp.zeros_like(prior.added))

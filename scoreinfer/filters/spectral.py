@@ -70,12 +70,3 @@ def shrunk(z: Float[Array, "num size"], a: Float[Array, "num *columns"]) -> Floa
     eye = jnp.eye(size, dtype=z.dtype)
     inverse, root = inverse_and_root(eye + z.T @ z)
     return a - z @ (jnp.linalg.solve(eye + root, inverse) @ (z.T @ a))
-
-
-def after(value: Float[Array, "*shape"], earlier: Float[Array, "..."]) -> Float[Array, "*shape"]:
-    """Return ``value``, which is not known before ``earlier`` is.
-
-    XLA on CPUs runs programs' independent parts at once. Batched calls of LAPACK that run at once wait for each other
-    for ever on two cores (jaxlib 0.10).
-    """
-    return value + jnp.fmin(jnp.abs(jax.lax.stop_gradient(earlier)), 0.0).sum()

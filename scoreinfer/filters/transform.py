@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreinfer.filters.sites import Prior, block, marginal, over_points
-from scoreinfer.filters.spectral import after, shrunk
+from scoreinfer.filters.spectral import shrunk
 from scoreinfer.score.sites import Sites
 
 
@@ -34,7 +34,7 @@ def transform(prior: Prior, sites: Sites, anomalies: Float[Array, "num points"])
     def moved(point):
         mean, variance = marginal(prior, sites, point)
         part = block(prior, sites, point)
-        a = shrunk(after(part.small, mean), anomalies[:, point])
+        a = shrunk(part.small, anomalies[:, point])
         own = jnp.sum(a**2) / (num - 1)
         return mean + jnp.sqrt(variance / jnp.where(own > 0.0, own, 1.0)) * a
 
