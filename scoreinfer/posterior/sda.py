@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from scoreinfer._memory import map_rows
 from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
@@ -141,7 +142,7 @@ class SDAPosterior(eqx.Module):
 
 
 def _each(function: Callable[[Key], Array], key: Key, num: int) -> Array:
-    return execute(lambda keys: jax.lax.map(function, keys, batch_size=min(BATCH, num)), jax.random.split(key, num))
+    return execute(map_rows(function, BATCH), jax.random.split(key, num))
 
 
 class SDA:

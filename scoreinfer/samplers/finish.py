@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from scoreinfer._memory import map_rows
 from scoreinfer._typing import Key
 from scoreinfer.montecarlo.feynman_kac import draw_backwards, run
 from scoreinfer.montecarlo.hamiltonian import Place, hamiltonian_step
@@ -73,9 +74,8 @@ class AbstractFinish(eqx.Module):
     ) -> Finished:
         """Run one chain from every start."""
         keys = jax.random.split(key, len(starts))
-        rows = keys, starts, cold
         return Finished(
-            *jax.lax.map(lambda row: self.chain(row[0], target, *row[1:]), rows, batch_size=min(BATCH, len(keys)))
+            *map_rows(lambda key, start, cold: self.chain(key, target, start, cold), BATCH)(keys, starts, cold)
         )
 
 
