@@ -47,6 +47,15 @@ def verdict(draws) -> Figures:
     }
 
 
+def against(draws, sites, mean, sd, log_evidence) -> Figures:
+    """Hold means of scalar sites and the evidence against known ones."""
+    found = np.concatenate([moments(draws, site)[0] for site in sites])
+    return verdict(draws) | {
+        "mean_error": np.abs((found - mean) / sd).max(),
+        "log_evidence_error": abs(draws.certificate.log_evidence - log_evidence),
+    }
+
+
 def fitted(key, model, designs, **options):
     """Fit, and measure the seconds."""
     with Clock() as clock:
@@ -153,11 +162,7 @@ def times(seed: int) -> Iterator[tuple[str, Figures]]:
             y[i] = last = level + (last - level) * decay + np.sqrt(1 - decay**2) * rng.normal()
         draws = posterior.sample(jax.random.key(num), NUM_DRAWS, t, present, y=y)
         mean, sd, evidence = quadrature(t[:num], y[:num])
-        own = np.concatenate([moments(draws, site)[0] for site in ("level", "rate")])
-        yield f"times/{num}", verdict(draws) | {
-            "mean_error": np.abs((own - mean) / sd).max(),
-            "log_evidence_error": abs(draws.certificate.log_evidence - evidence),
-        }  # fmt: skip
+        yield f"times/{num}", against(draws, ("level", "rate"), mean, sd, evidence)
 
 
 def quadrature(t, y) -> tuple[np.ndarray, np.ndarray, float]:
@@ -210,11 +215,7 @@ def groups(seed: int) -> Iterator[tuple[str, Figures]]:
         y = own + rng.normal(size=present.shape)
         draws = posterior.sample(jax.random.key(num), NUM_DRAWS, present, y=y)
         mean, sd, evidence = group_truth(sizes[:num], np.where(present, y, 0.0)[:num])
-        found = np.concatenate([moments(draws, site)[0] for site in ("mean", "spread")])
-        yield f"groups/{num}", verdict(draws) | {
-            "mean_error": np.abs((found - mean) / sd).max(),
-            "log_evidence_error": abs(draws.certificate.log_evidence - evidence),
-        }  # fmt: skip
+        yield f"groups/{num}", against(draws, ("mean", "spread"), mean, sd, evidence)
 
 
 def group_truth(sizes, y) -> tuple[np.ndarray, np.ndarray, float]:
