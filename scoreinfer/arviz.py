@@ -304,7 +304,7 @@ def _prior(problem: Problem, keys: Array, design: Sites) -> tuple[Values, Sites]
         assert problem.simulate is not None
         z, y = problem.simulate(key)
         y = problem.simulate_like(jax.random.fold_in(key, 1), z, design) if problem.designs else y
-        return problem.constrain(z), _data(problem, y)
+        return problem.sites(z, y), _data(problem, y)
 
     return jax.lax.map(one, keys, batch_size=_BLOCK)
 

@@ -58,8 +58,8 @@ class Problem:
         observed: the observed sites. With no observed site, the posterior is the prior.
         log_prior: log prior density of ``z``, including the log determinants of the bijectors' Jacobians.
         log_likelihood: log density of ``y`` given ``z``.
-        constrain: maps ``z`` to a dictionary of the constrained latent sites and the deterministic sites. A
-            deterministic site may be a tree of arrays.
+        constrain: maps ``z`` to a dictionary of the constrained latent sites and those deterministic sites that do not
+            depend on ``y``. A deterministic site may be a tree of arrays.
         latent_sites: maps ``z`` to the constrained latent sites only, without running the model.
         unconstrain: maps a dictionary of constrained latent sites to ``z``.
         simulate: draws ``(z, y)`` from prior and simulator. None means the model cannot be simulated.
@@ -81,6 +81,8 @@ class Problem:
             vector is the parameters followed by the outputs. None means there is no such likelihood.
         designs: the observed sites that have no density, because they are drawn with every simulation: masks, times,
             covariates. `simulate_observation` then takes the observation whose design it keeps as a third argument.
+        after_data: maps ``z`` and ``y`` to the deterministic sites that depend on ``y`` (or on a design, which is a part
+            of it). None means there are no such sites.
         recipe: makes the problem again from the model and its arguments; it is pickled in place of the problem. None
             means the problem was made by hand.
     """
@@ -105,6 +107,7 @@ class Problem:
     model: Callable | None = None
     observation: "Problem | None" = None
     designs: tuple[str, ...] = ()
+    after_data: Callable[[Float[Array, " dim"], Sites], Values] | None = None
     recipe: "Callable[[], Problem] | None" = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -130,6 +133,10 @@ class Problem:
         """Draw an observation given ``z``, with the design of ``y``."""
         assert self.simulate_observation is not None
         return self.simulate_observation(key, z, y) if self.designs else self.simulate_observation(key, z)
+
+    def sites(self, z: Float[Array, " dim"], y: Sites) -> Values:
+        """Compute the constrained latent sites and all deterministic sites."""
+        return self.constrain(z) if self.after_data is None else self.constrain(z) | self.after_data(z, y)
 
     def log_joint(self, z: Float[Array, " dim"], y: Sites) -> Float[Array, ""]:
         """Compute log p(z, y), the unnormalised log posterior density in the unconstrained space."""

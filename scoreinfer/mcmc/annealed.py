@@ -170,7 +170,8 @@ class AnnealedLangevin(MCMCKernel):
             return lambda z: z
         problem = self.posterior.problem
         self._origins.check(problem, args, kwargs or {})
-        return lambda z: problem.constrain(layout(problem).flatten(z))
+        y = observe(problem, args, kwargs or {})
+        return lambda z: problem.sites(layout(problem).flatten(z), y)
 
     def get_diagnostics_str(self, state: AnnealedState) -> str:
         """Describe the chain for the progress bar."""

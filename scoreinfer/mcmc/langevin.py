@@ -398,11 +398,11 @@ class AbstractLangevin(MCMCKernel):
         if self._is_block:  # `Gibbs` wants only the block's own sites, and gives no other values
             block = self._problems[-1]
             return lambda z: block.latent_sites(layout(block).flatten(z))
-        problem, _ = self._observe(args, kwargs or {})
+        problem, y = self._observe(args, kwargs or {})
         if problem is None:
             return lambda z: z
         self._origins.check(problem, args, kwargs or {}, self._problems.index(problem))
-        return lambda z: problem.constrain(layout(problem).flatten(z))
+        return lambda z: problem.sites(layout(problem).flatten(z), y)
 
     def num_evaluations(self, num_iterations: int, state: LangevinState) -> float:
         """Count evaluations of the density in ``num_iterations`` iterations: one each."""

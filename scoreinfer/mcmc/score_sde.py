@@ -399,9 +399,9 @@ class ScoreSDE(MCMCKernel):
         if self._is_block:  # `Gibbs` wants only the block's own sites, and gives no other values
             problem = self._fits[self._latest].problem
             return lambda z: _latent_sites(problem, z)
-        problem = self._find(args, kwargs or {}, any_data=True)[0].problem
-        self._origins.check(problem, args, kwargs or {})
-        return lambda z: _constrained(problem, z)
+        fit, target = self._find(args, kwargs or {}, any_data=True)
+        self._origins.check(fit.problem, args, kwargs or {})
+        return lambda z: _constrained(fit.problem, z, target.y)
 
     def get_diagnostics_str(self, state: ScoreSDEState) -> str:
         """Describe the chain for the progress bar."""
@@ -437,8 +437,8 @@ def _latent_sites(problem: Problem, z: PyTree) -> Sites:
 
 
 @eqx.filter_jit
-def _constrained(problem: Problem, z: PyTree) -> Sites:
-    return problem.constrain(layout(problem).flatten(z))
+def _constrained(problem: Problem, z: PyTree, y: Sites) -> Sites:
+    return problem.sites(layout(problem).flatten(z), y)
 
 
 def _each_chain(move: Callable[[ScoreSDEState], ScoreSDEState], state: ScoreSDEState) -> ScoreSDEState:

@@ -133,9 +133,9 @@ class _Parts(NamedTuple):
         """Layout of the latent sites in ``z``."""
         return self.survey.layout
 
-    def play(self, z: Float[Array, " dim"], wanted: Iterable[str]) -> Values:
-        """Run the model at ``z``, and return the values of the ``wanted`` sites."""
-        played = self.script.play(self.key, self.layout.unflatten(z), self.example)
+    def play(self, z: Float[Array, " dim"], wanted: Iterable[str], y: Sites | None = None) -> Values:
+        """Run the model at ``z`` and ``y`` (None: at any data), and return the values of the ``wanted`` sites."""
+        played = self.script.play(self.key, self.layout.unflatten(z), self.example if y is None else y)
         return {name: played[name]["value"] for name in wanted}
 
 
@@ -181,6 +181,7 @@ class _Bijections(NamedTuple):
     """The maps between ``z`` and the sites of a problem. See `Problem`."""
 
     constrain: Callable[[Float[Array, " dim"]], Values]
+    after_data: Callable[[Float[Array, " dim"], Sites], Values] | None
     latent_sites: Callable[[Float[Array, " dim"]], Sites]
     unconstrain: Callable[[Sites], Float[Array, " dim"]]
 
@@ -189,7 +190,9 @@ def _bijections(parts: _Parts) -> _Bijections:
     survey, layout = parts.survey, parts.layout
     moving = [name for name in survey.latents if name not in survey.supports]
     bijectors = {name: biject_to(survey.supports[name]) for name in survey.latents if name in survey.supports}
-    reported = [n for n, row in survey.table.items() if row.type == "deterministic" and n not in survey.after_data]
+    deterministic = [name for name, row in survey.table.items() if row.type == "deterministic"]
+    late = [name for name in deterministic if name in survey.after_data]
+    reported = [name for name in deterministic if name not in survey.after_data]
 
     def latent_sites(z: Float[Array, " dim"]) -> Sites:
         if moving:
@@ -198,6 +201,9 @@ def _bijections(parts: _Parts) -> _Bijections:
 
     def constrain(z: Float[Array, " dim"]) -> Values:
         return parts.play(z, [*survey.latents, *reported]) if reported else latent_sites(z)
+
+    def after_data(z: Float[Array, " dim"], y: Sites) -> Values:
+        return parts.play(z, late, y)
 
     def unconstrain(sites: Sites) -> Float[Array, " dim"]:
         missing = [name for name in survey.latents if name not in sites]
@@ -210,7 +216,7 @@ def _bijections(parts: _Parts) -> _Bijections:
             return layout.flatten({name: bijectors[name].inv(value) for name, value in values.items()})
         return _points(parts.script.play(parts.key, sites=values | parts.example), layout)
 
-    return _Bijections(constrain, latent_sites, unconstrain)
+    return _Bijections(constrain, after_data if late else None, latent_sites, unconstrain)
 
 
 def _problem(model: Callable, design: Design, facts: Facts) -> Problem:

@@ -85,7 +85,7 @@ class AbstractConditioned(eqx.Module):
 
     def _draws(self, drawn: Weighted, certificate: Certificate, info: DrawInfo, batch_size: int) -> Draws:
         """Make `Draws` with constrained sites from weighted draws."""
-        sites = constrain(self.target.problem, drawn.z, batch_size)
+        sites = constrain(self.target.problem, drawn.z, self.target.y, batch_size)
         return Draws(
             sites, drawn.z, drawn.log_weight, drawn.log_q, drawn.log_target, self.target.y, certificate, info,
             self.target.problem,

@@ -100,7 +100,7 @@ def bridge(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: A
         )
     drawn = judged.drawn
     return Draws(
-        constrain(problem, drawn.z), drawn.z, drawn.log_weight, drawn.log_q, drawn.log_target, target.y,
+        constrain(problem, drawn.z, target.y), drawn.z, drawn.log_weight, drawn.log_q, drawn.log_target, target.y,
         judged.certificate, DrawInfo(judged.num_proposals, 0, witnessed=judged.witnessed), problem,
     )  # fmt: skip
 

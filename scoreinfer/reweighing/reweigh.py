@@ -128,7 +128,7 @@ def reweigh(key: Key, draws: Draws, model: Callable[..., Any] | Problem, *args: 
     log_weight = jnp.where(old_weight == -jnp.inf, -jnp.inf, old_weight + log_joint - old_joint)
     certificate = certify_weights(log_weight, *_check(key, change, Weighted(z, log_weight, log_joint)))
     return draws._replace(
-        sites=constrain(problem, z), log_weight=log_weight, log_joint=log_joint, observed=change.new.y,
+        sites=constrain(problem, z, change.new.y), log_weight=log_weight, log_joint=log_joint, observed=change.new.y,
         certificate=_joined(draws.certificate, certificate), problem=problem,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from scoreinfer._memory import each, map_rows
 from scoreinfer._program import over_devices
 from scoreinfer._tree import in_batches
-from scoreinfer._typing import Key, Values
+from scoreinfer._typing import Key, Sites, Values
 from scoreinfer.montecarlo.reference import AbstractReference, reference_rows
 from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target, Weighted
@@ -154,11 +154,11 @@ def _is_other(share: float, first: int, count: int) -> np.ndarray:
 
 
 @over_devices
-def _constrain(problem, values):
-    return map_rows(problem.constrain, None)(values)
+def _constrain(problem, values, y):
+    return map_rows(lambda z: problem.sites(z, y), None)(values)
 
 
-def constrain(problem: Problem, values: Float[Array, "num dim"], batch_size: int = 1024) -> Values:
+def constrain(problem: Problem, values: Float[Array, "num dim"], y: Sites, batch_size: int = 1024) -> Values:
     """Compute the constrained latent sites and the deterministic sites of every row, in batches."""
     num = values.shape[0]
-    return in_batches(lambda i: _constrain(problem, values[i]), num, batch_shape(num, batch_size))
+    return in_batches(lambda i: _constrain(problem, values[i], y), num, batch_shape(num, batch_size))

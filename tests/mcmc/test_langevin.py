@@ -5,6 +5,8 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from jax import random
 from numpyro.diagnostics import effective_sample_size
@@ -31,6 +33,20 @@ def assert_draws(sites, y, sigmas=5):
             values = np.asarray(values, np.float64)
             error = values.std() / np.sqrt(effective_sample_size(values))
             assert abs(values.mean() - truth) < sigmas * error, f"{name}: {(values.mean() - truth) / error:.1f} sigma"
+
+
+def with_residual(y):
+    """A deterministic site that depends on the data."""
+    a = numpyro.sample("a", dist.Normal())
+    numpyro.deterministic("rest", numpyro.sample("y", dist.Normal(a, 1.0), obs=y) - a)
+
+
+def test_deterministic_sites_see_the_data():
+    mcmc = run(si.mcmc.MALA(with_residual), 1.0)
+    for y in (1.0, 2.0):
+        mcmc.run(random.key(0), y)
+        sites = mcmc.get_samples()
+        np.testing.assert_allclose(sites["rest"], y - sites["a"], atol=1e-6)
 
 
 def log_gamma(z):

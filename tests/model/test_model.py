@@ -358,6 +358,18 @@ def test_latents_after_data_are_not_predicted_forward():
     assert problem.constrain(jnp.zeros(2)).keys() == {"a", "late"}
 
 
+def test_deterministic_sites_may_depend_on_the_data():
+    def model(y=None):
+        a = sample("a", dist.Normal())
+        y = sample("y", dist.Normal(a, 1.0), obs=y)
+        deterministic("double", 2 * a)
+        deterministic("rest", y - a)
+
+    problem = from_numpyro(model, y=3.0)
+    assert problem.constrain(jnp.ones(1)).keys() == {"a", "double"}
+    assert problem.sites(jnp.ones(1), {"y": jnp.array(5.0)}) == {"a": 1.0, "double": 2.0, "rest": 4.0}
+
+
 def test_stochastic_simulator_has_no_density():
     def model(y=None):
         a = sample("a", dist.Normal())

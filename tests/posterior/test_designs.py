@@ -29,6 +29,7 @@ def designs(key):
 
 def model(present, y=None):
     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+    numpyro.deterministic("total", mean * present.sum())
     with numpyro.plate("rows", ROWS), numpyro.handlers.mask(mask=present):
         numpyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
@@ -66,6 +67,7 @@ def test_every_mask_has_its_own_answer(posterior, rows):
     weights = np.exp(np.asarray(draws.log_weight, float) - np.max(draws.log_weight))
     own = np.average(draws.sites["mean"], weights=weights)
     assert draws.certificate.certified and share > 0.3
+    np.testing.assert_allclose(draws.sites["total"], draws.sites["mean"] * present.sum(), rtol=1e-6)
     assert abs(own - mean) < 5 * sd / np.sqrt(share * draws.num)
     assert abs(draws.certificate.log_evidence - log_evidence) < 5 * draws.certificate.log_evidence_se
 
