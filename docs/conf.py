@@ -7,6 +7,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
 import scoreinfer
+from made_pages import reached
 
 project, author = "scoreinfer", "The scoreinfer developers"
 copyright = author
@@ -19,7 +20,8 @@ exclude_patterns = ["_build", "_ext", "_made"]
 needs_sphinx = "7.4"
 
 # Pages are MyST Markdown. Code cells run when the site is built; results are kept until a cell changes.
-myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "substitution"]
+myst_substitutions = {"reached": reached()}
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "executed")

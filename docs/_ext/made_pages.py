@@ -83,7 +83,12 @@ ALL_ROOMS = {room for group in ROOMS.values() for room in group}
 
 def make_pages(app: Sphinx) -> None:
     """Write all pages."""
-    made = {"exact.md": exact_table(), "samplers.md": samplers_table(), "benchmarks.md": benchmark_tables()}
+    made = {
+        "exact.md": exact_table(),
+        "samplers.md": samplers_table(),
+        "benchmarks.md": benchmark_tables(),
+        "against_nuts.md": against_nuts(),
+    }
     for page, text in made.items():
         _write(MADE / page, text)
     found = rooms(ROOT / "scoreinfer")
@@ -261,9 +266,39 @@ def _object(name: str) -> Any:
 # --- benchmarks
 
 
+def _suites() -> dict[str, Any]:
+    """Read ``benchmarks/expected.json``."""
+    suites: dict[str, Any] = json.loads((ROOT / "benchmarks" / "expected.json").read_text())
+    return suites
+
+
+def reached() -> dict[str, Any]:
+    """Collect what was measured, by suite, row and figure: pages name these numbers instead of repeating them."""
+    return {
+        suite: {
+            row: {figure: value["reached"] for figure, value in figures.items() if "reached" in value}
+            for row, figures in rows.items()
+        }
+        for suite, rows in _suites().items()
+    }
+
+
+def against_nuts() -> str:
+    """Make the table of posteriors with one mode: effective samples per second beside NUTS's."""
+    lines = [
+        "| posterior | bulk ESS per second, ScoreSDE | NUTS | NUTS is cheaper by |",
+        "|---|---|---|---|",
+    ]
+    for row, figures in reached()["unimodal"].items():
+        if "nuts_ess_per_second" in figures:
+            ours, theirs = figures["score_ess_per_second"], figures["nuts_ess_per_second"]
+            lines.append(f"| {row.replace('_', ' ')} | {ours:g} | {theirs:g} | {theirs / ours:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def benchmark_tables() -> str:
     """Make a table for each suite of ``benchmarks/expected.json``: reached, allowed, published."""
-    suites = json.loads((ROOT / "benchmarks" / "expected.json").read_text())
+    suites = _suites()
     return "\n\n".join(filter(None, (_suite(name, rows) for name, rows in suites.items()))) + "\n"
 
 
