@@ -20,13 +20,13 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 demo: export EQX_ON_ERROR ?= nan
 # The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured), and so
 # are XLA's older emitters (a third; jaxlib 0.12 no longer has them).
-test test-worlds test-all: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test test-worlds test-all slow-list: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 demo: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= $(if $(SMOKE),1,0)
 QUICK_FLAG := --xla_cpu_use_fusion_emitters=false
 QUICK = XLA_FLAGS="$$XLA_FLAGS $$(XLA_FLAGS=$(QUICK_FLAG) $(BIN)/python -c 'import jax; jax.devices()' >/dev/null 2>&1 \
 	&& echo $(QUICK_FLAG))"
 # Batches of small matrices: XLA already uses every core, and OpenBLAS's own threads wait for each other (60 times, measured).
-test test-worlds test-all demo: export OPENBLAS_NUM_THREADS ?= 1
+test test-worlds test-all slow-list demo: export OPENBLAS_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What may differ between versions of Python, JAX, NumPyro and ArviZ: reading models, kernels, saving, ArviZ, docstrings.
@@ -35,7 +35,7 @@ WORLDS := scoreinfer tests/test_arviz.py tests/test_architecture.py tests/test_c
 	tests/model/test_model.py tests/posterior/test_saving.py \
 	tests/posterior/test_path_saving.py tests/posterior/test_surface.py
 
-.PHONY: help demo test test-worlds test-all lint format types bench docs setup clean
+.PHONY: help demo test test-worlds test-all slow-list lint format types bench docs setup clean
 
 help:
 	@echo "make demo [SMOKE=1]   the lynx-hare example, end to end"
@@ -73,6 +73,13 @@ test-worlds: $(STAMP)
 
 test-all: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Measures every test but those marked slow in the code, an hour on two cores, and writes tests/slow.txt anew.
+slow-list: $(STAMP)
+	rm -f .costs && : >tests/slow.txt
+	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) \
+		--jaxtyping-packages= -p costs --costs $(CURDIR)/.costs
+	$(BIN)/python tests/costs.py .costs && rm .costs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -81,8 +81,8 @@ class Problem:
             vector is the parameters followed by the outputs. None means there is no such likelihood.
         designs: the observed sites that have no density, because they are drawn with every simulation: masks, times,
             covariates. `simulate_observation` then takes the observation whose design it keeps as a third argument.
-        after_data: maps ``z`` and ``y`` to the deterministic sites that depend on ``y`` (or on a design, which is a part
-            of it). None means there are no such sites.
+        after_data: maps ``z`` and ``y`` to the deterministic sites that depend on ``y``, of which a design is a part.
+            None means there are no such sites.
         recipe: makes the problem again from the model and its arguments; it is pickled in place of the problem. None
             means the problem was made by hand.
     """

@@ -15,6 +15,7 @@ import jax
 import pytest
 
 CACHE = Path(__file__).parents[1] / ".jax_cache"
+SLOW = Path(__file__).with_name("slow.txt")
 
 
 def pytest_configure(config):
@@ -27,6 +28,15 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that were measured as slow (`costs.py`); those marked ``always`` stay."""
+    slow = set(SLOW.read_text().splitlines())
+    for item in items:
+        if item.nodeid in slow and item.get_closest_marker("always") is None:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,7 @@ print(sum((task / "comm").read_text().strip() == "tf_XLAEigen" for task in Path(
 """
 
 
+@pytest.mark.always
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.skipif(jaxlib.version.__version_info__[:2] not in SPLITS, reason="this jaxlib does not split batches")
 def test_a_program_has_more_threads_than_lapack_calls(monkeypatch):

@@ -113,6 +113,7 @@ def twins():
     }
 
 
+@pytest.mark.always
 def test_twins_accept_a_calibrated_filter_and_flag_the_published_one(twins):
     assert twins["letkf"].certified, twins["letkf"].reason
     assert not twins["ensf"].certified and "outside" in twins["ensf"].reason

@@ -30,6 +30,7 @@ def model(y):
     numpyro.factor("y", run.log_evidence)
 
 
+@pytest.mark.always
 def test_parameters_have_their_posterior_whatever_the_number_of_particles():
     mcmc = MCMC(ParticleMarginal(model), num_warmup=500, num_samples=20_000, progress_bar=False)
     mcmc.run(jax.random.key(1), Y)

@@ -57,6 +57,7 @@ def posterior():
 MASKS = {"two": [0, 3], "gaps": [0, 1, 4, 5, 8], "all": range(ROWS)}
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
 def test_every_mask_has_its_own_answer(posterior, rows):
     """Weighted draws and evidence agree with the closed form."""

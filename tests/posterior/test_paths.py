@@ -33,6 +33,7 @@ def posterior():
     return si.SMDP(MODES.model, "x", **SMALL).fit(jax.random.key(0))
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("known", [True, False], ids=["known end", "noisy end"])
 def test_learned_reverse_gives_the_smoother(posterior, known):
     conditioned = posterior.condition_on_end(END) if known else posterior.condition(y=END)

@@ -67,6 +67,7 @@ def drawn(finish):
     return given.sample(jax.random.key(0), NUM)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("finish", [QUICK, SWEEPS], ids=["hmc", "gibbs"])
 def test_finished_draws_are_those_of_the_smoother(finish):
     draws = drawn(finish)

@@ -108,6 +108,7 @@ def tilted(z):
     return 0.5 * (x @ x - 1.8 * x[0] * x[1]) / 0.19
 
 
+@pytest.mark.always
 def test_nothing_is_trained_where_the_affine_sampler_is_good_enough():
     learned = learn(random.key(0), Target(from_potential(tilted, jnp.zeros(2)), {}), SMALL, progress_bar=False)
     assert (learned.taught.stopped, len(learned.taught.rounds)) == ("good enough", 1)

@@ -44,6 +44,7 @@ def draw(sampler, num, seed=0):
     return jax.vmap(one)(jax.random.split(jax.random.key(seed), num))
 
 
+@pytest.mark.always
 def test_linear_gaussians_are_drawn_without_weights():
     """Any rows, any noise: moments, effective size and evidence of a Gaussian posterior, no correction needed."""
     noisy = ROWS @ COVARIANCE @ ROWS.T + jnp.diag(SCALE**2)
