@@ -1,7 +1,7 @@
 """Which tests are slow, by measurement: `make slow-list` runs all tests with this plugin, and writes `slow.txt` anew.
 
-    python -m pytest -p costs --costs FILE ...    # append the CPU seconds of every test to FILE
-    python tests/costs.py FILE                    # write slow.txt from it
+python -m pytest -p costs --costs FILE ...    # append the CPU seconds of every test to FILE
+python tests/costs.py FILE                    # write slow.txt from it
 """
 
 import json
