@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 SLOW = Path(__file__).with_name("slow.txt")
-LIMIT = 4.0
-"""CPU seconds of a cold run from which on a test is slow. All others together take ten minutes on two cores."""
+LIMIT = 3.0
+"""CPU seconds of a cold run from which on a test is slow. All others together take eight minutes on two cores."""
 
 
 def pytest_addoption(parser):
