@@ -78,7 +78,7 @@ test-all: $(STAMP)
 slow-list: $(STAMP)
 	rm -f .costs && : >tests/slow.txt
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) \
-		--jaxtyping-packages= -p costs --costs $(CURDIR)/.costs
+		--jaxtyping-packages= -p costs --costs $(CURDIR)/.costs tests
 	$(BIN)/python tests/costs.py .costs && rm .costs
 
 lint: $(STAMP)

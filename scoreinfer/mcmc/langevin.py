@@ -36,7 +36,7 @@ from scoreinfer.mcmc.contract import (
     same_bits,
     unconstrain,
 )
-from scoreinfer.model import from_numpyro
+from scoreinfer.mcmc.known import problem_of_model
 from scoreinfer.montecarlo.langevin import (
     TARGET_ACCEPT_PROB,
     Differentiation,
@@ -176,7 +176,7 @@ class AbstractLangevin(MCMCKernel):
                 f"{type(self).__name__} expected concrete model arguments to read its model, got traced ones: run it "
                 "once outside `jit` and `vmap`, on any data of this design."
             )
-        problem = from_numpyro(self.model, *args, **given)
+        problem = problem_of_model(self.model, args, given)
         self._problems.append(problem)
         return problem, observe(problem, args, kwargs)
 

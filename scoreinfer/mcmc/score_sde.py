@@ -27,10 +27,10 @@ from scoreinfer._typing import Key, Sites
 from scoreinfer.errors import UnsupportedModel
 from scoreinfer.evidence.bank import Outliers
 from scoreinfer.mcmc.contract import NO_START, Origins, check_density, layout, observe, unconstrain
+from scoreinfer.mcmc.known import problem_of_model, problem_of_potential
 from scoreinfer.mcmc.transition import ScoreSDEState, Weights, refresh, start, transition, weigh_starts
-from scoreinfer.model import from_numpyro
 from scoreinfer.posterior.npse import NPSE
-from scoreinfer.problem import Problem, from_potential
+from scoreinfer.problem import Problem
 from scoreinfer.samplers.base import AbstractProposal, Target, bounded_target
 from scoreinfer.samplers.explorer import Effort
 from scoreinfer.samplers.single import Evidence, Taught, learn
@@ -239,14 +239,13 @@ class ScoreSDE(MCMCKernel):
         if self.potential_fn is not None:
             if example is None:
                 raise ValueError("Expected `init_params` with `potential_fn`, got none: give an example argument.")
-            shapes = jax.tree.map(lambda leaf: np.zeros(jnp.shape(leaf), jnp.result_type(leaf)), example)
-            return from_potential(self.potential_fn, shapes)
+            return problem_of_potential(self.potential_fn, example)
         for fit in self._fits:
             with contextlib.suppress(ValueError):
                 fit.target(args, kwargs)
                 return fit.problem
         assert self.model is not None
-        return from_numpyro(self.model, *args, **kwargs)
+        return problem_of_model(self.model, args, kwargs)
 
     def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Fit, Target]:
         """Find the sampler for these arguments, the latest first, and read the observation in them.
