@@ -343,6 +343,16 @@ def write_llms(app: Sphinx, error: Exception | None) -> None:
     Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n")
 
 
+# --- sources
+
+
+def tidy_source(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leave links back out of pages of source: names that only a room exports have no place of their own."""
+    if page.startswith("_modules/"):
+        body = re.sub(r'<a class="viewcode-back"[^>]*>[^<]*</a>', "", context["body"])
+        context["body"] = re.sub(r'<li><a href="builtins.html">builtins</a></li>', "", body)
+
+
 # --- formulas
 
 
@@ -370,6 +380,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", tidy_docstring, priority=1000)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", find_name)
+    app.connect("html-page-context", tidy_source)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.connect("build-finished", write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
