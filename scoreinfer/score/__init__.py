@@ -1,6 +1,6 @@
 """Scores: grad log p of a noisy draw at every noise level, in closed form, learned, or guided by a likelihood."""
 
-from scoreinfer.score.analytic import EnsembleScore, GaussianScore, MixtureScore
+from scoreinfer.score.analytic import DensityScore, EnsembleScore, GaussianScore, MixtureScore
 from scoreinfer.score.base import AbstractScore, Moments
 from scoreinfer.score.ensemble import LocalGaussianScore, PublishedScore, ShrunkenMixtureScore
 from scoreinfer.score.guidance import AbstractGuidance, MomentMatched, Published, Steered
@@ -13,6 +13,7 @@ __all__ = [
     "AbstractLikelihood",
     "AbstractScore",
     "DensityLikelihood",
+    "DensityScore",
     "EnsembleScore",
     "GaussianLikelihood",
     "GaussianScore",

@@ -1,4 +1,4 @@
-"""Scores in closed form, of Gaussians, of mixtures of them, and of finite samples.
+"""Scores in closed form, of Gaussians, of mixtures of them, of finite samples, and of a user's own densities.
 
 Given x_s = x, Bayes' rule for a mixture sum_i w_i N(m_i, C_i) of x_0 gives
 
@@ -7,11 +7,13 @@ Given x_s = x, Bayes' rule for a mixture sum_i w_i N(m_i, C_i) of x_0 gives
 References: Bishop 2006, "Pattern Recognition and Machine Learning", equations 2.116 and 9.13.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreinfer.score.base import AbstractScore
+from scoreinfer.score.base import AbstractScore, Level, State
 
 
 class GaussianScore(AbstractScore):
@@ -66,3 +68,23 @@ class EnsembleScore(AbstractScore):
         """Compute the average of the points, with weights proportional to exp(log_weight_i) N(x; points_i, s^2 I)."""
         squares = jnp.sum((x - self.points) ** 2, axis=1)
         return jax.nn.softmax(self.log_weight - 0.5 * squares / level**2) @ self.points
+
+
+class DensityScore(AbstractScore):
+    """The score of a user's own log density at every level, by differentiation: D = x + s^2 grad log p(x_s).
+
+    Args:
+        log_density: ``(level, x) -> log p(x_s)`` of x_s = x_0 + s e, up to a constant that may depend on the level.
+
+    Exactness: exact, if the density of every level is that of the same x_0 plus noise.
+
+    >>> score = DensityScore(lambda level, x: -0.5 * (x**2).sum() / (1 + level**2))
+    >>> float(score(jnp.array(1.0), jnp.array([3.0]))[0])
+    -1.5
+    """
+
+    log_density: Callable[[Level, State], Float[Array, ""]]
+
+    def denoise(self, level, x, y=None):
+        """Compute D."""
+        return x + level**2 * jax.grad(self.log_density, argnums=1)(level, x)
