@@ -6,7 +6,8 @@ from scoreinfer.posterior.guided import Guided, GuidedPosterior
 from scoreinfer.posterior.local_fit import fit_local
 from scoreinfer.posterior.npse import NPSE, fit, load
 from scoreinfer.posterior.paths import ConditionedPaths, PathPosterior
-from scoreinfer.posterior.score_fit import fit_score, load_score, save_score
+from scoreinfer.posterior.score_files import load_score, save_score
+from scoreinfer.posterior.score_fit import fit_score
 from scoreinfer.posterior.sda import SDA, SDAPosterior
 from scoreinfer.posterior.smdp import SMDP
 

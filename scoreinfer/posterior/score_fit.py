@@ -1,38 +1,25 @@
-"""Learning a prior: a score of draws, of whatever they may be draws of; saving and loading it."""
+"""Learning a prior: a score of draws, of whatever they may be draws of."""
 
-import os
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from scoreinfer._tree import arrays_by_name, put_arrays
 from scoreinfer._typing import Key
 from scoreinfer.bijections.affine import Affine
 from scoreinfer.bijections.base import spread
-from scoreinfer.errors import UnreadableFile
-from scoreinfer.files import check_seal, read_arrays, read_record, seal, write_arrays, write_record
-from scoreinfer.identity import versions
 from scoreinfer.model import problem_of
-from scoreinfer.nets import Concatenate, ConditionalMLP
-from scoreinfer.posterior.checkpoint import CONFIG, WEIGHTS
-from scoreinfer.posterior.hyperparameters import MAX_SIZE, describe_sampler, make_sampler, perceptron_size, size_of
+from scoreinfer.nets import Concatenate
 from scoreinfer.problem import Problem
-from scoreinfer.samplers.diffusion import ProbabilityFlow
 from scoreinfer.samplers.learned_prior import LearnedPrior
-from scoreinfer.score import NeuralScore, Unconditional
+from scoreinfer.score import Unconditional
 from scoreinfer.score.network import score_module
 from scoreinfer.training.loop import Budget, train
 from scoreinfer.training.losses import NoiseLevels, ScoreBatch, denoising_loss
 
-FORMAT, SCHEMA = "scoreinfer learned prior", 1
-"""Format and schema number in ``config.json``."""
 HELD_OUT, MOST_HELD_OUT = 0.1, 2048
 """Share of the draws, and most of them, that training does not see. Chosen by judgement."""
 NUM_DRAWN = 50_000
@@ -118,56 +105,3 @@ def _check(values: Float[Array, "num *shape"]) -> None:
     bad = int((~jnp.isfinite(values)).reshape(len(values), -1).any(axis=1).sum())
     if bad:
         raise ValueError(f"`draws` must be finite, but {bad} of {len(values)} are not. Remove them.")
-
-
-def save_score(prior: LearnedPrior, path: str | os.PathLike[str]) -> None:
-    """Save a prior learned by `fit_score` to a folder of plain data.
-
-    Raises:
-        ValueError: if its score was not learned by `fit_score`.
-    """
-    if not isinstance(prior.score, Unconditional) or not isinstance(prior.score.score.network, ConditionalMLP):
-        raise ValueError(f"Only scores learned by `fit_score` can be saved, got a `{type(prior.score).__name__}`.")
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_arrays(folder / WEIGHTS, {name: np.asarray(leaf) for name, leaf in arrays_by_name(prior).items()})
-    record = {
-        "format": FORMAT, "schema": SCHEMA, "versions": versions(), "shape": list(prior.shape),
-        "network": prior.score.score.network.hyperparameters, "flow": describe_sampler(prior.flow),
-        "training": prior.training, "weights": seal(folder / WEIGHTS),
-    }  # fmt: skip
-    write_record(folder / CONFIG, record)
-
-
-def load_score(path: str | os.PathLike[str]) -> LearnedPrior:
-    """Load a prior that `save_score` saved. Nothing in the folder is executed.
-
-    Raises:
-        UnreadableFile: if the folder is incomplete, changed, of another version, or not written by `save_score`.
-    """
-    folder = Path(path)
-    record = read_record(folder / CONFIG)
-    if record.get("format") != FORMAT or record.get("schema") != SCHEMA:
-        raise UnreadableFile(folder / CONFIG, f"expected the format {FORMAT!r}, schema {SCHEMA}")
-    try:
-        check_seal(folder / WEIGHTS, record["weights"])
-        outline = eqx.filter_eval_shape(partial(_outline, record))
-        expected = arrays_by_name(outline)
-        arrays, _ = read_arrays(folder / WEIGHTS, sum(8 * leaf.size for leaf in expected.values()))
-        if {name: leaf.shape for name, leaf in arrays.items()} != {name: leaf.shape for name, leaf in expected.items()}:
-            raise TypeError("its arrays do not fit its description")
-        return put_arrays(outline, arrays)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UnreadableFile(folder / CONFIG, f"it does not describe a learned prior ({error!r})") from error
-
-
-def _outline(record: dict[str, Any]) -> LearnedPrior:
-    """Make an untrained prior from the description."""
-    shape = tuple(size_of(number, "shape", MAX_SIZE) for number in record["shape"])
-    dim, size = int(np.prod(shape)), perceptron_size(record["network"])
-    network = ConditionalMLP(jax.random.key(0), dim, 0, 2 * dim, width=size.width, depth=size.depth)
-    change = Affine(jnp.zeros(dim, jnp.float32), jnp.eye(dim, dtype=jnp.float32))
-    flow = make_sampler(record["flow"])
-    if not isinstance(flow, ProbabilityFlow):
-        raise TypeError("expected a flow")
-    return LearnedPrior(change, Unconditional(NeuralScore(network)), shape, flow, str(record["training"]))

@@ -1,5 +1,6 @@
 """Score-based data assimilation with an exact finish: paths given data, by a score that has never seen the data."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ from scoreinfer._program import execute
 from scoreinfer._typing import Key
 from scoreinfer.draws import DrawInfo, Draws
 from scoreinfer.evidence.paths import certify_paths, unfinished
-from scoreinfer.model.seen import read_seen
+from scoreinfer.model.replay import fixed_key
+from scoreinfer.model.seen import read_seen, site_of
 from scoreinfer.model.series import read_model_series
 from scoreinfer.posterior.guided import problem_of_site
 from scoreinfer.problem import Problem
@@ -145,6 +147,11 @@ def _each(function: Callable[[Key], Array], key: Key, num: int) -> Array:
     return execute(map_rows(function, BATCH), jax.random.split(key, num))
 
 
+def _over(prior: LocalPrior, shape: tuple[int, ...], run: Callable[[], Any]) -> LearnedPrior:
+    """Make the prior of the path, told what the model says of its context."""
+    return prior.over(shape, None if prior.context is None else site_of(prior.context.site, run)[0](fixed_key()))
+
+
 class SDA:
     """Score-based data assimilation, finished exactly: draw the path of a NumPyro model given its data.
 
@@ -202,13 +209,14 @@ class SDA:
         Raises:
             UnsupportedModel: if the site is no process in time, other sites are unknown, or an observation depends on
                 two times.
-            ValueError: if the data see nothing of the path, there are none, the prior was made for another shape or a
-                longer path, or the finish cannot run on this model.
+            ValueError: if the data see nothing of the path, there are none, the prior was made for another shape, a
+                longer path or another context, or the finish cannot run on this model.
         """
         seen = read_seen(self.site, self.model, *args, **kwargs)
         prior = self.prior
         if prior is not None:
-            prior = prior.over(seen.shape) if isinstance(prior, LocalPrior) else as_prior(prior, seen.shape)
+            run = functools.partial(self.model, *args, **kwargs)
+            prior = _over(prior, seen.shape, run) if isinstance(prior, LocalPrior) else as_prior(prior, seen.shape)
         series = read_model_series(self.model, self.site, args, kwargs)
         assert seen.log_prior is not None
         target = PathTarget(series, seen.log_prior, seen.likelihood.log_density)

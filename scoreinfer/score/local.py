@@ -6,10 +6,12 @@ denoiser of a state is taken from the window of 2 k + 1 times around it; states 
 References: Rozet and Louppe 2023, arXiv 2306.10574 (scores of windows, folded over a path).
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from scoreinfer.score.base import AbstractScore
 
@@ -17,16 +19,18 @@ from scoreinfer.score.base import AbstractScore
 class LocalScore(AbstractScore):
     """The score of a path, folded from the score of windows.
 
-    All windows share one score, so the process must be stationary, and states must be in units in which all times have
-    the same scale.
+    All windows share one score, so the process must be stationary, given the context; and states must be in units in
+    which all times have the same scale.
 
     Args:
         window: score of a flat window, ``(2 k + 1) dim`` numbers.
         k: half-width of the window, in times.
         dim: number of components of a state.
+        context: what the score is told of every time: the flat rows of a window are its ``y``. None: it is told ``y``.
 
     Raises:
-        ValueError: by ``denoise``, if the path is shorter than a window, or no whole number of states.
+        ValueError: by ``denoise``, if the path is shorter than a window, or no whole number of states, or the context
+            has another number of times.
 
     Exactness: biased: a state's denoiser sees its window alone. Consistent as k grows: a window as long as the path
         gives the path's own score.
@@ -40,17 +44,15 @@ class LocalScore(AbstractScore):
     window: AbstractScore
     k: int = eqx.field(static=True)
     dim: int = eqx.field(static=True)
+    context: Float[Array, "times seen"] | None = None
 
     def denoise(self, level, x, y=None):
         """Compute the centre of every window's denoiser, and the outer states of the first and the last."""
-        rows = windows(x.reshape(self._num_times(x), self.dim), self.k)
-        denoised = jax.vmap(lambda row: self.window.denoise(level, row, y))(rows.reshape(len(rows), -1))
-        return self._folded(denoised)
+        return self._folded(self._over_windows(lambda row, told: self.window.denoise(level, row, told), x, y))
 
     def moments(self, level, x, y=None):
         """Compute the denoiser, and the windows' own variances."""
-        rows = windows(x.reshape(self._num_times(x), self.dim), self.k)
-        mean, variance = jax.vmap(lambda row: self.window.moments(level, row, y))(rows.reshape(len(rows), -1))
+        mean, variance = self._over_windows(lambda row, told: self.window.moments(level, row, told), x, y)
         return self._folded(mean), self._folded(variance)
 
     def jacobian(self, level, x, y=None):
@@ -60,10 +62,11 @@ class LocalScore(AbstractScore):
         first = jnp.clip(times - self.k, 0, num - 1 - 2 * self.k)  # of the window from which a time is taken
         seen = first[:, None] + jnp.arange(2 * self.k + 1)
 
-        def state(row: Float[Array, " length"], place: Int[Array, ""]) -> Float[Array, " dim"]:
-            return self.window.denoise(level, row, y).reshape(-1, self.dim)[place]
+        def state(row: Float[Array, " length"], place: Int[Array, ""], told: PyTree) -> Float[Array, " dim"]:
+            return self.window.denoise(level, row, told).reshape(-1, self.dim)[place]
 
-        parts = jax.vmap(jax.jacrev(state))(path[seen].reshape(num, -1), times - first)
+        told, axis = self._told(seen, y)
+        parts = jax.vmap(jax.jacrev(state), (0, 0, axis))(path[seen].reshape(num, -1), times - first, told)
         parts = parts.reshape(num, self.dim, -1, self.dim).swapaxes(1, 2)  # time, time in the window, to, from
         whole = jnp.zeros((num, num, self.dim, self.dim), x.dtype).at[times[:, None], seen].set(parts)
         return whole.swapaxes(1, 2).reshape(x.size, x.size)
@@ -71,6 +74,16 @@ class LocalScore(AbstractScore):
     def pull_rows(self, level, x, rows, y=None):
         """Compute ``rows`` times dD/dx, by as many products for each window as a state has components."""
         return rows @ self.jacobian(level, x, y)
+
+    def _over_windows(self, function: Callable[[Array, PyTree], PyTree], x: Float[Array, " path"], y: PyTree) -> PyTree:
+        """Call a function of a window, and of what is told of it, on all windows."""
+        path = x.reshape(self._num_times(x), self.dim)
+        told, axis = self._told(windows(jnp.arange(len(path)), self.k), y)
+        return jax.vmap(function, (0, axis))(windows(path, self.k).reshape(-1, (2 * self.k + 1) * self.dim), told)
+
+    def _told(self, times: Int[Array, "windows length"], y: PyTree) -> tuple[PyTree, int | None]:
+        """Return what the score is told of windows of these times, and the axis of the windows."""
+        return (y, None) if self.context is None else (self.context[times].reshape(len(times), -1), 0)
 
     def _folded(self, rows: Float[Array, "windows length"]) -> Float[Array, " path"]:
         rows = rows.reshape(len(rows), 2 * self.k + 1, self.dim)
@@ -83,10 +96,12 @@ class LocalScore(AbstractScore):
                 f"A window of {2 * self.k + 1} times, each of {self.dim} numbers, needs a path at least as long, and a "
                 f"whole number of states; got {x.size} numbers. Use a smaller `k`."
             )
+        if self.context is not None and len(self.context) != num:
+            raise ValueError(f"The context must have a row for each of the {num} times, got {len(self.context)} rows.")
         return num
 
 
-def windows(path: Float[Array, "times dim"], k: int) -> Float[Array, "windows length dim"]:
+def windows(path: Shaped[Array, "times *dim"], k: int) -> Shaped[Array, "windows length *dim"]:
     """Cut a path into all its windows of 2 k + 1 times: what a window's score is trained on."""
     starts = jnp.arange(len(path) - 2 * k)
     return path[starts[:, None] + jnp.arange(2 * k + 1)]

@@ -35,11 +35,11 @@ class ResidualScore(AbstractScore):
     network: Callable[[Array, Array, PyTree], Array]
 
     def denoise(self, level, x, y=None):
-        """Compute D."""
+        """Compute D; ``y`` is the network's context."""
         level = jnp.float32(level)
         z = self.split(x)
         keep, out, unit = self.scales(level)
-        found = keep * z + out * self.network(unit * z, jnp.log(level), jnp.zeros(0, jnp.float32))
+        found = keep * z + out * self.network(unit * z, jnp.log(level), jnp.zeros(0, jnp.float32) if y is None else y)
         return self.mean + self.basis @ found
 
     def split(self, x: Float[Array, "*num dim"]) -> Float[Array, "*num dim"]:

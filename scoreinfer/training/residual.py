@@ -13,10 +13,12 @@ LEVELS = NoiseLevels(-1.5, 2.0)
 hundred times smaller than the path."""
 
 
-def residual_loss(score: ResidualScore, draws: Float[Array, "num dim"], key: Key) -> Float[Array, ""]:
+def residual_loss(
+    score: ResidualScore, draws: Float[Array, "num dim"], context: Float[Array, "num seen"], key: Key
+) -> Float[Array, ""]:
     """Compute the mean squared error of F, in units of what the Gaussian leaves in every direction.
 
-    The minimiser is the denoiser E[x_0 | x_s], whatever the Gaussian.
+    The minimiser is the denoiser E[x_0 | x_s, context], whatever the Gaussian.
 
     References: Karras et al. 2022, arXiv 2206.00364, equation 8 (preconditioned loss).
     """
@@ -25,6 +27,5 @@ def residual_loss(score: ResidualScore, draws: Float[Array, "num dim"], key: Key
     z = score.split(draws)
     noisy = z + level[:, None] * jax.random.normal(for_noise, z.shape, jnp.float32)
     keep, out, unit = score.scales(level)
-    none = jnp.zeros(0, jnp.float32)
-    found = jax.vmap(lambda u, s: score.network(u, jnp.log(s), none))(unit * noisy, level)
+    found = jax.vmap(score.network)(unit * noisy, jnp.log(level), context)
     return (((z - keep * noisy) / out - found) ** 2).mean()

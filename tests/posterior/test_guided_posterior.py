@@ -19,7 +19,8 @@ from scoreinfer.errors import UnreadableFile
 from scoreinfer.model.score_prior import ScorePrior, score_prior
 from scoreinfer.montecarlo.weights import log_evidence, relative_weights
 from scoreinfer.posterior.guided import DISCRETISED, FLOW, MODEL, Guided
-from scoreinfer.posterior.score_fit import fit_score, load_score, save_score
+from scoreinfer.posterior.score_files import load_score, save_score
+from scoreinfer.posterior.score_fit import fit_score
 from scoreinfer.process import VE, Noising
 from scoreinfer.samplers.diffusion import ProbabilityFlow
 from scoreinfer.samplers.learned_prior import LearnedPrior

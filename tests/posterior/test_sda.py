@@ -10,7 +10,8 @@ import numpyro.distributions as dist
 import pytest
 
 import scoreinfer as si
-from scoreinfer.errors import UnsupportedModel
+from scoreinfer.errors import UnreadableFile, UnsupportedModel
+from scoreinfer.files import read_record, write_record
 from scoreinfer.samplers import HMC, LocalPrior, ParticleGibbs
 from scoreinfer.score import GaussianScore
 
@@ -153,6 +154,87 @@ def test_learned_windows_are_nearly_those_of_the_process():
     expected = local(1).over((TIMES,)).score.denoise(level, x)
     assert float(jnp.abs(found - expected).max()) < 0.08
     assert abs(float(prior.mean[0])) < 0.1 and abs(float(prior.scale[0]) - 1) < 0.05
+
+
+SHORT = 5
+
+
+def forced(forcing=None, y=None):
+    """Push every state by a forcing, which the score may be told."""
+    if forcing is None:
+        forcing = numpyro.sample("forcing", dist.Normal(0.0, 1.0).expand([SHORT]).to_event(1))
+    numpyro.deterministic("told", forcing)
+    step, first = (lambda s, t, x: KEEP * x + jnp.interp(s, TS[:SHORT], forcing)), dist.Normal(0.0, 1.0)
+    x = numpyro.sample("x", si.PhysicsPath(step, (1 - KEEP**2) ** 0.5, TS[:SHORT], first))
+    numpyro.sample("y", dist.Normal(x[::2], NOISE), obs=y)
+
+
+@functools.cache
+def learned_forced(context):
+    return si.fit_local(
+        jax.random.key(3), forced, "x", k=2, context=context, num_steps=1000, width=24, depth=1, progress_bar=False
+    )
+
+
+@pytest.mark.slow
+def test_scores_that_are_told_the_forcing_are_those_of_the_forced_process():
+    """Given the forcing the path is Gaussian: its mean follows the forcing, its covariance does not see it."""
+    rng = np.random.default_rng(1)
+    forcing, cov = rng.normal(size=SHORT), covariance(SHORT)
+    mean = np.zeros(SHORT)
+    for t in range(SHORT - 1):
+        mean[t + 1] = KEEP * mean[t] + forcing[t]
+    level, num = 0.7, 64
+    noisy = cov + level**2 * np.eye(SHORT)
+    x = mean + rng.normal(size=(num, SHORT)) @ np.linalg.cholesky(noisy).T
+    exact = mean + (x - mean) @ np.linalg.solve(noisy, cov)
+
+    def error(context):
+        """Compute the root mean squared error of the prior that the data are conditioned on."""
+        local = learned_forced(context)
+        prior = si.SDA(forced, "x", local).condition(jnp.asarray(forcing, jnp.float32), y=jnp.zeros(3)).prior
+        scale = local.scale[0]  # of the score's units, for its level too
+        denoise = jax.vmap(lambda row: prior.score.denoise(level / scale, prior.change.inverse(row)))
+        found = prior.change.forward(denoise(jnp.asarray(x, jnp.float32)))
+        return float(np.sqrt(((np.asarray(found) - exact) ** 2).mean()))
+
+    told, untold = error("told"), error(None)
+    assert told < 0.1 and untold > 3 * told, (told, untold)
+
+
+@pytest.mark.slow
+def test_saved_local_priors_are_loaded(tmp_path):
+    local, noise, context = learned_forced("told"), jnp.linspace(-1.0, 1.0, SHORT), jnp.arange(float(SHORT))
+    si.save_score(local, tmp_path)
+    loaded = si.load_score(tmp_path)
+    found, expected = (prior.over((SHORT,), context) for prior in (loaded, local))
+    np.testing.assert_array_equal(found.score.denoise(jnp.array(0.5), noise), expected.score.denoise(0.5, noise))
+    assert jax.tree.structure(loaded) == jax.tree.structure(local) and loaded.training == local.training
+    config = tmp_path / "config.json"
+    kept = read_record(config)
+    for change, words in [
+        ({"k": 1}, "arrays do not fit"), ({"k": "two"}, "does not describe"),
+        ({"format": "another program's"}, "expected the format 'scoreinfer learned prior' or"),
+    ]:  # fmt: skip
+        write_record(config, kept | change)
+        with pytest.raises(UnreadableFile, match=words):
+            si.load_score(tmp_path)
+    with pytest.raises(ValueError, match="Only scores learned by `fit_score` or `fit_local`"):
+        si.save_score(LocalPrior(GaussianScore(jnp.zeros(3), jnp.eye(3)), 1, jnp.zeros(1), jnp.ones(1), ()), tmp_path)
+
+
+def test_contexts_that_do_not_fit_are_refused():
+    local = learned_forced("told")
+    with pytest.raises(ValueError, match="learned with values of the context 'told'; got none"):
+        local.over((SHORT,))
+    with pytest.raises(ValueError, match="learned with no context; got some"):
+        learned_forced(None).over((SHORT,), jnp.zeros(SHORT))
+    with pytest.raises(ValueError, match="1 numbers for each time when the score was learned, and has 2 now"):
+        local.over((SHORT,), jnp.zeros((SHORT, 2)))
+    with pytest.raises(ValueError, match="a row for each of the 6 times, got 5 rows"):
+        local.over((SHORT + 1,), jnp.zeros(SHORT))
+    with pytest.raises(ValueError, match=r"a row for each of the 7 times, got shape \(3,\)"):
+        si.fit_local(jax.random.key(0), linear, "x", context="y", k=1)
 
 
 def test_paths_that_cannot_be_learned_are_refused():

@@ -51,6 +51,26 @@ def test_jacobian_is_that_of_the_denoiser(k):
     np.testing.assert_allclose(local.pull_rows(LEVEL, x, rows), plain[::4], atol=1e-5)
 
 
+def test_every_window_is_told_its_own_context():
+    x, context = jnp.linspace(-1.0, 2.0, 9 * DIM), jnp.sin(jnp.arange(18.0)).reshape(9, 2)
+    local = LocalScore(Moved(chain(5)), 2, DIM, context)
+    away = local.denoise(LEVEL, x) - LocalScore(chain(5), 2, DIM).denoise(LEVEL, x)
+    sums = context.sum(1)
+    centres = jnp.convolve(sums, jnp.ones(5), "valid")[jnp.clip(jnp.arange(9) - 2, 0, 4)]
+    np.testing.assert_allclose(away.reshape(9, DIM), jnp.tile(centres[:, None], DIM), atol=1e-5)
+    plain = jax.jacfwd(lambda v: local.denoise(LEVEL, v))(x)
+    np.testing.assert_allclose(local.jacobian(LEVEL, x), plain, atol=1e-5)
+
+
+class Moved(AbstractScore):
+    """A denoiser that is moved by the sum of what it is told."""
+
+    straight: AbstractScore
+
+    def denoise(self, level, x, y=None):
+        return self.straight.denoise(level, x) + y.sum()
+
+
 class Bent(AbstractScore):
     """A denoiser with a curve, so that its Jacobian depends on the place."""
 
