@@ -6,7 +6,8 @@ compiled program holds it.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import jax
@@ -23,15 +24,19 @@ _KNOWN: dict[int, tuple[Callable, str, weakref.ref[Problem]]] = {}
 """By the identity of a problem: its function, the fingerprint of a bare density, the problem."""
 
 
-def problem_of_model(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Problem:
+def problem_of_model(
+    model: Callable | None, args: tuple, kwargs: dict[str, Any], own: Iterable[Problem] = ()
+) -> Problem:
     """Find or read the problem of a model with these arguments.
 
-    A known problem is taken where the data of the arguments fit it: its design is the same.
+    A known problem is taken where the data of the arguments fit it: its design is the same. Those that the kernel has
+    of its ``own`` come first.
     """
-    for known, _ in _find(model):
+    for known in chain(own, (problem for problem, _ in _find(model))):
         with contextlib.suppress(ValueError):
             observe(known, args, kwargs)
             return known
+    assert model is not None
     return _remember(model, "", from_numpyro(model, *args, **kwargs))
 
 
@@ -48,7 +53,7 @@ def problem_of_potential(potential_fn: Callable, example: PyTree) -> Problem:
     return _remember(potential_fn, program, from_potential(potential_fn, example))
 
 
-def _find(function: Callable) -> Iterator[tuple[Problem, str]]:
+def _find(function: Callable | None) -> Iterator[tuple[Problem, str]]:
     """Go through the known problems of a function, the latest first."""
     for of, program, reference in reversed(list(_KNOWN.values())):
         problem = reference()

@@ -8,7 +8,6 @@ and the observation that the proposals in the bank were drawn for. So one kernel
 observations, chain methods and `MCMC` objects, and never uses outdated data.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -240,12 +239,7 @@ class ScoreSDE(MCMCKernel):
             if example is None:
                 raise ValueError("Expected `init_params` with `potential_fn`, got none: give an example argument.")
             return problem_of_potential(self.potential_fn, example)
-        for fit in self._fits:
-            with contextlib.suppress(ValueError):
-                fit.target(args, kwargs)
-                return fit.problem
-        assert self.model is not None
-        return problem_of_model(self.model, args, kwargs)
+        return problem_of_model(self.model, args, kwargs, (fit.problem for fit in self._fits))
 
     def _find(self, args: tuple, kwargs: dict[str, Any], any_data: bool = False) -> tuple[Fit, Target]:
         """Find the sampler for these arguments, the latest first, and read the observation in them.
