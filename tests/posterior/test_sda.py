@@ -1,5 +1,6 @@
 """SDA and its finishes against the exact smoother of a linear Gaussian path, and against lobes that nobody crosses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ import scoreinfer as si
 from scoreinfer.errors import UnreadableFile, UnsupportedModel
 from scoreinfer.files import read_record, write_record
 from scoreinfer.samplers import HMC, LocalPrior, ParticleGibbs
+from scoreinfer.samplers.local_prior import Context
 from scoreinfer.score import GaussianScore
 
 KEEP, TIMES, EVERY, NOISE, NUM = 0.9, 7, 3, 0.3, 256
@@ -224,15 +226,16 @@ def test_saved_local_priors_are_loaded(tmp_path):
 
 
 def test_contexts_that_do_not_fit_are_refused():
-    local = learned_forced("told")
+    plain = local(2)
+    told = dataclasses.replace(plain, context=Context("told", jnp.zeros(1), jnp.ones(1)))
     with pytest.raises(ValueError, match="learned with values of the context 'told'; got none"):
-        local.over((SHORT,))
+        told.over((SHORT,))
     with pytest.raises(ValueError, match="learned with no context; got some"):
-        learned_forced(None).over((SHORT,), jnp.zeros(SHORT))
+        plain.over((SHORT,), jnp.zeros(SHORT))
     with pytest.raises(ValueError, match="1 numbers for each time when the score was learned, and has 2 now"):
-        local.over((SHORT,), jnp.zeros((SHORT, 2)))
+        told.over((SHORT,), jnp.zeros((SHORT, 2)))
     with pytest.raises(ValueError, match="a row for each of the 6 times, got 5 rows"):
-        local.over((SHORT + 1,), jnp.zeros(SHORT))
+        told.over((SHORT + 1,), jnp.zeros(SHORT))
     with pytest.raises(ValueError, match=r"a row for each of the 7 times, got shape \(3,\)"):
         si.fit_local(jax.random.key(0), linear, "x", context="y", k=1)
 
