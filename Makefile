@@ -74,7 +74,7 @@ test-worlds: $(STAMP)
 test-all: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Measures every test but those marked slow in the code, an hour on two cores, and writes tests/slow.txt anew.
+# Measures every test but those marked slow in the code, half an hour on two cores, and writes tests/slow.txt anew.
 slow-list: $(STAMP)
 	rm -f .costs && : >tests/slow.txt
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) \
