@@ -33,7 +33,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 WORLDS := scoreinfer tests/test_arviz.py tests/test_architecture.py tests/test_comparison.py tests/test_identity.py \
 	tests/test_names.py tests/test_pickling.py tests/calibration tests/mcmc/test_kernels.py tests/mcmc/test_langevin.py \
 	tests/model/test_model.py tests/posterior/test_saving.py \
-	tests/posterior/test_path_saving.py tests/posterior/test_surface.py
+	tests/posterior/test_path_saving.py tests/posterior/test_surface.py \
+	tests/test_memory.py::test_bytes_of_loops_count_what_they_keep tests/test_memory.py::test_what_all_rows_share_does_not_count
 
 .PHONY: help demo test test-worlds test-all slow-list lint format types bench docs setup clean
 

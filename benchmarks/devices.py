@@ -1,7 +1,8 @@
 """Speed and memory against the number of devices, on the CPU: simulate, draw, explore, filter, calibrate, train.
 
-    python benchmarks/devices.py                            # 1, 2 and 4 forced host devices; ten minutes on two cores
+    python benchmarks/devices.py                            # 1, 2 and 4 forced host devices; half an hour on two cores
     python benchmarks/devices.py --devices 1 2 --rounds 5
+    python benchmarks/devices.py --devices 1 2 --core-each  # a process gets as many cores as it has devices
 
 Every number of devices has processes of its own. Rounds alternate between the numbers, and the best counts. Host
 devices share the cores of the machine: more than there are cores gain nothing. ``cores`` is CPU seconds by wall
@@ -166,12 +167,13 @@ def measure(names, repeats, output):
     print(json.dumps(figures))
 
 
-def child(num, names, repeats, output):
-    """Measure in a process with so many devices."""
+def child(num, names, repeats, output, core_each):
+    """Measure in a process with so many devices; on as many cores, where asked."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num}"
     command = [sys.executable, __file__, "--measure", str(output), "--repeats", str(repeats), "--only", *names]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    pinned = (lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num])) if core_each else None
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=pinned)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -187,6 +189,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--core-each", action="store_true", help="as many cores as devices")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -202,7 +205,7 @@ def compare(options):
         for _ in range(options.rounds):
             for num in options.devices:
                 output = Path(folder) / f"{num}.npz"
-                figures = child(num, options.only, options.repeats, output)
+                figures = child(num, options.only, options.repeats, output, options.core_each)
                 told[num] = figures.pop("memory")
                 for name, figure in figures.items():
                     best[name, num] = min(best.get((name, num), (np.inf, 0.0)), tuple(figure))

@@ -131,14 +131,20 @@ def _of_equations(jaxpr: Any, varies: list[bool]) -> Footprint:
 def _inner_varying(equation: Any, part: Any, varying: list[bool]) -> list[bool]:
     """Say which inputs of a called function differ between rows: also what a loop carries, if any input of it does."""
     if equation.primitive.name == "scan":
-        first = equation.params["num_consts"]
-        carried = range(first, first + equation.params["num_carry"])
+        # inputs: constants, what is carried, slices; outputs: what is carried, slices (one axis more outside)
+        num_carried = sum(not _sliced(*pair) for pair in zip(equation.outvars, part.outvars, strict=True))
+        num_whole = sum(not _sliced(*pair) for pair in zip(equation.invars, part.invars, strict=True))
+        carried = range(num_whole - num_carried, num_whole)
         return [now or number in carried for number, now in enumerate(varying)]
     if equation.primitive.name == "while":
         num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
         own = varying[:num_cond] if part is equation.params["cond_jaxpr"].jaxpr else varying[num_cond:][:num_body]
         return own + [True] * (len(part.invars) - len(own))
     return varying if len(part.invars) == len(varying) else [True] * len(part.invars)
+
+
+def _sliced(outer: Any, inner: Any) -> bool:
+    return len(getattr(outer.aval, "shape", ())) > len(getattr(inner.aval, "shape", ()))
 
 
 def _parts(equation: Any) -> list[Any]:

@@ -73,6 +73,8 @@ def test_bytes_of_loops_count_what_they_keep():
 def test_what_all_rows_share_does_not_count():
     matrix = jnp.ones((500, 500))
     assert footprint(lambda z: (jnp.sin(matrix) ** 2).sum() + z.sum(), jnp.zeros(2)).total < 100
+    scanned = lambda z: jax.lax.scan(lambda c, _: (c + jnp.sin(matrix).sum(), None), z, length=3)[0].sum()  # noqa: E731
+    assert footprint(scanned, jnp.zeros(2)).total < 100
 
 
 @pytest.mark.parametrize(
