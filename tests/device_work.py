@@ -41,7 +41,7 @@ def drawn():
     """Simulate, draw, weigh: rows that know nothing of each other."""
     key = same_key()
     problem, proposal = location_scale_problem(), fake_posterior(path=True)
-    target = bounded_target(problem, {"y": Y1})
+    target = bounded_target(problem, {"y": jnp.asarray(Y1)})
     few = Target(problem, target.y, at_once=32)
     draws = weighted_draws(key, proposal, target, 512, None, 0, 1030)
     return {
@@ -55,7 +55,7 @@ def drawn():
 def moved():
     """Move particles, whose step size is common to all, and members of a filter, and train."""
     key = same_key()
-    target = bounded_target(location_scale_problem(), {"y": Y1})
+    target = bounded_target(location_scale_problem(), {"y": jnp.asarray(Y1)})
     start = jax.random.normal(key, (51, 2))
     y = jnp.array([0.3, 0.8, jnp.nan, -0.2])
     run = si.filter(key, walk(), method=si.filters.BootstrapFilter(), num_members=51, y=y)
@@ -79,7 +79,7 @@ def trained():
 def explored():
     """Explore by both kinds of moves, and calibrate."""
     key = same_key()
-    target = bounded_target(location_scale_problem(), {"y": Y1})
+    target = bounded_target(location_scale_problem(), {"y": jnp.asarray(Y1)})
     reference = Prior(target.problem)
     first = draw_first(key, reference, target, 8192)
     power = first_power(first, 64)
