@@ -287,7 +287,7 @@ START = {
     "alpha": 0.55, "beta": 0.028, "gamma": 0.8, "delta": 0.024,
     "initial": np.array([33.0, 6.0]), "sigma": np.array([0.25, 0.25]),
 }  # fmt: skip
-"""The published posterior means, about: chains that start at medians of the prior are stuck in another mode one by one."""
+"""About the published posterior means: of chains that start at medians of the prior, one in four stays elsewhere."""
 
 
 def long_run(model, seed: int) -> tuple[dict[str, np.ndarray], float]:

@@ -1,7 +1,7 @@
 """Stochastic Burgers equation: the field from which a noisy, steepened one came.
 
-    python examples/burgers_initial_state.py                        # a quarter of an hour on one core
-    python examples/burgers_initial_state.py --figure burgers.png   # truth, observation, draws, spectra, coverage
+    python examples/burgers_initial_state.py --figure burgers.png   # minutes: truth, observation, draws, spectra
+    python examples/burgers_initial_state.py --judge                # a quarter of an hour: more cases, particles, NUTS
     python examples/burgers_initial_state.py --smoke                # about a minute, everything runs, little is learned
 
 u_t + u u_x = 0.1 u_xx + 0.1 dW on a periodic grid of 128 points, t in [0, 1] in 32 steps (pseudo-spectral Runge-Kutta
@@ -302,22 +302,26 @@ def main():
     """Learn, draw, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=1000, help="optimiser steps")
+    parser.add_argument("--num-steps", type=int, help="optimiser steps: 300, or 1000 with --judge")
+    parser.add_argument("--judge", action="store_true", help="more cases; a coarse grid against particles and NUTS")
     parser.add_argument("--figure", type=Path, help="where to save a figure")
     parser.add_argument("--smoke", action="store_true", help="a smaller grid, few cases")
     args = parser.parse_args()
-    key, smoke = jax.random.key(args.seed), args.smoke
+    key, smoke, width = jax.random.key(args.seed), args.smoke, 8 if args.smoke else 16
+    num_steps = args.num_steps or (20 if smoke else 1000 if args.judge else 300)
     fine = Burgers(32, 8) if smoke else Burgers()
-    for title, num_steps in (("regression alone", 0), ("with a network", 20 if smoke else args.num_steps)):
+    for title, steps in (("regression alone", 0), ("with a network", num_steps)):
         began = time.perf_counter()
-        posterior = learn(key, fine, num_steps, 8 if smoke else 16, progress_bar=True)
+        posterior = learn(key, fine, steps, width, progress_bar=True)
         seconds = time.perf_counter() - began
-        show(f"{fine.size} points, {title}, {seconds:.0f} s", measure(key, fine, posterior, 20 if smoke else 200))
+        cases = 20 if smoke else 200 if args.judge else 50
+        show(f"{fine.size} points, {title}, {seconds:.0f} s", measure(key, fine, posterior, cases))
     if args.figure:
         plot(jax.random.fold_in(key, 1), fine, posterior, args.figure)
-    posterior = learn(key, COARSE, 20 if smoke else args.num_steps, 8 if smoke else 16, progress_bar=True)
-    sizes = (1000, 20_000, 0) if smoke else (10_000, 200_000, 500)
-    show(f"{COARSE.size} points, against particles and NUTS", compare(key, COARSE, posterior, *sizes))
+    if smoke or args.judge:
+        posterior = learn(key, COARSE, num_steps, width, progress_bar=True)
+        sizes = (1000, 20_000, 0) if smoke else (10_000, 200_000, 500)
+        show(f"{COARSE.size} points, against particles and NUTS", compare(key, COARSE, posterior, *sizes))
 
 
 if __name__ == "__main__":

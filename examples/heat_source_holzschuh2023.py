@@ -225,16 +225,19 @@ def plot(key, heat, posterior, file):
         "true start": path[0], "end": path[-1], "draw": drawn[0], "another draw": drawn[1],
         "posterior mean": drawn.mean(0), "posterior sd": drawn.std(0),
     }  # fmt: skip
-    figure, axes = plt.subplots(1, 7, figsize=(21, 3), layout="constrained")
-    for axis, (title, field) in zip(axes, panels.items(), strict=False):
-        figure.colorbar(axis.imshow(field, cmap="viridis"), ax=axis, shrink=0.7)
-        axis.set(title=title, xticks=[], yticks=[])
+    names = list(panels)
+    layout = [names[:4], [*names[4:], "spectrum", "spectrum"]]
+    figure, axes = plt.subplot_mosaic(layout, figsize=(13, 6), layout="constrained")
+    for title, field in panels.items():
+        figure.colorbar(axes[title].imshow(field, cmap="viridis"), ax=axes[title], shrink=0.7)
+        axes[title].set(title=title, xticks=[], yticks=[])
+    spectra = axes["spectrum"]
     k = np.arange(1, spectrum(heat, path[0]).size + 1)
-    axes[-1].loglog(k, spectrum(heat, drawn[:50]).T, color="tab:blue", alpha=0.1)
-    axes[-1].loglog(k, spectrum(heat, path[0]), color="black", label="truth")
-    axes[-1].loglog(k, spectrum(heat, drawn.mean(0)), color="tab:red", label="posterior mean")
-    axes[-1].set(xlabel="wavenumber", title="spectrum")
-    axes[-1].legend()
+    spectra.loglog(k, spectrum(heat, drawn[:50]).T, color="tab:blue", alpha=0.1)
+    spectra.loglog(k, spectrum(heat, path[0]), color="black", label="truth")
+    spectra.loglog(k, spectrum(heat, drawn.mean(0)), color="tab:red", label="posterior mean")
+    spectra.set(xlabel="wavenumber", title="spectrum")
+    spectra.legend()
     figure.savefig(file)
 
 
