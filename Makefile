@@ -15,9 +15,6 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # JAX keeps compiled programs here between runs; `make clean` forgets them.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
-# Equinox's runtime errors are host callbacks, and JAX does not keep programs with callbacks. With NaN in their place
-# the demo's ODE is compiled once per machine; scoreinfer itself watches for NaN.
-demo: export EQX_ON_ERROR ?= nan
 # The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured), and so
 # are XLA's older emitters (a third; jaxlib 0.12 no longer has them).
 test test-worlds test-all slow-list: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1

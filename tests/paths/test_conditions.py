@@ -50,7 +50,6 @@ def test_unknown_rate_seen_at_several_times(unknown_rate):
     check(draws, RATE.truth(SEEN), 0.3)
 
 
-@pytest.mark.always
 def test_drawn_paths_have_the_density_they_were_drawn_by(unknown_rate):
     """Of the start and of every kernel, for given paths as for drawn ones, and as the only particle of a run."""
     proposal = unknown_rate.proposal

@@ -91,7 +91,6 @@ def test_any_sampler_on_any_weights_is_exact(mixture, sampler, focused):
     assert disagreement(truth, oracle.flat(draws.sites), draws.log_weight) < 5
 
 
-@pytest.mark.always
 def test_defensive_mixture_is_exact_and_bounds_the_weights(mixture):
     oracle, posterior = mixture
     draws = posterior.condition(**oracle.data).sample(jax.random.key(1), 4000, prior_fraction=0.25)
