@@ -72,9 +72,9 @@ test-worlds: $(STAMP)
 test-all: $(STAMP)
 	$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Measures every test but those marked slow in the code, half an hour on two cores, and writes tests/slow.txt anew.
+# Measures the quick tests, in minutes on two cores, and adds those that are slow to tests/slow.txt.
 slow-list: $(STAMP)
-	rm -f .costs && : >tests/slow.txt
+	rm -f .costs
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(QUICK) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) \
 		--jaxtyping-packages= -p costs --costs $(CURDIR)/.costs tests
 	$(BIN)/python tests/costs.py .costs && rm .costs
