@@ -255,7 +255,7 @@ def main():
     start = time.perf_counter()
     posterior = learn(key, heat, 500 if args.smoke else 2500, args.network)
     print(f"learned in {time.perf_counter() - start:.0f} s")
-    for name, value in measure(jax.random.fold_in(key, 1), heat, posterior, 25 if args.smoke else 500).items():
+    for name, value in measure(jax.random.fold_in(key, 1), heat, posterior, 25 if args.smoke else 200).items():
         print(f"  {name:28s} {value:10.3g}   {NEXT_TO.get(name, '')}".rstrip())
     if args.figure:
         plot(jax.random.fold_in(key, 2), heat, posterior, args.figure)

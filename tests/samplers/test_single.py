@@ -22,9 +22,21 @@ from scoreinfer.samplers.base import Target, Weighted
 from scoreinfer.samplers.batches import weighted_draws
 from scoreinfer.samplers.diffusion import ProbabilityFlow
 from scoreinfer.samplers.explorer import Effort, explore
-from scoreinfer.samplers.single import Pools, Round, SingleProposal, choose, fewest_steps, judge, learn, replace, stops
+from scoreinfer.samplers.single import (
+    Pools,
+    Round,
+    SingleProposal,
+    Taught,
+    choose,
+    fewest_steps,
+    judge,
+    learn,
+    more_steps,
+    replace,
+    stops,
+)
 from scoreinfer.score import MixtureScore
-from scoreinfer.training.loop import History
+from scoreinfer.training.loop import FLAT, GOOD, History
 
 SIGMAS = 5
 MEANS, WEIGHTS = jnp.array([[-4.0, 0.0], [4.0, 1.0]]), jnp.array([0.3, 0.7])
@@ -147,9 +159,8 @@ def test_a_long_round_begins_only_where_the_weights_are_poor(num_rounds, expecte
     assert stops(num_rounds * [latest._replace(share=0.3)], latest, history, False) == expected
 
 
-@pytest.mark.parametrize(("scale", "distance", "num_steps"), [(1.0, 0.0, 4), (0.1, 1.0, 8)])
-def test_the_flow_takes_the_fewest_steps(scale, distance, num_steps):
-    """For N(0, I) any number is exact, but steps of a quarter turn are not inverted far out. Narrow modes need all."""
+def judged(scale, distance, num_steps):
+    """Judge the flow of a mixture's exact score against the mixture."""
     means = distance * jnp.array([[-1.0, 0.0], [1.0, 0.5]])
     score = MixtureScore(jnp.array([0.3, 0.7]), means, jnp.full(2, scale))
 
@@ -158,14 +169,32 @@ def test_the_flow_takes_the_fewest_steps(scale, distance, num_steps):
         return -jax.nn.logsumexp(jnp.log(WEIGHTS) - 0.5 * squares)
 
     target = Target(from_potential(potential, jnp.zeros(2)), {})
-    proposal = SingleProposal(Chain(()), score, ProbabilityFlow(num_steps=8, inflation=0.15).with_steps(8), 2)
-    drawn = proposal.sampler.sample
-    places = jax.vmap(lambda key: drawn(key, score, 2)[0])(random.split(random.key(1), 512))
-    best, _ = judge(random.key(2), proposal, target, places, 0)
+    flow = ProbabilityFlow(num_steps=num_steps, inflation=0.15)
+    proposal = SingleProposal(Chain(()), score, flow.with_steps(num_steps), 2)
+    places = jax.vmap(lambda key: flow.sample(key, score, 2)[0])(random.split(random.key(1), 512))
+    return target, places, judge(random.key(2), proposal, target, places, 0)[0]
+
+
+@pytest.mark.parametrize(("scale", "distance", "num_steps"), [(1.0, 0.0, 4), (0.1, 1.0, 8)])
+def test_the_flow_takes_the_fewest_steps(scale, distance, num_steps):
+    """For N(0, I) any number is exact, but steps of a quarter turn are not inverted far out. Narrow modes need all."""
+    target, places, best = judged(scale, distance, 8)
     assert best.share > 0.8
     assert fewest_steps(random.key(0), best, target, places).sampler.num_evaluations == 2 * num_steps
     poor = best._replace(share=0.2)
     assert fewest_steps(random.key(0), poor, target, places).sampler.num_evaluations == 16
+
+
+def test_narrow_modes_get_more_steps():
+    """Where training ended before the draws were good; the weights stay exact."""
+    target, places, poor = judged(0.1, 1.0, 2)
+    taught = Taught((poor,), FLAT, 0)
+    found = more_steps(random.key(0), taught, target, places)
+    shares = [one.share for one in found.rounds]
+    assert shares == sorted(shares) and shares[-1] > 0.8 > 2 * shares[0]
+    assert found.best.proposal.sampler.num_evaluations >= 16
+    assert abs(found.best.log_evidence - np.log(2 * np.pi * 0.01)) < 5 * found.best.error
+    assert more_steps(random.key(0), taught._replace(stopped=GOOD), target, places).rounds == taught.rounds
 
 
 # --- the learned sampler -----------------------------------------------------------------------------------------
