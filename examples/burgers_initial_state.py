@@ -6,11 +6,11 @@
 
 u_t + u u_x = 0.1 u_xx + 0.1 dW on a periodic grid, t in [0, 1]: 64 points and 16 steps, or 128 and 32 with --judge
 (pseudo-spectral Runge-Kutta steps, exact viscosity, then noise), from a Gaussian random field with power |k|^-4; the
-end is seen with noise of 0.05 at every point. Waves steepen and merge: unlike with heat the way back is not linear. The reverse physics is advection
-turned round; regression, wavenumber by wavenumber, puts viscosity and score on top; a convolutional network, which sees
-the field and the physics' own increment, learns the rest. Both are judged on fresh cases: *reconstruction*, the mean
-squared difference of noise-free ends; *spectral error*, the mean absolute difference of log spectra of drawn and true
-start; how often central intervals of draws, without weights, hold the truth.
+end is seen with noise of 0.05 at every point. Waves steepen and merge: unlike with heat the way back is not linear.
+The reverse physics is advection turned round; regression, wavenumber by wavenumber, puts viscosity and score on top; a
+convolutional network, which sees the field and the physics' own increment, learns the rest. Both are judged on fresh
+cases: *reconstruction*, the mean squared difference of noise-free ends; *spectral error*, the mean absolute difference
+of log spectra of drawn and true start; how often central intervals of draws, without weights, hold the truth.
 
 On a coarse grid (16 points, 16 steps, waves half as high, noise of 0.2) the weighted draws are held against a bootstrap
 particle smoother of 200,000 paths, and against NUTS on the same model's path.
