@@ -273,13 +273,14 @@ def learn(
 
 
 def more_steps(key: Key, taught: Taught, target: Target, places: Float[Array, "num dim"]) -> Taught:
-    """Double the number of steps of the best round's flow as often as its effective share grows, if it is not good.
+    """Double the number of steps of the best round's flow as often as its effective share grows.
 
-    Narrow modes need more steps than training takes. Every number of steps has a program of its own.
+    Narrow modes need more steps than training takes. Every number of steps has a program of its own, so nothing is done
+    if k-hat and the missed share are good and the effective share is at least `FLAT_SHARE`.
     """
     best = taught.best
     flow = best.proposal.sampler
-    if taught.stopped == GOOD or not isinstance(flow, ProbabilityFlow):
+    if best.is_good(FLAT_SHARE) or not isinstance(flow, ProbabilityFlow):
         return taught
     num_steps = flow.num_steps
     for for_draws in keys_of(key):
