@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SLOW = Path(__file__).with_name("slow.txt")
-LIMIT = 3.0
+LIMIT = 2.0
 """CPU seconds of a cold run from which on a test is slow. All others together take five minutes on two cores."""
 
 
