@@ -115,6 +115,8 @@ def probits(
     function, it takes a random place beside those of R simulated observations that equal it, or between its neighbours:
     u = (#{less} + U (#{equal} + 1)) / (R + 1), which is uniform for every R.
 
+    Where the forecast is NaN, z is as low as for an impossible observation: a filter that is lost must not pass.
+
     Exactness: that of the forecast; the variance that the method adds is represented by 16 quantiles.
     """
 
@@ -125,6 +127,7 @@ def probits(
         at_most, less = _mixture_cdf(for_draws, observed, t, forecast, y)
         u = less + place * (at_most - less)
         small = jnp.finfo(u.dtype).eps
+        u = jnp.where(jnp.isnan(u), 0.0, u)
         return jnp.where(is_missing(y), jnp.nan, ndtri(jnp.clip(u, small, 1.0 - small)))
 
     return execute(lambda *inputs: jax.lax.map(at, inputs), jax.random.split(key, len(ts)), ts, predictive, y)

@@ -79,6 +79,18 @@ def test_probits_of_a_right_forecast_are_standard_normal(law):
     assert stats.kstest(z, "norm").pvalue > 1e-4
 
 
+def test_a_lost_filter_alarms():
+    """Members that are NaN forecast nothing: that is no missing observation."""
+    law = lambda t, x: dist.Normal(x, 0.5)  # noqa: E731
+    space, times = si.StateSpace(dist.Normal(0.0, 1.0), lambda t0, t1, x: dist.Normal(x, 1.0), law), 20
+    observed, ones = read_space(space, jnp.ones(times), None).model.observed, jnp.ones((times, 1, 1))
+    forecast = Predictive(jnp.full((times, 5, 1), jnp.nan), jnp.zeros((times, 5)), 0.0 * ones, 0.0 * ones[..., 0])
+    y = jnp.zeros((times, 1)).at[0].set(jnp.nan)
+    z = probits(jax.random.key(0), observed, jnp.ones(times), forecast, y)
+    assert np.isnan(z[0]).all() and (z[1:] < -5).all()
+    assert monitor(z).alarm == 2
+
+
 def test_the_score_of_an_ensemble_is_fair():
     """The mean over ensembles is the score of their law, here of N(0, 1): Gneiting and Raftery 2007, equation 21."""
     draws, y = np.random.default_rng(0).normal(size=(5, 40_000)), 0.7
