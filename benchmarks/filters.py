@@ -207,7 +207,7 @@ def run(method: AbstractFilter, model: Any, case: Case, seeds) -> dict[str, Any]
 
 
 def measure(case: Case, method: AbstractFilter, seeds, label: str) -> dict[str, float]:
-    """Run a filter, print every seed, and take medians over seeds."""
+    """Run a filter, print every seed, and take medians over seeds; an error of a lost seed is infinite."""
     model = read_space(space(case), jnp.zeros((2, case.dim)), None).model
     method.check(model)
     start = time.process_time()
@@ -217,7 +217,8 @@ def measure(case: Case, method: AbstractFilter, seeds, label: str) -> dict[str, 
     lost = ~np.isfinite(found["rmse"]).all(1) | (found["replaced"].sum(1) > 0)
     seen = " ".join(f"{value:.3f}" for value in after["rmse"])
     print(f"  {case.name:12s} {label:22s} {seen}   lost {lost.sum()}   {seconds:.0f} s", flush=True)
-    medians = {name: float(np.median(after[name])) for name in ("rmse", "spread", "coverage", "crps")}
+    errors = {name: np.where(np.isnan(after[name]), np.inf, after[name]) for name in ("rmse", "crps")}
+    medians = {name: float(np.median(value)) for name, value in (after | errors).items() if name != "replaced"}
     whole = {"rmse_all": float(np.median(found["rmse"].mean(1))), "rmse_worst": float(after["rmse"].max())}
     return medians | whole | {"lost": int(lost.sum())}
 
