@@ -18,7 +18,9 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 # The tests and the short demo spend their time compiling: optimising less is faster there (a quarter, measured), and so
 # are XLA's older emitters (a third; jaxlib 0.12 no longer has them). The short demo solves many ODEs: level 1, not 0.
 test test-worlds test-all slow-list: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
-demo: export XLA_FLAGS := $(XLA_FLAGS) $(if $(SMOKE),--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true)
+ifneq ($(SMOKE),)
+demo: export XLA_FLAGS := $(strip $(XLA_FLAGS) --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true)
+endif
 QUICK_FLAG := --xla_cpu_use_fusion_emitters=false
 QUICK = XLA_FLAGS="$$XLA_FLAGS $$(XLA_FLAGS=$(QUICK_FLAG) $(BIN)/python -c 'import jax; jax.devices()' >/dev/null 2>&1 \
 	&& echo $(QUICK_FLAG))"
